@@ -148,7 +148,7 @@ def test_part_all_needs_an_encoder_with_a_vector_for_the_image():
     patches = torch.randn(2, 9, 6)
     target = EncoderTarget("mylab.colours", 6, part="all")
     assert target.of(Features(patches, patches.mean(1))).shape == (2, 10, 6)
-    with pytest.raises(UserError, match="mylab.colours has no vector for the whole image"):
+    with pytest.raises(UserError, match="mylab.colours has no pooled vector"):
         target.of(Features(patches, None))
 
 
@@ -164,7 +164,7 @@ def column(student, target):
 def test_a_loss_that_is_not_one_number_an_image_is_refused(loss, shape):
     """(4, 1) would be broadcast to (4, 4) with the denoising loss, and trained on in silence."""
     with pytest.raises(
-        UserError, match=rf"{loss}' must give one number for each of 4 images, \(N,\), but gave {shape}"
+        UserError, match=rf"{loss}' must return one number for each of 4 images, \(N,\), but returned {shape}"
     ):
         build(loss=f"{__name__}.{loss}").compare(*inputs())
 

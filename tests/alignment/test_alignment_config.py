@@ -77,7 +77,7 @@ def test_specs_of_private_code_are_left_alone():
 
 @pytest.mark.parametrize("name", ["repa.alignment.targets.no_such_target", "no_such_module.targets.mine"])
 def test_a_private_target_that_cannot_be_imported_is_not_called_an_encoder_only(name):
-    with pytest.raises(UserError, match="Neither a target nor an encoder") as error:
+    with pytest.raises(UserError, match="The target or encoder") as error:
         parse(target=name)
     assert name in str(error.value)
 

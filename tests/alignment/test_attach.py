@@ -166,7 +166,7 @@ def test_a_block_without_trained_weights_is_refused():
     aligner = repa.attach(net, "blocks.0")
     net.blocks[0].requires_grad_(False)
     net(x)
-    with pytest.raises(UserError, match="no trained weight"):
+    with pytest.raises(UserError, match="has no gradient"):
         aligner(features)
     with torch.no_grad():  # to look at the loss
         net(x)
@@ -192,7 +192,7 @@ def test_the_network_is_left_as_it_was():
     pickle.loads(pickle.dumps(aligner))
     aligner.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
-    with pytest.raises(UserError, match="Attach again"):
+    with pytest.raises(UserError, match="call attach again"):
         aligner(features)
 
 
@@ -406,12 +406,12 @@ def test_the_grid_of_an_input():
     ("settings", "sentence"),
     [
         ({"loss": "cosine"}, "needs the width of the features"),
-        ({"loss": "cosine", "features": 5}, "give hidden_dim"),
+        ({"loss": "cosine", "features": 5}, "pass hidden_dim"),
         ({"loss": "cosin"}, "Did you mean 'cosine'"),
         ({"text": "left"}, "'front' or 'behind'"),
-        ({"grid": (3,)}, "A grid is"),
-        ({"block": "blocks.*", "name": "one"}, "cannot all have the name"),
-        ({"target": "blocks.*"}, "A target is one block"),
+        ({"grid": (3,)}, "A grid must be"),
+        ({"block": "blocks.*", "name": "one"}, "only one can have the name"),
+        ({"target": "blocks.*"}, "A target must be one block"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, sentence):
@@ -423,12 +423,12 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
 @pytest.mark.parametrize(
     ("settings", "shape", "sentence"),
     [
-        ({}, None, "needs features as tokens"),
+        ({}, None, r"needs features \(N, M, F\)"),
         ({}, (4, 5), r"got \(4, 5\)"),
         ({}, (3, 9, 5), "saw 4 samples"),
         ({}, (4, 2, 9, 5), "of a video"),
         ({"grid": (4, 4)}, (4, 9, 5), "fewer than the 4 x 4"),
-        ({"loss": "cosine", "projector": "none"}, (4, 9, 5), "one width"),
+        ({"loss": "cosine", "projector": "none"}, (4, 9, 5), "equal widths"),
         ({"loss": "cosine", "features": 5, "hidden_dim": 6}, (4, 9, 5), "hidden_dim=8"),
         ({"loss": "cosine", "features": 6, "hidden_dim": 8}, (4, 9, 5), "channels"),
         ({"output": 1}, (4, 9, 5), "has no output 1"),

@@ -92,7 +92,7 @@ def test_nt_xent_refuses_a_temperature_that_is_not_positive(temperature):
 
 
 def test_nt_xent_refuses_a_batch_without_negatives():
-    with pytest.raises(UserError, match="needs 2 or more"):
+    with pytest.raises(UserError, match="needs at least 2, but got 1"):
         LOSSES.build("nt_xent")(*pair(n=1))
 
 

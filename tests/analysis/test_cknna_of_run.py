@@ -61,7 +61,7 @@ def test_mistakes_are_sentences(run, data):
         cknna_of_run(run, data, SimilarityConfig(depths=(0,)))
     with pytest.raises(UserError, match="encoder 'tinny'.*'tiny'"):
         SimilarityConfig.parse({"encoder": "tinny"})
-    with pytest.raises(UserError, match=r"10 neighbours need more images than that, but there are 10"):
+    with pytest.raises(UserError, match=r"10 neighbours need more than 10 images, but there are 10"):
         cknna_of_run(run, data, SimilarityConfig(num_images=10))
     with pytest.raises(UserError, match="stores no images: prepare the data with --store-images"):
         cknna_of_run(run, Rearranged(data, has_images=False), SimilarityConfig())

@@ -93,7 +93,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
     def large(rows, fields):
         return {"x": torch.full((len(rows), 2), 1e5)}
 
-    with pytest.raises(UserError, match="x has values that float16 cannot hold: keep it with --store float32"):
+    with pytest.raises(UserError, match="x has values outside the range of float16: use --store float32"):
         collect(tmp_path, {}, ["x"], NUM, large, store="float16")
     with pytest.raises(UserError, match="values that float32 cannot hold"):
         collect(tmp_path, {}, ["x"], NUM, lambda rows, fields: {"x": torch.full((len(rows), 2), torch.nan)})

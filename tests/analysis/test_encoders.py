@@ -73,9 +73,9 @@ def test_missing_weights_are_said_before_any_work(data, tmp_path, monkeypatch):
 
 
 def test_mistakes(data):
-    with pytest.raises(UserError, match="10 neighbours need more images than that, but there are 10"):
+    with pytest.raises(UserError, match="10 neighbours need more than 10 images, but there are 10"):
         compare_encoders(data, EncodersConfig(num_images=10))
-    with pytest.raises(UserError, match="each named once"):
+    with pytest.raises(UserError, match="must name at least one encoder, each once"):
         EncodersConfig.parse({"encoders": ("tiny", "tiny")})
     with pytest.raises(UserError, match="encoder 'tinny'"):
         EncodersConfig.parse({"encoders": ("tinny",)})

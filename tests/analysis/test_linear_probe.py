@@ -103,5 +103,5 @@ def test_mistakes():
         linear_probe(features, labels - 1 - labels.min(), features, labels)
     with pytest.raises(UserError, match="at least 2 training images"):
         linear_probe(features[:1], labels[:1], features, labels)
-    with pytest.raises(UserError, match="test features hold NaN"):
+    with pytest.raises(UserError, match="test features contain NaN"):
         linear_probe(features, labels, features / 0, labels)

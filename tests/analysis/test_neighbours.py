@@ -81,7 +81,7 @@ def test_held_out_images_take_the_place_of_the_training_images(data):
 def test_mistakes(data):
     with pytest.raises(UserError, match=r"\(3, 6\) and \(30, 5\)"):
         nearest_images(rows(3, 0), rows(30, 1, dim=5))
-    with pytest.raises(UserError, match="31 neighbours were asked for among 30"):
+    with pytest.raises(UserError, match="31 neighbours need at least 31 images, but got 30"):
         nearest_images(rows(3, 0), rows(30, 1), 31)
     with pytest.raises(UserError, match="NaN or infinity"):
         nearest_images(rows(3, 0) / 0, rows(30, 1))
@@ -90,5 +90,5 @@ def test_mistakes(data):
         find_copies(samples, 2, data, NeighboursConfig(), held_out=Rearranged(data, resolution=32))
     with pytest.raises(UserError, match="stores no images"):
         find_copies(samples, 2, Rearranged(data, has_images=False), NeighboursConfig())
-    with pytest.raises(UserError, match="4 neighbours need more images than that, but there are 3"):
+    with pytest.raises(UserError, match="4 neighbours need more than 4 images, but there are 3"):
         find_copies(samples, 2, data, NeighboursConfig(num_images=3))

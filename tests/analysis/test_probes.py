@@ -124,9 +124,9 @@ def test_the_noise_of_an_image_is_its_own_too(run, data):
 def test_mistakes_are_sentences(run, data):
     with pytest.raises(UserError, match="no block 4 to tap: choose one of 1 to 3"):
         probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
-    with pytest.raises(UserError, match="has one class: give data of several"):
+    with pytest.raises(UserError, match="has one class, but a linear probe needs several"):
         probe_of_run(run, Rearranged(data, num_classes=1), ProbeConfig())
-    with pytest.raises(UserError, match="2 classes at 16 pixels, .* Give data of the same classes, by name"):
+    with pytest.raises(UserError, match="2 classes at 16 pixels, .* Give data with the same class names"):
         probe_of_run(run, data, ProbeConfig(), Rearranged(data, class_names=("light", "dark")))
     with pytest.raises(UserError, match="greater than 0"):
         ProbeConfig.parse({"learning_rates": (0.0,)})
@@ -148,7 +148,7 @@ def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
     config = ProbeConfig(times=(0.0,), depths=(1,), epochs=1)
     zeros, ones = (Rearranged(data, fields={"labels": np.full(40, label)}) for label in (0, 1))
     with pytest.raises(
-        UserError, match="1 of 2 classes are among the 40 test images and not among the 40 training images"
+        UserError, match="1 of 2 classes occur in the 40 test images but not in the 40 training images"
     ):
         probe_of_run(run, zeros, config, ones)
     rows = spaced_rows(data, 0)
@@ -160,4 +160,4 @@ def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
         except UserError as error:
             said.append(str(error))
     assert 0 < len(said) < 12  # refused where that image is tested, a probe where it is trained
-    assert all("1 of 2 classes are among the 8 test images" in sentence for sentence in said)
+    assert all("1 of 2 classes occur in the 8 test images" in sentence for sentence in said)

@@ -309,7 +309,7 @@ IDLE = [
     ("bench r --data d", "--token-width 8", "with --data"),
     ("check d", "--feature-weights tiny=w", "without --full"),
     ("check d", "--num-images 64", "without --full"),
-    ("analyse encoders d --encoders tiny", "--neighbours 3", "with one encoder"),
+    ("analyse encoders d --encoders tiny", "--neighbours 3", "with a single encoder"),
     ("evaluate s.npz --reference r --metrics fid", "--clip clip-b", "without one of the metrics clip_score"),
     ("evaluate s.npz --reference r --metrics fid", "--clip clip-l", "without one of the metrics clip_score"),
     ("evaluate s.npz --reference r --metrics fid", "--neighbours float16", "without one of the metrics precision"),

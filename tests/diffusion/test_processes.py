@@ -128,9 +128,9 @@ def test_the_sde_ends_in_the_data():
     ("values", "words"),
     [
         ({"objective": "ddmp"}, "'objective' is 'ddmp': input should be 'flow' or 'ddpm'"),
-        ({"objective": "ddpm", "path": "vp"}, "path 'vp' is a setting of the objective flow, .*: leave it out"),
-        ({"objective": "ddpm", "prediction": "noise"}, "prediction 'noise' is a setting of the objective flow"),
-        ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' is a setting of the objective"),
+        ({"objective": "ddpm", "path": "vp"}, "path 'vp' applies only to the objective flow, .*: leave it out"),
+        ({"objective": "ddpm", "prediction": "noise"}, "prediction 'noise' applies only to the objective flow"),
+        ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' applies only to the objective"),
     ],
 )
 def test_settings_that_ddpm_does_not_have_are_refused(values, words):
@@ -199,7 +199,7 @@ def test_weights_that_mean_nothing_or_are_infinite_are_refused():
             DiffusionConfig.parse({"loss_weight": "velocity", "timesteps": CUT, **settings})
     for timesteps, path in (("uniform:low=0.00001", "vp"), ("logit_normal", "linear"), (CUT, "linear")):
         DiffusionConfig(prediction="score", loss_weight="likelihood", timesteps=timesteps, path=path)
-    with pytest.raises(UserError, match="loss_weight 'velocity' is a setting of the objective flow"):
+    with pytest.raises(UserError, match="loss_weight 'velocity' applies only to the objective flow"):
         DiffusionConfig.parse({"objective": "ddpm", "loss_weight": "velocity"})
 
 
@@ -292,5 +292,5 @@ def test_terms_of_velocities_need_a_prediction_that_has_one():
             with pytest.raises(UserError, match="data with loss_weight velocity"):
                 DiffusionConfig.parse({"prediction": prediction, **setting})
         assert DiffusionConfig.parse({"prediction": "data", "loss_weight": "velocity", **setting})
-        with pytest.raises(UserError, match="objective ddpm has its own"):
+        with pytest.raises(UserError, match="the objective is ddpm"):
             DiffusionConfig.parse({"objective": "ddpm", **setting})

@@ -109,7 +109,7 @@ def test_what_is_refused(captioned_data, data_folder, tmp_path):
     (tmp_path / "plain.jsonl").write_text('{"prompt": "a"}\n' * 5)
     with pytest.raises(UserError, match="no captions"):
         evaluate_file(tmp_path / "plain.npz", data_folder, config, device=CPU)
-    with pytest.raises(UserError, match="one and the same prompt"):
+    with pytest.raises(UserError, match="have the same prompt"):
         evaluate_file(tmp_path / "plain.npz", captioned_data / "stored", config, device=CPU)
     with pytest.raises(UserError, match="Unknown CLIP"):
         ClipScore("t5-b", tmp_path, [], CPU)

@@ -163,7 +163,7 @@ def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
     room = importlib.import_module("repa.evaluation.jobs")
     monkeypatch.setattr(room, "load_extractor", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape, sentence in (
-        ((4, 8, 8, 3), "samples are of 8 pixels, .* of 16: compare images of one size"),
+        ((4, 8, 8, 3), "samples have 8 pixels, but .* has 16: compare images of the same size"),
         ((4, 16, 8, 3), "holds images of 16x8 pixels: crop them to squares"),
     ):
         np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
@@ -287,7 +287,7 @@ def test_a_metric_of_ones_own(data, extractor, images, features):
     assert found[mine] == pytest.approx(energy(pooled(noise, extractor), features, power=0.5).item(), rel=1e-5)
     for name, sentence in (
         ("energi", "no attribute 'energi'"),
-        ("vector", "must give one finite number, but gave tensor"),
+        ("vector", "must return one finite number, but returned tensor"),
     ):
         with pytest.raises(UserError, match=sentence):
             evaluate([noise], extractor, real, (f"{__name__}.{name}",))

@@ -75,7 +75,7 @@ def test_an_adm_reference_gives_the_evaluators_figures(tmp_path, real, samples):
 def test_without_images_there_are_no_neighbours(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), real.rows(np.arange(40)), "arr_0")
     assert measured(path, samples, ("fid", "sfid", "inception_score"))["fid"] > 0
-    with pytest.raises(UserError, match="statistics only, and kid, precision, recall needs its images"):
+    with pytest.raises(UserError, match="only statistics, but kid, precision, recall needs its images"):
         measured(path, samples)
     path = adm_file(tmp_path / "no-spatial.npz", small_inception(), samples, "mu_s", "sigma_s")
     with pytest.raises(UserError, match="no mu_s and sigma_s, which sfid needs"):
@@ -123,9 +123,9 @@ def test_an_encoders_file(tmp_path, real, samples):
     write_reference(tmp_path / "ref.npz", compute_reference(real, extractor), real, extractor, "tiny-classifier")
     opened = open_reference(tmp_path / "ref.npz", 16)
     assert evaluate([samples], extractor, load_reference(opened, extractor, "tiny-classifier"), ("fd",))["fd"] > 0
-    with pytest.raises(UserError, match="holds features of tiny-classifier .* measured in features of inception"):
+    with pytest.raises(UserError, match="has features of tiny-classifier .* samples use features of inception"):
         load_reference(opened, small_inception(), "inception")
-    with pytest.raises(UserError, match="samples are of 8 pixels, .* of 16: compare images of one size"):
+    with pytest.raises(UserError, match="samples have 8 pixels, but .* has 16: compare images of the same size"):
         open_reference(tmp_path / "ref.npz", 8)
 
 
@@ -133,11 +133,11 @@ def test_statistics_are_whose_they_are(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
     with pytest.raises(UserError, match="statistics of Inception's features and no images"):
         measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
-    with pytest.raises(UserError, match="from the published weights of Inception, but samples use other weights"):
+    with pytest.raises(UserError, match="from the published weights of Inception, but --features-weights names others"):
         measured(path, samples, ("fid",), small_inception("0" * 64))
     extractor = small_inception()
     extractor.dim = 2048
-    with pytest.raises(UserError, match="mu has 6 entries, the features have 2048"):
+    with pytest.raises(UserError, match="mu has 6 entries, but the features have 2048"):
         measured(path, samples, ("fid",), extractor)
     with_images = adm_file(tmp_path / "images.npz", small_inception(), samples)
     found = measured(with_images, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
@@ -146,7 +146,7 @@ def test_statistics_are_whose_they_are(tmp_path, real, samples):
 
 def test_damaged_and_strange_files(tmp_path, samples):
     path = adm_file(tmp_path / "r.npz", small_inception(), samples)
-    with pytest.raises(UserError, match=r"samples are of 8 pixels, .*r\.npz of 16"):
+    with pytest.raises(UserError, match=r"samples have 8 pixels, but .*r\.npz has 16"):
         open_reference(path, 8)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -156,7 +156,7 @@ def test_damaged_and_strange_files(tmp_path, samples):
     with pytest.raises(UserError, match="cannot be read as a reference: .*Python objects"):
         open_reference(path, 16)
     np.savez(path, mu=np.zeros(6))
-    with pytest.raises(UserError, match="mu needs its sigma"):
+    with pytest.raises(UserError, match="mu and sigma belong together"):
         open_reference(path, 16)
     np.savez(path, mu=np.full(6, np.nan), sigma=np.eye(6))
     with pytest.raises(UserError, match="mu .*finite"):
@@ -181,7 +181,7 @@ def test_samples_of_a_folder_have_one_size(image_folder, tmp_path):
     assert np.array_equal(images.rows(np.arange(1))[0].permute(1, 2, 0).numpy(), first)
     for name, side in (("a.png", 8), ("b.png", 9)):
         Image.new("RGB", (side, side)).save(tmp_path / name)
-    with pytest.raises(UserError, match=r"b\.png in .* has 9 x 9 pixels, the first image 8 x 8"):
+    with pytest.raises(UserError, match=r"b\.png in .* has 9 x 9 pixels, but the first image 8 x 8"):
         list(open_images(tmp_path).batches(4))
 
 

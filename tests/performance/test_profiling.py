@@ -92,5 +92,5 @@ def test_the_summary_is_of_the_row():
     profile = {"categories": {"product": 3.0, "copy": 1.0, "other": 0.0}, "launches": 1234.0, "busy": 0.5}
     row = {"profile": profile, "products_of_the_rate": {"qkv forward": 0.8, "qkv input": 0.6}}
     said = summary(json.loads(json.dumps(row)))
-    assert "Kernels: product 75%, copy 25%; 1,234 a step, the device busy 50%" in said
+    assert "Kernels: product 75%, copy 25%; 1,234 per step; the device is busy 50%" in said
     assert "at 70% of the rate" in said

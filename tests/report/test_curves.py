@@ -102,7 +102,7 @@ def test_picture_for_a_readme(two, tmp_path):
     assert len(np.unique(colours, axis=0)) > 1000  # samples are on it
     assert picture.width > 2 * picture.height
     empty = fake_run(tmp_path / "young", num_steps=0)
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="nothing to plot"):
         save_figure([empty], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
 

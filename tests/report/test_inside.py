@@ -34,7 +34,7 @@ def test_what_moves_is_drawn_and_what_stands_still_is_said(tmp_path):
     assert "Steps skipped for gradients that are not finite: 0." in sentences
     text = write_report([run], tmp_path / "r.html").read_text()
     assert "How training went" in text
-    assert "wait for data (ms a step) against training steps: r from 2.00 to 10.00." in text  # 0.002 s at step 20
+    assert "wait for data (ms per step) against training steps: r from 2.00 to 10.00." in text  # 0.002 s at step 20
 
 
 def test_skipped_steps_are_drawn_as_they_are(tmp_path):

@@ -159,7 +159,7 @@ def test_damaged_results_are_named(tmp_path):
     with pytest.raises(UserError, match=r"x\.json cannot be read as JSON"):
         add_evaluations(read_runs([run]))
     file.write_text("[]")
-    with pytest.raises(UserError, match="holds no results of `repa evaluate`"):
+    with pytest.raises(UserError, match="is not a result of `repa evaluate`"):
         add_evaluations(read_runs([run]))
 
 

@@ -433,7 +433,7 @@ def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, t
 
 def test_what_is_not_finite_is_no_image(run):
     huge = SampleConfig(steps=3, guidance=["cfg:scale=1e30"], labels="0,1")
-    with pytest.raises(UserError, match="Image 5 of .* is not finite, from call [12] of 3"):
+    with pytest.raises(UserError, match="Image 5 of .* is not finite, from network call [12] of 3"):
         generate(run, huge, [5, 6])
     state = {name: value.clone() for name, value in run.model.state_dict().items()}
     with torch.no_grad():

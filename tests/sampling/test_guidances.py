@@ -178,7 +178,7 @@ def test_representation_guidance_walks_to_the_features_of_an_image(random_run, i
     assert repa(command) == 2
     assert repa([*command, "--guide-image", image]) == 0
     assert len(json.loads(out.with_suffix(".json").read_text())["guide_image_sha256"]) == 64
-    with pytest.raises(UserError, match="there are tiny@1"):
+    with pytest.raises(UserError, match="it has tiny@1"):
         prepared(run, config.override(guidance=["representation:scale=5,term=tiny@2"]))
     with pytest.raises(UserError, match="needs a run folder"):
         prepared(random_network(), config)

@@ -91,6 +91,6 @@ def test_what_does_not_fit_is_refused(run):
         prepared(run, config(encoder_steps=2, guidance=("internal:head=1,scale=1.4",)))
     with pytest.raises(UserError, match="dopri5"):
         prepared(run, config(encoder_steps=2, sampler="dopri5"))
-    with pytest.raises(UserError, match="evaluates the network 6 times"):
+    with pytest.raises(UserError, match="makes only 6 evaluations"):
         prepared(run, config(encoder_steps=7))
     assert prepared(replace(run), config()).sharing is None

@@ -144,17 +144,17 @@ def one_step(config: TrainConfig, *, compiled: bool = False, seed: int = 0):
 
 ROUTES = ("tread", "sprint")
 REASONS: dict[str, list[tuple[str, str]]] = {
-    "needs all of them": [*itertools.product(("irepa", "attention", "dispersive", "nt_xent", "shared", "adapter"), ROUTES)],
+    "needs all tokens": [*itertools.product(("irepa", "attention", "dispersive", "nt_xent", "shared", "adapter"), ROUTES)],
     "process only a share of the tokens": [*itertools.product(("head",), ROUTES)],
     "works only on grid tokens": [("reg", "two times")],
     "needs one time per image": [("adapter", "two times")],
     "needs a variance": [("reg", "ddpm")],
-    "is a setting of the objective flow": [("two times", "ddpm"), ("contrastive", "ddpm"), ("data", "ddpm")],
+    "applies only to the objective flow": [("two times", "ddpm"), ("contrastive", "ddpm"), ("data", "ddpm")],
     "compares the images of the whole batch": [("dispersive", "in parts"), ("nt_xent", "in parts")],
     "The backbone 'jit' has no": [*itertools.product(("jit",), ("reg", "two times", "head", "ddpm", "modern blocks", *ROUTES))],
     "The backbone 'ddt' has no": [*itertools.product(("ddt",), ("reg", "two times", "ddpm", *ROUTES))],
     "supports neither attention taps nor token routing": [("attention", "hooked")],
-    "0 tokens in front of its grid": [("reg", "hooked")],
+    "0 tokens before its grid": [("reg", "hooked")],
     "learned variance, but the network outputs 3": [("ddpm", "hooked")],
     "does not support checkpoint_activations": [("hooked", "recomputed")],
     "names none": [("hooked", "muon")],

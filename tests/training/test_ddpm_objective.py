@@ -126,8 +126,8 @@ def test_six_steps_are_three_and_a_restart_and_three(config, run_training, tmp_p
     ("change", "sentence"),
     [
         ({"diffusion": {"objective": "flow"}}, "DiT-S/4 also predicts a variance.*choose --diffusion.objective ddpm, or 'SiT-S/4'"),
-        ({"model": {"name": "SiT-B/2"}}, "trains a variance too, which SiT-B/2 does not predict: choose 'DiT-B/2'.*or.*flow"),
-        ({"diffusion": {"objective": "ddpm", "path": "vp"}}, "diffusion: path 'vp' is a setting of the objective flow"),
+        ({"model": {"name": "SiT-B/2"}}, "also trains a variance, which SiT-B/2 does not predict: choose 'DiT-B/2'.*or.*flow"),
+        ({"diffusion": {"objective": "ddpm", "path": "vp"}}, "diffusion: path 'vp' applies only to the objective flow"),
     ],
 )  # fmt: skip
 def test_a_network_that_the_objective_does_not_train_is_refused(config, change, sentence):
@@ -136,12 +136,12 @@ def test_a_network_that_the_objective_does_not_train_is_refused(config, change, 
 
 
 def test_previews_by_a_sampler_that_cannot_are_refused_at_once(tiny_config, config, run_training, tmp_path):
-    with pytest.raises(UserError, match="The sampler ddim walks the timesteps of the objective ddpm"):
+    with pytest.raises(UserError, match="The sampler ddim needs a network trained with the objective ddpm"):
         tiny_config.override(preview={"sampler": "ddim"})
     assert config.override(preview={"sampler": "ddim:eta=1"}).preview.sampler == "ddim:eta=1"
     for preview, sentence in (
         ({"sampler": "ddim", "num_steps": 300}, "No stride visits exactly 300 of 1000 timesteps"),
-        ({"sampler": "ddpm", "num_steps": 1}, "DDPM sampling takes 2 to 1000 steps, but got 1"),
+        ({"sampler": "ddpm", "num_steps": 1}, "DDPM sampling needs 2 to 1000 steps, but got 1"),
     ):
         with pytest.raises(UserError, match=sentence):
             run_training(config.override(preview={"every": 2, **preview}), tmp_path / "r")

@@ -1,4 +1,4 @@
-"""Layer 2: one term of the loss: a tap, seen through a projector, is compared with a target (Eqs. 8, 9)."""
+"""Layer 2: the alignment terms of the loss. Each compares a projected tap with a target (Eqs. 8, 9)."""
 
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ TARGETS = Registry(
     },
     listing="targets",
 )
-# f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for what it may be given more
+# f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for further inputs
 PROJECTORS = Registry(
     "projector",
     {

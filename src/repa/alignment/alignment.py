@@ -1,4 +1,4 @@
-"""Eq. 8 as a module: project a tap, match token grids, compare; and the weight of Eq. 9."""
+"""Eq. 8 as a module (project a tap, match token grids, compare), and the weight of Eq. 9."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Self
@@ -19,28 +19,28 @@ from repa.models.layers import TokenConvolution
 
 
 class ProjectorContext(NamedTuple):
-    """What a projector that reads time and condition gets in addition to the tokens."""
+    """Further inputs of a projector that depends on time and condition."""
 
     t: Times
     """(N,) times of the noise."""
     condition: Condition
     visible: Tensor | None = None
-    """(N, T) bool, False for tokens that are masked; None: all are seen."""
+    """(N, T) bool, False for masked tokens; None: no token is masked."""
 
 
 class Alignment(nn.Module):
     """One term of the loss: a tap of the network against a target.
 
-    In your own loop `compare` is all that is needed; the training loop calls `forward` with all that a step has seen.
+    In your own loop, call `compare`. The training loop calls `forward` with everything that a step computed.
 
     Args:
-        config: which term.
+        config: configuration of the term.
         hidden_dim: width D of the transformer.
-        feature_dim: width F of the target's tokens; 0 where there is no target, or it has the width of the tap.
+        feature_dim: width F of the target's tokens; 0 without a target, or if it equals the width of the tap.
         grid: (rows, columns) of the transformer's tokens; None: a square.
-        target: what `forward` compares with; None where only `compare` is used.
+        target: target of `forward`; None if only `compare` is used.
         prefix_tokens: tokens in front of the grid in the tap.
-        num_classes: of the network, for projectors that look at the condition.
+        num_classes: number of the network's classes, for projectors that depend on the condition.
     """
 
     def __init__(
@@ -63,16 +63,16 @@ class Alignment(nn.Module):
         self.sees_condition = bool(declared(projector, "sees_condition"))
         classes = (num_classes,) if self.sees_condition else ()
         self.loss = LOSSES.build(config.loss)
-        # Relations between tokens have no width, so a tap without a projector is compared as wide as it is.
+        # Relations between tokens have no width, so a tap without a projector keeps its own.
         relations = declared(self.loss, "compares_relations")
         width = hidden_dim if relations and config.projector == "none" else feature_dim or hidden_dim
         self.projector = projector(hidden_dim, width, grid, *classes)
-        # Another term whose projector is used. In a list, so that it is no submodule of this one: its weights would be counted
-        # and saved twice.
+        # The term that owns a shared projector. A list hides it from nn.Module: as a submodule, its weights would be counted and
+        # saved twice.
         self._sharing: list[Alignment] = []
         if not isinstance(self.projector, nn.Module):
             raise UserError(
-                f"The projector {config.projector!r} must give an nn.Module, but gave {type(self.projector).__name__}."
+                f"The projector {config.projector!r} must return an nn.Module, but returned {type(self.projector).__name__}."
             )
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)
@@ -86,7 +86,7 @@ class Alignment(nn.Module):
         if target.prefix and tap.kind == "hidden" and model.prefix_tokens != 1:
             raise UserError(
                 f"The target {config.target!r} has a token for the whole image, and the network has {model.prefix_tokens} "
-                "tokens in front of its grid: give the run one stream, or take part=patches."
+                "tokens before its grid: use exactly one stream, or part=patches."
             )
         term = cls(
             config, model.hidden_dim, target.dim, model.grid, target=target, prefix_tokens=model.prefix_tokens,
@@ -94,15 +94,15 @@ class Alignment(nn.Module):
         )  # fmt: skip
         if target.prefix and (term.sees_condition or isinstance(term.projector, TokenConvolution)):
             raise UserError(
-                f"The projector {config.projector!r} takes the tokens of the grid alone, and the target {config.target!r} has one for "
-                "the whole image: take part=patches, or the projector mlp."
+                f"The projector {config.projector!r} accepts only the tokens of the grid, but the target {config.target!r} has another for "
+                "the whole image: use part=patches, or the projector mlp."
             )
         if model.route and model.route.keep < 1 and any(model.route.covers(tap.depth) for tap in term.taps):
             term.refuse_what_needs_all_tokens()
         return term
 
     def refuse_what_needs_all_tokens(self) -> None:
-        """Raises UserError where the term cannot be compared on the tokens that a routed block has, others in each image."""
+        """Raises UserError if the term cannot be computed from the tokens of a routed block, which differ between images."""
         comparing = looks_at_other_images(self.loss)
         needs = {
             "the tap attention": self.tap.kind == "attention",
@@ -113,13 +113,13 @@ class Alignment(nn.Module):
         }
         if asked := [what for what, needed in needs.items() if needed]:
             raise UserError(
-                f"The alignment {self.key!r} looks at a block that sees a share of the tokens, but {asked[0]} needs all of them: "
+                f"The alignment {self.key!r} taps a block that sees only a share of the tokens, but {asked[0]} needs all tokens: "
                 "choose blocks before or after the route, or other settings of the alignment."
             )
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What this term needs to see of the network's pass."""
+        """The tap of the network that this term reads."""
         return (self.tap, *self.target.own)
 
     @property
@@ -128,7 +128,7 @@ class Alignment(nn.Module):
 
     @property
     def masked(self) -> float | None:
-        """Share of the tap's tokens that its projector is not to see in training; None: it masks none."""
+        """Share of the tap's tokens that are masked for its projector in training; None: no masking."""
         return getattr(self._projector, "masked", None) if self.sees_condition else None
 
     def forward(self, seen: Seen) -> Tensor:
@@ -136,7 +136,7 @@ class Alignment(nn.Module):
         student, target = seen.output.taps[self.tap], self.target(seen)
         if self.tap.kind == "hidden" and not self.target.prefix:
             student = student[:, self.prefix_tokens :]
-        # The projector learns and the network does not notice: its weights stay those of a run without the term, to the bit.
+        # Only the projector learns: the network's weights stay bit-identical to those of a run without the term.
         if self.config.measure_only:
             student = student.detach()
         context = ProjectorContext(seen.t, seen.condition, seen.visible.get(self.key)) if self.sees_condition else None
@@ -144,15 +144,15 @@ class Alignment(nn.Module):
         return self.at_times(loss, seen.t)
 
     def at_times(self, loss: Tensor, t: Times | None) -> Tensor:
-        """The losses (N,) of images at times t, as they count there; without t, of a term that counts alike at all times."""
+        """The losses (N,), weighted by the images' times t. A term whose weight does not depend on time needs no t."""
         low, high = self.config.times
         if (low, high, self.config.time_weight) == (0.0, 1.0, "constant"):
             return loss
         if t is None:
             raise UserError(
-                f"How much the term {self.key!r} counts depends on the time: give t (N,), aligner(features, t=t)."
+                f"The weight of the term {self.key!r} depends on the time: pass t (N,), as in aligner(features, t=t)."
             )
-        # An image has one loss: of its tokens' times the mean counts.
+        # An image has one loss, so the mean of its tokens' times counts.
         t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
         return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
 
@@ -167,14 +167,14 @@ class Alignment(nn.Module):
     ) -> Tensor:
         """Eq. 8, per image: student (N, T, D), target (N, M, F) -> (N,); attention logits are (N, h, T, T).
 
-        Where M is not T, the target's grid is resampled to the student's, or the other way round (`config.resample`).
-        `kept` (N, K): the student has these tokens of its grid alone, where a network routes tokens. `context`: for a projector
-        that looks at the condition. `grid`: (rows, columns) of this student's tokens; None: those that the term was built with.
-        `frames`: so many images after each other are a video, whose tokens the loss sees as one sequence: (N / frames,).
+        If M differs from T, the target is resampled to the student's grid, or the student to the target's (`config.resample`).
+        `kept` (N, K): ids of the grid's tokens that the student has, if the network routes tokens. `context`: for a projector
+        that depends on the condition. `grid`: (rows, columns) of this student's tokens; None: the grid of the constructor.
+        `frames`: number of consecutive images that form a video, a single sequence for the loss, which is then (N / frames,).
 
         Raises:
-            UserError: the target has another width than the projector was built for, the grids differ and one has no shape,
-                or a loss of your own does not give (N,).
+            UserError: the width of the target does not match the projector, the grids differ and one has no shape, or a private
+                loss does not return (N,).
         """
         if self.tap.kind == "attention":
             with no_autocast(student.device):
@@ -184,26 +184,26 @@ class Alignment(nn.Module):
         if student.ndim != 3 or (target is not None and len(target) != len(student)):
             given = f"{tuple(student.shape)}" + ("" if target is None else f" and {tuple(target.shape)}")
             raise UserError(
-                f"An alignment compares tokens (N, T, D) with those of as many images, but got {given}: tokens of a map (N, D, H, W) "
-                "are x.flatten(2).transpose(1, 2)."
+                f"An alignment compares tokens (N, T, D) with tokens of the same N images, but got {given}: convert a map (N, D, H, W) "
+                "with x.flatten(2).transpose(1, 2)."
             )
         grid = grid or self.grid
-        if self.config.pool:  # one vector an image, which has one place
+        if self.config.pool:  # one vector per image
             grid, kept = (1, 1), None
         projected = self.project(student, context, grid)  # (N, T, F)
-        # In half precision the norms of a cosine under- or overflow, and the logits of a softmax lose their differences.
+        # In half precision the norms of a cosine under- or overflow, and the logits of a softmax become equal.
         with no_autocast(student.device):
             projected = at_least_float32(projected)
             if target is None:
                 return self._losses(projected, None)
             self._check_width(projected, target)
-            # Detached also where the target is a block of this network: it must not move towards what it is to teach.
+            # Detached also if the target is a block of this network: the target must not move towards the student.
             projected, matched = self._match(projected, at_least_float32(target.detach()), kept, grid)
-            # After resampling, which averages tokens and so shrinks the deviation that a norm divides by; and of all of the
-            # image's tokens, so that a target does not depend on which of them are kept in this step.
+            # After resampling, because averaging tokens shrinks the deviation that a norm divides by. Over all tokens of the image,
+            # so that the target does not depend on which tokens this step keeps.
             matched = self.token_norm(matched)
             if kept is not None:
-                assert grid is not None  # a network that keeps tokens has told it
+                assert grid is not None  # known for every network that routes tokens
                 prefix = matched.shape[1] - grid[0] * grid[1]
                 matched = torch.cat([matched[:, :prefix], _select_tokens(matched[:, prefix:], kept)], 1)
             if frames > 1:
@@ -211,24 +211,24 @@ class Alignment(nn.Module):
             return self._losses(projected, matched)
 
     def share_projector_of(self, other: "Alignment") -> None:
-        """Use another term's projector, and have none; raises UserError unless it fits."""
+        """Share another term's projector instead of its own; raises UserError if it does not fit."""
         alike = ("projector", "pool", "measure_only")
         if different := [name for name in alike if getattr(self.config, name) != getattr(other.config, name)]:
             raise UserError(
-                f"The alignment {self.key!r} uses the projector of {other.key!r}, but has another {different[0]}: give "
-                "both the same."
+                f"The alignment {self.key!r} shares the projector of {other.key!r}, but their {different[0]} differs: set "
+                "both to the same value."
             )
         if other.feature_dim != self.feature_dim:
             raise UserError(
-                f"The alignment {self.key!r} uses the projector of {other.key!r}, but its target has {self.feature_dim} "
-                f"channels and the other's {other.feature_dim}: give it a separate projector."
+                f"The alignment {self.key!r} shares the projector of {other.key!r}, but its target has {self.feature_dim} "
+                f"channels and the other's {other.feature_dim}: use a separate projector."
             )
         self.projector, self._sharing = nn.Identity(), [other]
 
     def project(
         self, student: Tensor, context: ProjectorContext | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """The tap as the loss sees it: (N, T, D) -> (N, T, F); `grid` as for `compare`."""
+        """The projected tap, as the loss sees it: (N, T, D) -> (N, T, F); `grid` as for `compare`."""
         if self.config.pool:
             student = student.mean(1, keepdim=True)  # (N, 1, D)
         if isinstance(self._projector, TokenConvolution):
@@ -237,29 +237,29 @@ class Alignment(nn.Module):
             return self._projector(student)
         if context is None:
             raise UserError(
-                f"The projector {self.config.projector!r} looks at times and condition: give compare a ProjectorContext(t, condition)."
+                f"The projector {self.config.projector!r} needs times and condition: pass compare a ProjectorContext(t, condition)."
             )
         return self._projector(student, *context)
 
     def weight(self, step: int) -> float:
-        """Lambda of Eq. 9 at a training step; 0 means that neither encoder nor projector need run."""
+        """Lambda of Eq. 9 at a training step; at 0 neither the encoder nor the projector needs to run."""
         return self.config.weight * self.schedule(step)
 
     def zero_loss(self) -> Tensor:
-        """Zero, for a step in which the term does not count, with every parameter in the graph: DDP waits for the gradient of each."""
+        """Zero, for a step without this term. Every parameter is in the graph, because DDP waits for the gradient of each."""
         parameters = [p.sum() for p in self.parameters()]
         return 0.0 * torch.stack(parameters).sum() if parameters else torch.zeros(())
 
     def _match_routed(
         self, student: Tensor, target: Tensor | None, kept: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Student, target and the ids of the student's tokens where the target has all of them (None: both have the same).
+        """Student, target, and the ids of the student's tokens if only the target has all tokens (None: both have the same).
 
-        A tap of a routed block has K tokens, other taps of the pass and targets from elsewhere have all T.
+        A tap of a routed block has K tokens; other taps of the pass and other targets have all T.
         """
         if kept is None or self.tap.kind == "attention":
             return student, target, None
-        # Tokens in front of the grid always go through the route. Only the number tells where the tap was: K or T.
+        # Tokens before the grid always pass through the route. The number of tokens, K or T, shows whether the tap is routed.
         front = self.prefix_tokens if self.target.prefix else 0
         routed = student.shape[1] == front + kept.shape[1]
         if target is None or not (self.target.own and target.shape[1] == kept.shape[1]):
@@ -269,7 +269,7 @@ class Alignment(nn.Module):
     def _match(
         self, projected: Tensor, target: Tensor, kept: Tensor | None, grid: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
-        """Both on one grid, (N, T, F) and (N, T, F); of the student's tokens those that it has."""
+        """Both on one grid, (N, T, F) and (N, T, F), restricted to the tokens that the student has."""
         prefix = 1 if self.target.prefix else 0
         head, target = target[:, :prefix], target[:, prefix:]
         if self.config.resample == "target":
@@ -287,21 +287,21 @@ class Alignment(nn.Module):
         width = self.feature_dim or (0 if declared(self.loss, "compares_relations") else projected.shape[-1])
         if width and target.shape[-1] != width:
             raise UserError(
-                f"The target {self.config.target!r} gave {target.shape[-1]} channels, but the projector was built for {width}: features "
-                "must be those of the encoder that the alignment names, and a Target of your own must set dim."
+                f"The target {self.config.target!r} has {target.shape[-1]} channels, but the projector was built for {width}: pass "
+                "features of the encoder that the alignment names; a private Target must set dim."
             )
 
     def _losses(self, student: Tensor, target: Tensor | None) -> Tensor:
-        """(N,), one for each image: another shape would be broadcast against the denoising loss."""
+        """(N,), one per image: any other shape would be broadcast against the denoising loss."""
         losses = self.loss(student, target)
         if losses.shape != student.shape[:1]:
             raise UserError(
-                f"The loss {self.config.loss!r} must give one number for each of {len(student)} images, (N,), but gave "
+                f"The loss {self.config.loss!r} must return one number for each of {len(student)} images, (N,), but returned "
                 f"{tuple(losses.shape)}: average over tokens and channels, not over images."
             )
         return losses
 
 
 def _select_tokens(tokens: Tensor, kept: Tensor) -> Tensor:
-    """(N, T, F) -> (N, K, F): those of `kept` (N, K)."""
+    """(N, T, F) -> (N, K, F): the tokens with the ids `kept` (N, K)."""
     return tokens.gather(1, kept[:, :, None].expand(-1, -1, tokens.shape[2]))

@@ -16,7 +16,7 @@ from repa.base.registry import declared, parse_spec
 from repa.models.image_tokens import Tokens, image_tokens
 from repa.models.taps import Grid, NamedBlock, Watcher, find_blocks, width_of
 
-WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to one width
+WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to the target's width
 
 
 def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "Aligner":
@@ -28,31 +28,31 @@ def attach(net: nn.Module, block: str, features: int = 0, **settings: Any) -> "A
         loss = denoising_loss(net(...)) + aligner(features)         # features (N, M, F) of the clean images
         loss.backward(); optimizer.step(); aligner.step()
 
-    By default the term compares how similar the tokens of an image are to each other (loss gram), without a projector: a
-    pretrained network keeps its hidden states, of which only the relations are asked to change (SGA, arXiv 2605.20808).
-    For a network that trains from scratch: `attach(net, block, features=768, loss="cosine")`.
+    By default the term compares the similarities between the tokens of an image (loss gram), without a projector: it changes
+    only the relations between the hidden states of a pretrained network (SGA, arXiv 2605.20808). For a network that is
+    trained from scratch: `attach(net, block, features=768, loss="cosine")`.
 
     Args:
-        net: the network, also one inside DDP, torch.compile (not yet run) or peft.
-        block: a name, or a pattern: then each block that fits has a term. See `find_blocks`.
-        features: width F of the features, where a projector maps to it.
-        settings: of `Aligner.add`.
+        net: the network; it may be wrapped in DDP, torch.compile (before its first run) or peft.
+        block: name of a block, or a pattern, which adds a term for each matching block. See `find_blocks`.
+        features: width F of the features, if a projector maps to it.
+        settings: further arguments of `Aligner.add`.
 
     Raises:
-        UserError: there is no such block, or settings that do not fit; the message lists the blocks.
+        UserError: no such block (the message lists the blocks), or settings that do not fit.
     """
     return Aligner(net).add(block, features, **settings)
 
 
 class Aligner(nn.Module):
-    """Alignment terms of a network, made by `attach`; calling it gives their weighted loss.
+    """Alignment terms of a network, created by `attach`; a call returns their weighted loss.
 
-    Its parameters are the projectors', its state dict holds them and where schedules stand. In several processes wrap it
-    as the network (DDP, `accelerator.prepare`) and call it: gradients of projectors are averaged as all others are.
+    Its parameters are those of the projectors; its state dict also holds the state of the schedules. With several processes,
+    wrap it like the network (DDP, `accelerator.prepare`) and call it, so that the projectors' gradients are averaged.
 
     Attributes:
-        values: term -> its loss in the last call, unweighted, without gradient.
-        steps: optimiser steps done, which schedules depend on.
+        values: term -> its loss in the last call, unweighted, detached.
+        steps: number of completed optimiser steps, the input of the schedules.
     """
 
     def __init__(self, net: nn.Module):
@@ -76,41 +76,45 @@ class Aligner(nn.Module):
         text: str = "front",
         **settings: Any,
     ) -> "Aligner":
-        """A further term, or several where the pattern `block` fits several blocks.
+        """Add a term, or several if the pattern `block` matches several blocks.
 
         Args:
             features: as for `attach`.
-            target: "features" that each call is given, "none" (dispersive), or the name of another block.
-            tap: "hidden", or "attention": the logits of the first self-attention in the block, computed as PyTorch's
-                scaled_dot_product_attention is called; without torch.compile.
+            target: "features" (an argument of each call), "none" (dispersive), or the name of another block.
+            tap: "hidden", or "attention": the logits of the first self-attention in the block, recorded when it calls PyTorch's
+                scaled_dot_product_attention; not with torch.compile.
             grid: (rows, columns) or (frames, rows, columns) of the tokens; None: from the network's input, or a square.
-            hidden_dim: width of the block's tokens, where network and block do not tell.
-            output: which of a block's outputs, where that is not clear from shapes.
-            text: where text tokens stand in a sequence with the image's, "front" or "behind".
+            hidden_dim: width of the block's tokens, if it cannot be read from the network or the block.
+            output: index of the block's output, if the shapes do not determine it.
+            text: position of text tokens in a sequence shared with the image's tokens, "front" or "behind".
             settings: fields of `AlignmentConfig`: loss, weight, schedule, projector, token_norm, times, name, measure_only.
         """
         net = self._watcher.net
         if text not in ("front", "behind"):
-            raise UserError(f"Text tokens stand in 'front' or 'behind' those of the image, but text is {text!r}.")
+            raise UserError(
+                f"text must be 'front' or 'behind', the position of text tokens relative to the image's, but got {text!r}."
+            )
         if grid is not None:
             grid = checked_grid(grid)
         other = None
         if target not in ("features", "none"):
             others = find_blocks(net, target)
             if len(others) != 1:
-                raise UserError(f"A target is one block, but {target!r} fits {len(others)}.")
-            # A block is a target of the aligner's own, which the term is handed: to its configuration there is none.
+                raise UserError(f"A target must be one block, but {target!r} matches {len(others)}: name one of them.")
+            # The aligner itself passes the block's tokens to the term, so the configuration names no target.
             (other,), target = others, "none"
         settings.setdefault("loss", "attention_ce" if tap == "attention" else "gram")
         unprojected = tap == "attention" or other or parse_spec(settings["loss"])[0] in WITHOUT_WIDTH
         settings.setdefault("projector", "none" if unprojected else "mlp")
         found = find_blocks(net, block)
         if "name" in settings and len(found) > 1:
-            raise UserError(f"{block!r} fits {len(found)} blocks, which cannot all have the name {settings['name']!r}.")
+            raise UserError(
+                f"{block!r} matches {len(found)} blocks, but only one can have the name {settings['name']!r}: leave name out."
+            )
         for each in found:
             config = AlignmentConfig.parse({"target": target, "depth": 1, "tap": tap, "name": each.name, **settings})
             if config.key in self._terms:
-                raise UserError(f"There is a term {config.key!r} already: give this one another name.")
+                raise UserError(f"A term {config.key!r} already exists: choose another name.")
             width = self._width(each, hidden_dim, config, features, other is not None)
             term = self._build(each, config, features, width, grid)
             self.terms[config.module] = term
@@ -130,26 +134,26 @@ class Aligner(nn.Module):
             term.share_projector_of(self._term_called(config.projector_of).term)
         if term.sees_condition:
             raise UserError(
-                f"The projector {config.projector!r} looks at times and labels, which an aligner is not given: take mlp, linear or conv."
+                f"The projector {config.projector!r} needs times and labels, which an aligner does not have: use mlp, linear or conv."
             )
-        # Beside the block, wherever a large network keeps it.
+        # On the block's device, as a large network may be spread over several.
         weight = next(block.module.parameters(), None)
         return term.to(None if weight is None else weight.device)
 
     def _width(
         self, block: NamedBlock, given: int | None, config: AlignmentConfig, features: int, own_target: bool
     ) -> int:
-        """Width of the tap; 0 where no projector has to know it."""
+        """Width of the tap; 0 if no projector needs it."""
         if config.projector == "none":
             return 0
         if not features and not own_target and config.target == "features":
             raise UserError(
-                f"The projector {config.projector!r} needs the width of the features: attach(net, {block.name!r}, features=768)."
+                f"The projector {config.projector!r} needs the width of the features: call attach(net, {block.name!r}, features=768)."
             )
         width = given or width_of(self._watcher.net, block)
         if width is None:
             raise UserError(
-                f"How wide the tokens of {block.name} are is not known: give hidden_dim=..., their number of channels."
+                f"The width of the tokens of {block.name} is unknown: pass hidden_dim=..., their number of channels."
             )
         return width
 
@@ -159,28 +163,28 @@ class Aligner(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Does a term count at this step that looks at features? If not, the encoder need not run."""
+        """Whether any term with a nonzero weight at this step reads features. If not, the encoder need not run."""
         terms = [attached.term for attached in self._terms.values()]
         return any(term.weight(self.steps) and term.config.target == "features" for term in terms)
 
     def forward(
         self, features: Given = None, *, t: Tensor | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
-        """The weighted sum of the terms, a number to add to the loss, for the network's last pass.
+        """The weighted sum of the terms for the network's last pass, a scalar to add to the loss.
 
         Args:
-            features: of the clean images: tokens (N, M, F), of a video (N, frames, M, F), attention logits (N, h, M, M); or
-                what an encoder of `repa.encoders` gives; or these by the names of terms.
+            features: features of the clean images: tokens (N, M, F), for a video (N, frames, M, F), attention logits
+                (N, h, M, M), or the output of an encoder of `repa.encoders`; or a dictionary of these by term.
             t: (N,) times in [0, 1], 0 is data, for terms with `times` or `time_weight`.
-            grid: of this batch, where it changes from batch to batch and the network's input is packed.
+            grid: token grid of this batch, if it changes between batches and the network's input is packed.
 
         Raises:
-            UserError: the network has not run since the last call, or shapes that do not fit together.
+            UserError: the network has not run since the last call, or shapes do not match.
         """
         total: Tensor | float = 0.0
         self.values = {}
         if not self._terms:
-            raise UserError("This aligner has no terms: it was detached. Attach again.")
+            raise UserError("This aligner has no terms because it was detached: call attach again.")
         for name, attached in self._terms.items():
             weight = attached.term.weight(self.steps)
             if weight == 0:
@@ -189,43 +193,43 @@ class Aligner(nn.Module):
             loss = self._loss(name, attached, features, t, grid)
             self.values[name] = loss.detach().mean()
             total = total + weight * loss.mean()
-        # Forgotten: the next call must not see this pass again, and its activations would stay in memory until then.
+        # Cleared: the next call must not read this pass again, and its activations would stay in memory until then.
         self._watcher.record.begin(None)
         return total if isinstance(total, Tensor) else torch.tensor(total)
 
     def loss(self, features: Given = None, **more: Any) -> Tensor:
-        """The same as calling it, for one process; see `forward`.
+        """The same as a call, for a single process; see `forward`.
 
         Raises:
-            UserError: in several processes, whose projectors would go apart: wrap the aligner as the network, and call it.
+            UserError: several processes, whose projectors would diverge: wrap the aligner like the network, and call it.
         """
         if dist.world() > 1 and any(p.requires_grad for p in self.parameters()):
             raise UserError(
-                "In several processes the gradients of projectors must be averaged: wrap the aligner as the network (DDP or "
+                "With several processes the gradients of projectors must be averaged: wrap the aligner like the network (DDP or "
                 "accelerator.prepare) and call it, aligner(features), instead of its loss."
             )
         return self(features, **more)
 
     def taps(self) -> dict[str, Tensor]:
-        """Term -> tokens (N, T, D) of the network's last pass, for analysis, or as features of another network's aligner."""
+        """Term -> tokens (N, T, D) of the network's last pass, for analysis or as features for another network's aligner."""
         return {name: self._tokens(attached.block, attached, None).tokens for name, attached in self._terms.items()}
 
     def step(self) -> None:
-        """An optimiser step is done: schedules move on."""
+        """Advance the schedules after an optimiser step."""
         self.steps += 1
         for name, attached in self._terms.items():
             schedule = attached.term.schedule
-            # The mean of all processes: a schedule that stopped in one of them alone would part their gradients.
+            # The mean over processes: a schedule that stopped in only one process would make their gradients differ.
             if hasattr(schedule, "watches") and schedule.watches(self.steps) and name in self.values:
                 schedule.observe(self.steps, float(dist.mean_over(self.values[name])))
 
     def detach(self) -> None:
-        """Take the hooks out of the network, which is then as before."""
+        """Remove the hooks from the network, which is then unchanged."""
         self._watcher.close()
         self._terms.clear()
 
     def get_extra_state(self) -> Tensor:
-        """Where schedules stand, as bytes of JSON: a tensor, as safetensors hold nothing else."""
+        """State of the schedules as bytes of JSON in a tensor, because safetensors stores only tensors."""
         schedules = {name: attached.term.schedule for name, attached in self._terms.items()}
         observed = {name: schedule.state() for name, schedule in schedules.items() if hasattr(schedule, "watches")}
         text = json.dumps({"steps": self.steps, "schedules": observed})
@@ -240,7 +244,7 @@ class Aligner(nn.Module):
             for name, values in observed.items():
                 self._term_called(name).term.schedule.load(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"The state of an aligner is damaged, or of other terms: {error}.") from error
+            raise UserError(f"The aligner's state is damaged or belongs to other terms: {error}.") from error
         self.steps = steps
 
     def extra_repr(self) -> str:
@@ -253,7 +257,7 @@ class Aligner(nn.Module):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: each term, where it looks, its weight now and its last loss."""
+        """A table for notebooks: each term with its tap, its current weight and its last loss."""
         rows = []
         for name, attached in self._terms.items():
             config, value = attached.term.config, self.values.get(name)
@@ -283,12 +287,12 @@ class Aligner(nn.Module):
             student = student.detach()
         elif torch.is_grad_enabled() and not student.requires_grad:
             raise UserError(
-                f"The output of block {attached.block} depends on no trained weight, or was computed without gradients: train weights "
-                "of this block or in front of it."
+                f"The output of block {attached.block} has no gradient: train weights of this block or of an earlier one, and do not run "
+                "the network under no_grad."
             )
         if attached.width and student.shape[2] != attached.width:
             raise UserError(
-                f"Block {attached.block} gives tokens of width {student.shape[2]}, but its projector was built for {attached.width}: "
+                f"Block {attached.block} outputs tokens of width {student.shape[2]}, but its projector was built for {attached.width}: "
                 f"attach with hidden_dim={student.shape[2]}."
             )
         target: Tensor | None = None
@@ -304,19 +308,19 @@ class Aligner(nn.Module):
         needs_width = not attached.width and not declared(term.loss, "compares_relations")
         if target is not None and needs_width and student.shape[2] != target.shape[2]:
             raise UserError(
-                f"Without a projector the loss {term.config.loss!r} needs tokens of one width, but block {attached.block} gives "
-                f"{student.shape[2]} and the target has {target.shape[2]}: take projector='mlp', or loss='gram'."
+                f"Without a projector the loss {term.config.loss!r} needs equal widths, but block {attached.block} has "
+                f"{student.shape[2]} and the target has {target.shape[2]}: use projector='mlp', or loss='gram'."
             )
-        # A network in half precision without autocast gives taps that a projector in float32 cannot multiply.
+        # Without autocast, a half-precision network outputs taps that a float32 projector cannot multiply.
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
         if (
             parse_spec(term.config.loss)[0] == "crepa"
-        ):  # it compares the frames of a video, which count as images for all other losses
+        ):  # it compares the frames of a video; all other losses treat frames as images
             if frames > 1 and parse_spec(term.config.loss)[1]["frames"] != frames:
                 raise UserError(
-                    f"Block {attached.block} gives {frames} frames, but the loss is {term.config.loss!r}: give crepa:frames={frames}."
+                    f"Block {attached.block} outputs {frames} frames, but the loss is {term.config.loss!r}: use crepa:frames={frames}."
                 )
             loss = term.compare(student, target, grid=rows_columns, frames=frames)  # (N,)
         else:
@@ -327,8 +331,8 @@ class Aligner(nn.Module):
         record = self._watcher.record
         if block not in record.passes:
             raise UserError(
-                f"Block {block} has not run since the last call of the aligner: run the network first. A network that was compiled "
-                "must be attached to before its first run."
+                f"Block {block} has not run since the last call of the aligner: run the network first. If the network is compiled, "
+                "attach before its first run."
             )
         grid = checked_grid(grid) if grid is not None else attached.grid
         seen, patch = record.passes[block], self._watcher.patch
@@ -337,12 +341,12 @@ class Aligner(nn.Module):
         )
 
     def _attention(self, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tensor:
-        """Logits (N, h, T, T) between the tokens of the image."""
+        """Attention logits (N, h, T, T) between the tokens of the image."""
         logits = self._watcher.record.attention.get(attached.block)
         if logits is None:
             raise UserError(
-                f"No self-attention of block {attached.block} was seen: it must run before the aligner is called, call PyTorch's "
-                "scaled_dot_product_attention, and not be compiled. Otherwise take tap='hidden'."
+                f"No self-attention of block {attached.block} was recorded: it must run before the aligner, call PyTorch's "
+                "scaled_dot_product_attention, and not be compiled. Otherwise use tap='hidden'."
             )
         number = self._tokens(attached.block, attached, grid).tokens.shape[1]
         cut = slice(logits.shape[-1] - number, None) if attached.text == "front" else slice(number)
@@ -350,7 +354,7 @@ class Aligner(nn.Module):
 
 
 class _AttachedTerm(NamedTuple):
-    """A term and where it looks; see `Aligner.add`."""
+    """A term and its tap; see `Aligner.add`."""
 
     term: Alignment
     block: str
@@ -358,7 +362,7 @@ class _AttachedTerm(NamedTuple):
     grid: Grid | None
     output: int | str | None
     text: str
-    width: int  # of the tap, where a projector knows it; else 0
+    width: int  # width of the tap if a projector needs it, else 0
 
     @property
     def target_name(self) -> str:

@@ -50,7 +50,7 @@ class AlignmentConfig(Config):
     """Name of an earlier term whose projector this term shares."""
 
     pool: bool = False
-    """Compare the mean of the tap's tokens, one vector an image, with a target that is one vector, or with its mean."""
+    """Compare the mean of the tap's tokens, one vector per image, with a target of one vector or with the mean of its tokens."""
 
     token_norm: Annotated[str, Spec(TOKEN_NORMS)] = "none"
     """Normalisation of the target's tokens within an image: none, zscore:alpha=0.6, layernorm."""
@@ -63,36 +63,38 @@ class AlignmentConfig(Config):
 
     @property
     def key(self) -> str:
-        """Names the term: `name`, or target and tap, as in "dinov2-b@8"."""
+        """Identifier of the term: `name`, or target and tap, as in "dinov2-b@8"."""
         return self.name or f"{self.target}@{self.depth}{'.attention' if self.tap == 'attention' else ''}"
 
     @property
     def module(self) -> str:
-        """The key as the name of a module, which holds no dot: keys of projectors in a checkpoint begin with it."""
+        """The key as a module name, without dots; the projector's keys in a checkpoint start with it."""
         return self.key.replace(".", "_")
 
     @property
     def encoder(self) -> tuple[str, dict[str, Any]]:
-        """The encoder that the target names and which of its features, e.g. ("dinov2-b", {"part": "all"}); ("", {}): none."""
+        """The target's encoder and its feature settings, e.g. ("dinov2-b", {"part": "all"}); ("", {}): no encoder."""
         return _encoder_of(self.target)
 
     @field_validator("target")
     @classmethod
     def _target(cls, value: str) -> str:
         if not value.strip():
-            raise UserError("an alignment needs a target, such as the name of an encoder, but was given an empty text.")
+            raise UserError(
+                "the target is empty: give the name of an encoder or of another target (`repa list targets`)."
+            )
         name, _ = parse_spec(value)
         if name in TARGETS.table or _is_private_target(name):
             return TARGETS.check(value)
         ENCODERS.check(_encoder_of(value)[0])
-        # One spelling from here on: features are stored and computed under it.
+        # Normalised, because features are stored and computed under this spelling.
         return canonical(value)
 
     @field_validator("times")
     @classmethod
     def _times(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 <= value[0] < value[1] <= 1:
-            raise UserError(f"times needs 0 <= low < high <= 1, but got {value[0]}, {value[1]}.")
+            raise UserError(f"times must satisfy 0 <= low < high <= 1, but got {value[0]}, {value[1]}.")
         return value
 
     @model_validator(mode="after")
@@ -100,33 +102,35 @@ class AlignmentConfig(Config):
         encoder, settings = self.encoder
         part, layer = settings.get("part", "patches"), settings.get("layer")
         if part not in ("patches", "attention", "all"):
-            raise UserError(f"an encoder has the parts patches, attention and all, but the target says part={part!r}.")
+            raise UserError(f"part must be patches, attention or all, but the target has part={part!r}.")
         if layer is not None if part != "attention" else type(layer) is not int or layer < 1:
             raise UserError(
-                f"the target {self.target!r} has the layer {layer!r}: with part=attention give a block of its encoder, counted from "
-                "1, as layer=9, and else none."
+                f"the target {self.target!r} has layer={layer!r}: with part=attention give a block of its encoder, counted from "
+                "1, such as layer=9; otherwise leave layer out."
             )
         if encoder and (part == "attention") != (self.tap == "attention"):
             raise UserError(
-                f"the target {self.target!r} and the tap {self.tap!r} do not go together: tap attention needs a target with "
-                "part=attention and layer=N, and only it."
+                f"the target {self.target!r} does not fit the tap {self.tap!r}: use the tap attention with a target that has "
+                "part=attention and layer=N, and only with such a target."
             )
         places = part == "all" or parse_spec(self.projector)[0] in ("conv", "adapter")
         if self.pool and (self.tap == "attention" or places):
             raise UserError(
-                "pool gives one vector an image, which has neither attention nor places: take the tap hidden, the projector mlp and "
+                "pool reduces an image to one vector, which has no attention and no grid: use the tap hidden, the projector mlp and "
                 "a target without part=all."
             )
         if parse_spec(self.target)[0] == "text" and not self.pool:
             raise UserError(
-                "The target text is one vector an image: give pool true, which takes the mean of the tap's tokens."
+                "The target text is one vector per image: set pool to true, which averages the tap's tokens."
             )
         if self.tap == "attention" and self.projector != "none":
-            raise UserError(f"logits of attention have no projector: give the projector none, not {self.projector!r}.")
+            raise UserError(
+                f"attention logits have no projector, but got {self.projector!r}: set the projector to none."
+            )
         return self
 
     def idle(self) -> dict[str, str]:
-        return {"projector": "with --projector-of, which takes another's"} if self.projector_of else {}
+        return {"projector": "with --projector-of, which shares another term's"} if self.projector_of else {}
 
 
 def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:
@@ -140,17 +144,17 @@ def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:
 
 
 def _is_private_target(name: str) -> bool:
-    """Is this dotted name a target, which says so by `is_target = True`? Any other is an encoder."""
+    """Whether this dotted name is a target, marked by `is_target = True`. Any other is an encoder."""
     if "." not in name:
         return False
     try:
         return bool(getattr(TARGETS.load(name), "is_target", False))
     except UserError as error:
-        # A name that cannot be imported may be a misspelt target: the encoder's message would send its author to the
-        # wrong registry. All other refusals (not trusted, not a function) hold for encoders too, which state them.
+        # A name that cannot be imported may be a misspelt target, so the message of encoders would point to the wrong
+        # registry. Other errors (not trusted, not a function) apply to encoders too, and are reported there.
         if isinstance(error.__cause__, (ImportError, AttributeError)):
             raise UserError(
-                f"Neither a target nor an encoder {name!r} can be imported: {error.__cause__}. Check the spelling, and that "
+                f"The target or encoder {name!r} cannot be imported: {error.__cause__}. Check the spelling, and that "
                 "its module is importable from here."
             ) from error
         return False

@@ -1,7 +1,7 @@
-"""Eq. 8 and its relatives: tokens put on one grid and normalised, and (N,) losses whose mean is the loss of the paper.
+"""Eq. 8 and related losses: resampling and normalisation of tokens, and losses (N,); the paper's loss is their mean.
 
-Tokens are row-major, (N, rows * columns, F): N images, T tokens, F width, h heads, M images of all processes. A loss that is
-one number for the batch gives it to each image. `Alignment` switches autocast off around these functions: in half precision
+Tokens are row-major, (N, rows * columns, F): N images, T tokens, F width, h heads, M images of all processes. A loss of the
+whole batch returns the same number for each image. `Alignment` disables autocast around these functions: in half precision
 the norms under- or overflow, which is a known source of NaN.
 """
 
@@ -22,10 +22,10 @@ from repa.models.layers import grid_side
 
 
 def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
-    """Declare that a loss looks at other images of the batch, always or for some of its settings.
+    """Declare that a loss compares images of the batch, always or for some of its settings.
 
-    Such a loss is refused with gradient accumulation, which shows it a part of the batch. Losses of your own declare it
-    too: `loss.compares_images = True`.
+    Such a loss is refused with gradient accumulation, which splits the batch. A private loss declares it with
+    `loss.compares_images = True`.
     """
 
     def declare(loss: Callable) -> Callable:
@@ -36,13 +36,13 @@ def compares_images(always: Callable[..., bool] | bool = True) -> Callable:
 
 
 def compares_relations(loss: Callable) -> Callable:
-    """Declare that a loss compares tokens with each other and never with the target's: student and target may differ in width."""
+    """Declare that a loss compares only relations between tokens, so that student and target may differ in width."""
     loss.compares_relations = True  # type: ignore[attr-defined]  # a function may have any
     return loss
 
 
 def looks_at_other_images(loss: Callable) -> bool:
-    """Whether a loss, with its settings bound, declares it (see `compares_images`)."""
+    """Whether a loss with bound settings compares images (see `compares_images`)."""
     always = declared(loss, "compares_images")
     return always(**getattr(loss, "keywords", {})) if callable(always) else bool(always)
 
@@ -53,13 +53,13 @@ def cosine(
     """Eq. 8 with the negative cosine similarity: (N, T, F), (N, T, F) -> (N,) in [-1, 1].
 
     Args:
-        axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens: what
-            the released code of SRA does by a default argument, kept to reproduce it.
+        axis: channels compares the vectors of tokens. tokens compares, for each channel, its values over the tokens, which
+            reproduces a default argument of SRA's released code.
         margin: a cosine above 1 - margin counts as 1 - margin (0.5 in VA-VAE, arXiv 2501.01423).
     """
     dim = -1 if axis == "channels" else 1
     cosines = (_unit_vectors(student, dim) * _unit_vectors(target, dim)).sum(dim)  # (N, T), or (N, F)
-    # Rounding takes a cosine near 1 above it: cut at 1, it would lose its gradient.
+    # Rounding can push a cosine above 1: clamped at 1, it would lose its gradient.
     return -(cosines.clamp(max=1 - margin) if margin else cosines).mean(-1)  # (N,)
 
 
@@ -71,22 +71,22 @@ def nt_xent(student: Tensor, target: Tensor, *, temperature: PositiveFloat = 0.0
 
         loss[n] = -mean_p log( exp(h[n,p] . y[n,p] / temperature) / sum_m exp(h[n,p] . y[m,p] / temperature) )
 
-    The paper names NT-Xent without saying which patches are negatives. Here they are the patches at the SAME place of
-    the other images of the global batch. Other patches of the same image are left out: neighbours show the same object
-    and would be false negatives, and all N*T patches against each other would cost (N*T)^2 logits. This costs N*M*T:
+    The paper does not define the negatives of NT-Xent. Here they are the patches at the SAME position in the other images
+    of the global batch. Patches of the same image are excluded: neighbours show the same object and would be false
+    negatives, and comparing all N*T patches would need (N*T)^2 logits. This needs N*M*T:
     64 MiB in float32 for 256 images of 256 tokens in one process.
 
-    Only targets cross processes, and they need no gradient: with the gradient averaged over processes, as DDP does,
-    several processes give what one process with the whole batch gives. Every process must hold the same N.
+    Only targets are gathered from other processes, and they need no gradient. With gradients averaged over processes, as in
+    DDP, the result equals that of one process with the full batch. Every process must have the same N.
 
     Raises:
-        UserError: the global batch holds one image: there is no negative.
+        UserError: the global batch has one image, hence no negative.
     """
     own, others = _unit_vectors(student), dist.gather(_unit_vectors(target))  # (N, T, F), (M, T, F)
     (num_images, num_tokens, _), num_candidates = own.shape, len(others)
     if num_candidates < 2:
         raise UserError(
-            "The loss 'nt_xent' contrasts images of a batch: it needs 2 or more, but got 1: raise the batch size."
+            "The loss 'nt_xent' contrasts images of a batch and needs at least 2, but got 1: raise the batch size."
         )
     logits = torch.einsum("npf,mpf->npm", own, others) / temperature  # (N, T, M)
     positive = dist.rank() * num_images + torch.arange(num_images, device=logits.device)
@@ -110,19 +110,19 @@ def gram(
     student: Tensor, target: Tensor, *, norm: Literal["mse", "l1", "relu"] = "mse", margin: NonNegativeFloat = 0.0,
     scope: Literal["sample", "batch"] = "sample",
 ) -> Tensor:  # fmt: skip
-    """How the cosines between tokens differ from those of the target: (N, T, F), (N, T, G) -> (N,).
+    """Difference between the cosines of the student's tokens and those of the target's: (N, T, F), (N, T, G) -> (N,).
 
     With S(u)[i, j] = cos(u_i, u_j) and d = S(student) - S(target), the mean over all pairs of norm(d). Widths may differ.
     U-REPA (arXiv 2503.18414) uses mse, VideoREPA's token relation distillation (arXiv 2505.23656) l1 with margin 0.1.
 
     Args:
         norm: mse is d^2, l1 is |d|, relu is max(d, 0): only similarities that exceed the target's count.
-        margin: of |d| (for relu, of d) that costs nothing.
+        margin: |d| (for relu, d) up to this value has no loss.
         scope: sample compares the tokens of an image; batch the tokens of all images of all processes, (M T)^2 pairs.
     """
     own, wanted = _unit_vectors(student), _unit_vectors(target)  # (N, T, F), (N, T, G)
     if scope == "batch":
-        # With gradient, unlike in nt_xent: here the student's tokens stand on both sides of a pair.
+        # With gradient, unlike in nt_xent: here both members of a pair are student tokens.
         all_own, all_wanted = (dist.gather_with_gradient(x).flatten(0, 1) for x in (own, wanted))  # (M T, F)
         difference = own @ all_own.T - wanted @ all_wanted.T  # (N, T, M T)
     else:
@@ -142,16 +142,16 @@ def crepa(
     normalize: bool = False,
     cumulative: bool = True,
 ) -> Tensor:
-    """CREPA (arXiv 2506.09229), for videos: a frame's tokens point towards its own features and those of its neighbours.
+    """CREPA (arXiv 2506.09229), for videos: aligns a frame's tokens with the features of this frame and its neighbours.
 
         loss = -mean_i sum_{|i - j| <= distance} exp(-|i - j| / temperature) mean_p cos(student[i, p], target[j, p])
 
     (N, frames * P, F) twice, frame by frame -> (N,). With `normalize` the weights of a frame sum to 1; the paper's do not.
-    Unless `cumulative`, the frames between a frame and those at `distance` are left out.
+    Unless `cumulative`, neighbours closer than `distance` are left out.
     """
     if student.shape[1] % frames:
         raise UserError(
-            f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens, but got {frames}."
+            f"The loss 'crepa' needs a number of frames that divides the {student.shape[1]} tokens, but got {frames}: set frames=."
         )
     own, wanted = (_unit_vectors(x).unflatten(1, (frames, -1)) for x in (student, target))  # (N, frames, P, F)
     cosines = torch.einsum("nipf,njpf->nij", own, wanted) / own.shape[2]  # (N, frames, frames)
@@ -167,13 +167,13 @@ def crepa(
 def attention_ce(student: Tensor, target: Tensor, *, heads: PositiveInt = 12) -> Tensor:
     """HASTE (arXiv 2505.16792): cross entropy of the student's attention with the target's, logits (N, h, T, T) -> (N,).
 
-    The mean over rows and over the first `heads` heads of both, or fewer where one has fewer. Logits hold the factor
-    head_dim^-0.5 already.
+    The mean over queries and over the first `heads` heads of both, or fewer if one has fewer. Logits include the factor
+    head_dim^-0.5.
     """
     if student.ndim != 4 or student.shape[2:] != target.shape[2:]:
         raise UserError(
-            f"The loss 'attention_ce' needs logits (N, h, T, T) of one grid, but got {tuple(student.shape)} and "
-            f"{tuple(target.shape)}: take tap attention and a target with part=attention."
+            f"The loss 'attention_ce' needs logits (N, h, T, T) on the same grid, but got {tuple(student.shape)} and "
+            f"{tuple(target.shape)}: use the tap attention and a target with part=attention."
         )
     heads = min(heads, student.shape[1], target.shape[1])
     wanted = target[:, :heads].softmax(-1)
@@ -189,19 +189,19 @@ def dispersive(
 
         log mean_ij exp(-|z_i - z_j|^2 / (T D temperature)),   z the tokens of an image as one vector, i = j included
 
-    The squared distance is divided by the number of elements, or no temperature would suit two sizes of network; with
-    `normalize` the vectors are brought to unit length instead. The authors' PyTorch code takes temperature 1, their paper 0.5.
+    The squared distance is divided by the number of elements, so that one temperature suits networks of any size; with
+    `normalize` the vectors have unit length instead. The authors' PyTorch code uses temperature 1, their paper 0.5.
 
     Args:
-        scope: global spreads the images of all processes apart, device those of each process by itself.
+        scope: global disperses the images of all processes, device those of each process separately.
     """
     own = student.flatten(1)  # (N, T D)
     own = F.normalize(own, dim=1) if normalize else own * own.shape[1] ** -0.5
     others = dist.gather_with_gradient(own) if scope == "global" else own  # (M, T D)
-    # Centred: distances stay what they are, and the difference of squares below loses fewer digits.
+    # Centring keeps the distances, and the difference of squares below loses fewer digits.
     others = others - others.mean(0)
     squares = others.square().sum(1)  # (M,)
-    # A product in place of (M, M, T D) differences, which no memory holds; rounding may take a distance of 0 below it.
+    # A product instead of (M, M, T D) differences, which do not fit in memory; rounding can make a distance negative.
     distances = (squares[:, None] + squares - 2 * others @ others.T).clamp_min(0)  # (M, M)
     return (-distances / temperature).exp().mean().log().expand(len(student))
 
@@ -215,30 +215,30 @@ def resize_tokens(
 ) -> Tensor:
     """Resample a row-major token grid to another: (N, M, F) -> (N, num_tokens, F), the same tensor when M fits.
 
-    Fewer rows or columns take the mean over the area that each new token covers, more are interpolated bilinearly.
+    A smaller grid uses the mean over the area of each new token; a larger one is interpolated bilinearly.
 
     Args:
         grid: (rows, columns) to resample to; None: a square of `num_tokens`.
-        own: (rows, columns) of the tokens; None: with the ratio of sides of `grid`, or a square.
+        own: (rows, columns) of the tokens; None: the aspect ratio of `grid`, or a square.
 
     Raises:
         UserError: the grids differ and one has no shape.
     """
     if tokens.shape[1] == num_tokens:
         return tokens
-    if num_tokens == 1:  # of any number, whatever their grid
+    if num_tokens == 1:  # the mean, for any grid
         return tokens.mean(1, keepdim=True)
     new = grid or (grid_side(num_tokens),) * 2
     old = own or grid_like(tokens.shape[1], new)
     image = tokens.transpose(1, 2).unflatten(2, old)  # (N, F, rows, columns)
-    # Bilinear leaves out tokens of a grid more than twice as large. Either changes nothing where the side stays.
+    # Bilinear would skip tokens of a grid more than twice as large. Neither changes a side that stays the same.
     image = F.interpolate(image, size=[*map(min, old, new)], mode="area")
     image = F.interpolate(image, size=new, mode="bilinear", align_corners=False)
     return image.flatten(2).transpose(1, 2)  # (N, T, F)
 
 
 def grid_like(num_tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of `num_tokens` tokens on a grid with the ratio of sides of `grid`; raises UserError where there is none."""
+    """(rows, columns) of `num_tokens` tokens with the aspect ratio of `grid`; raises UserError if there is no such grid."""
     rows = math.isqrt(num_tokens * grid[0] // grid[1])
     if rows and rows * (num_tokens // rows) == num_tokens and rows * grid[1] == (num_tokens // rows) * grid[0]:
         return rows, num_tokens // rows
@@ -254,17 +254,15 @@ def identity(tokens: Tensor) -> Tensor:
 def zscore(tokens: Tensor, *, alpha: float = 0.6) -> Tensor:
     """Spatial normalisation of iREPA (arXiv 2512.10794): (y - alpha * mean(y)) / (std(y) + 1e-6), same shape (N, T, F).
 
-    Mean and unbiased standard deviation are over the tokens of an image, per channel. What all patches share says
-    nothing about places; alpha is the part of it that is taken away.
+    Mean and unbiased standard deviation are over the tokens of an image, per channel. The mean has no spatial
+    information; alpha is the share of it that is subtracted.
     """
     if tokens.shape[1] < 2:
-        raise UserError(
-            "The token normalisation 'zscore' needs at least 2 tokens per image, but got 1: use token_norm none."
-        )
+        raise UserError("The token norm 'zscore' needs at least 2 tokens per image, but got 1: use token_norm none.")
     mean, std = tokens.mean(1, keepdim=True), tokens.std(1, keepdim=True)  # (N, 1, F), unbiased
     return (tokens - alpha * mean) / (std + 1e-6)
 
 
 def layernorm(tokens: Tensor) -> Tensor:
-    """Each token to mean 0 and variance 1 over its channels, (N, T, F): for losses that depend on the size of a target, such as `mse`."""
+    """Normalise each token to mean 0 and variance 1 over channels, (N, T, F), for losses that depend on scale, such as `mse`."""
     return F.layer_norm(tokens, tokens.shape[-1:])

@@ -18,11 +18,11 @@ Grid = tuple[int, int] | None  # (rows, columns) of the tokens; None: a square
 
 
 def sees_condition(projector: Callable) -> Callable:
-    """Declare that a projector depends on more than the tokens; those of your own declare it too: `projector.sees_condition = True`.
+    """Declare that a projector needs time and condition. A private projector sets `projector.sees_condition = True`.
 
     It is built as f(hidden_dim, feature_dim, grid, num_classes, **settings), and its module is called with (hidden, t, condition,
-    visible). Where the module has an attribute `masked`, visible (N, T) bool is drawn in training, False for that share of
-    the tokens; elsewhere it is None.
+    visible). If the module has an attribute `masked`, visible (N, T) bool is sampled in training, False for that share of
+    the tokens; otherwise it is None.
     """
     projector.sees_condition = True  # type: ignore[attr-defined]  # a function may have any
     return projector
@@ -55,7 +55,7 @@ def none(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Identity:
     if feature_dim != hidden_dim:
         raise UserError(
             f"The projector 'none' needs a target as wide as the tap, but the tap has {hidden_dim} channels and the target "
-            f"{feature_dim}: take linear or mlp."
+            f"{feature_dim}: use linear or mlp."
         )
     return nn.Identity()
 
@@ -63,7 +63,9 @@ def none(hidden_dim: int, feature_dim: int, grid: Grid = None) -> nn.Identity:
 def conv(hidden_dim: int, feature_dim: int, grid: Grid = None, *, kernel: PositiveInt = 3) -> nn.Module:
     """iREPA's projector (arXiv 2512.10794): one convolution over the token grid, which keeps the grid's size."""
     if kernel % 2 == 0:
-        raise UserError(f"The projector 'conv' needs an odd kernel, which keeps the grid's size, but got {kernel}.")
+        raise UserError(
+            f"The projector 'conv' needs an odd kernel size, which keeps the grid, but got {kernel}: use 3 or 5."
+        )
     return _initialise(TokenConvolution(hidden_dim, feature_dim, kernel, grid))
 
 
@@ -84,17 +86,17 @@ def adapter(
     Args:
         masked: share of the tokens that are masked in training.
         depth: blocks.
-        heads: of their attention; 0: as many as there are with a width of 64.
+        heads: number of attention heads; 0: as many as have a width of 64.
         class_tokens: copies of the class in front of the grid.
     """
     heads = heads or max(1, hidden_dim // 64)
     if hidden_dim % (4 * heads):
         raise UserError(
-            f"The projector 'adapter' needs heads whose width is a multiple of 4, but {hidden_dim} channels over {heads!r} heads "
-            "have none: choose another heads=."
+            f"The projector 'adapter' needs a head width that is a multiple of 4, but {hidden_dim} channels with {heads!r} heads "
+            "do not give one: choose another heads=."
         )
     if grid is None:
-        raise UserError("The projector 'adapter' needs to know the grid of the tokens: give Alignment (rows, columns).")
+        raise UserError("The projector 'adapter' needs the grid of the tokens: pass Alignment grid=(rows, columns).")
     return MaskedAdapter(
         hidden_dim, feature_dim, grid, num_classes=num_classes, num_heads=heads, depth=depth, class_tokens=class_tokens,
         masked=masked,

@@ -1,6 +1,6 @@
 """Multiplier of an alignment's weight at a training step: f(step, **settings) -> float in [0, 1]. Plain Python, no torch.
 
-A schedule that depends on how training goes is an object with `watches`, `observe`, `state` and `load` besides: see `Plateau`.
+A schedule that depends on the loss is an object that also has `watches`, `observe`, `state` and `load`: see `Plateau`.
 
 Steps are optimiser steps, counted from 0.
 """
@@ -17,22 +17,22 @@ def constant(now: int, /) -> float:
 
 
 def stop(now: int, /, *, step: PositiveInt = 250_000) -> float:
-    """1 before `step`, 0 from it on, where the encoder no longer runs (HASTE, arXiv 2505.16792: 250,000 for XL)."""
+    """1 before `step`, then 0; the encoder no longer runs (HASTE, arXiv 2505.16792: 250,000 for XL)."""
     return 1.0 if now < step else 0.0
 
 
 def warmup(now: int, /, *, steps: PositiveInt = 50_000) -> float:
-    """From 0 at step 0 up a straight line to 1 at `steps` (REED, arXiv 2507.08980: of the denoising loss)."""
+    """Linear from 0 at step 0 to 1 at `steps` (REED, arXiv 2507.08980: of the denoising loss)."""
     return min(1.0, now / steps)
 
 
 def linear(now: int, /, *, steps: PositiveInt = 400_000) -> float:
-    """From 1 at step 0 down a straight line to 0 at `steps`."""
+    """Linear from 1 at step 0 to 0 at `steps`."""
     return max(0.0, 1.0 - now / steps)
 
 
 def cosine(now: int, /, *, steps: PositiveInt = 400_000) -> float:
-    """From 1 at step 0 down half a cosine to 0 at `steps`."""
+    """Half a cosine from 1 at step 0 to 0 at `steps`."""
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, now / steps)))
 
 
@@ -42,10 +42,10 @@ def exponential(now: int, /, *, start: NonNegativeInt = 750_000, steps: Positive
 
 
 class Plateau:
-    """1 until the term's loss stops falling, 0 from then on; HASTE (arXiv 2505.16792) sets this step by hand.
+    """1 until the term's loss stops falling, then 0; HASTE (arXiv 2505.16792) chooses this step manually.
 
-    The loss is looked at a hundred times in `span` steps. When its mean over a span is not at least `gain` below that of
-    the span before, the term has stopped. The training loop tells it the losses and keeps its state in checkpoints.
+    The loss is sampled a hundred times in `span` steps. The term stops when the mean over a span is not at least `gain` below
+    the mean of the previous span. The training loop passes the losses and stores the state in checkpoints.
     """
 
     def __init__(self, *, span: PositiveInt = 10_000, gain: NonNegativeFloat = 0.002):
@@ -56,11 +56,11 @@ class Plateau:
         return 0.0 if self.stopped else 1.0
 
     def watches(self, step: int) -> bool:
-        """Whether it wants the loss of the step that was just done, counted from 1."""
+        """Whether it needs the loss of the step that was just completed, counted from 1."""
         return not self.stopped and step % self.every == 0
 
     def observe(self, step: int, loss: float) -> None:
-        """The term's mean loss over the global batch; one that is not finite is passed over."""
+        """Record the term's mean loss over the global batch; a non-finite loss is ignored."""
         if math.isfinite(loss):
             self.total, self.count = self.total + loss, self.count + 1
         if step // self.span != (step - self.every) // self.span and self.count:
@@ -69,7 +69,7 @@ class Plateau:
             self.before, self.total, self.count = mean, 0.0, 0
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint holds; `before` is left out until there is one, as a file of plain numbers holds no infinity."""
+        """The state in a checkpoint; `before` is left out while it is infinite, because JSON has no infinity."""
         before = {} if math.isinf(self.before) else {"before": self.before}
         return {"total": self.total, "count": self.count, "stopped": self.stopped, **before}
 

@@ -1,6 +1,6 @@
-"""What a tap is compared with: an encoder's features, another block, the averaged network, the clean latents, or nothing.
+"""Targets of a tap: an encoder's features, another block, the averaged network, the clean latents, or none.
 
-A target says what it needs to see, so that only what the terms of a run need is computed.
+A target declares its inputs, so that a step computes only what the terms of a run need.
 """
 
 import inspect
@@ -21,28 +21,28 @@ from repa.models.layers import patchify
 
 
 class Seen(NamedTuple):
-    """Everything that a term may read in a step."""
+    """All inputs that a term may read in a step."""
 
     output: Output
     """Of the network in training."""
     features: Mapping[str, Features]
-    """Encoder -> its features of the clean images; an encoder that no term needs at this step is not among them."""
+    """Encoder -> its features of the clean images, without encoders that no term needs at this step."""
     averaged: Output | None
     """Of the averaged network, without gradient; None when no term asks for it."""
     clean: State
     """What was noised."""
     t: Times
-    """Times of the noise, (N,) or two an image."""
+    """Times of the noise, (N,), or two per image."""
     condition: Condition
-    """What the network was given: the null condition where it was dropped."""
+    """The network's condition: the null condition where it was dropped."""
     given: Condition
-    """What the data says of the images, nothing dropped."""
+    """The condition in the data, without dropout."""
     visible: Mapping[str, Tensor]
-    """Term -> (N, T) bool: the tokens that its projector sees, where it masks some."""
+    """Term -> (N, T) bool: the tokens that its projector sees, if it masks some."""
 
 
 class Need(NamedTuple):
-    """What a target wants of one encoder."""
+    """The features that a target needs from one encoder."""
 
     encoder: str
     pooled: bool = False
@@ -50,12 +50,12 @@ class Need(NamedTuple):
 
     @classmethod
     def of(cls, encoder: str, part: str = "patches", layer: int = 0) -> "Need":
-        """What the settings of a target ask of its encoder."""
+        """The need that the settings of a target express."""
         return cls(encoder, part == "all", (layer,) if layer else ())
 
 
 def merged_needs(needs: Iterable[Need]) -> tuple[Need, ...]:
-    """One for each encoder, with all that is wanted of it."""
+    """The needs combined, one per encoder."""
     found: dict[str, Need] = {}
     for need in needs:
         other = found.get(need.encoder, Need(need.encoder))
@@ -65,19 +65,19 @@ def merged_needs(needs: Iterable[Need]) -> tuple[Need, ...]:
 
 
 class Target:
-    """Nothing: for losses of the tap alone, as `dispersive`. The base of the other targets.
+    """No target, for losses of the tap alone, such as `dispersive`. Base class of the other targets.
 
     Attributes:
-        dim: width of the target's tokens; 0 where the projector has nothing to match.
-        need: the encoder whose features it reads, as Need("tiny"), or None. A run reads it off the settings of the target's
-            function too, `encoder` and where they are wanted `part` and `layer`, as encoders are loaded before the network.
+        dim: width of the target's tokens; 0 if the projector has no width to match.
+        need: the encoder's features that it reads, such as Need("tiny"), or None. Encoders are loaded before the network, so a
+            run also reads it from the settings `encoder`, `part` and `layer` of the target's function.
         own: further taps of the same pass.
         averaged: taps of the averaged network.
-        run: folder of the run whose network takes the averaged network's place; "" where it does not.
-        scale: of its condition: null + scale (conditional - null); 1 asks for the conditional pass alone.
-        earlier: how much less noise the averaged network sees, at most: its time is t - u * earlier, u ~ U(0, 1).
+        run: folder of a run that replaces the averaged network; "": the averaged network.
+        scale: guidance scale of that network: null + scale (conditional - null); 1 needs only the conditional pass.
+        earlier: largest time difference of the averaged network: its time is t - u * earlier, u ~ U(0, 1).
         cleanest: whether the averaged network sees all tokens at the least noisy time of the image.
-        prefix: whether the target has a row for the token of a stream in front of the grid.
+        prefix: whether the target has a token for the stream token before the grid.
     """
 
     dim: int = 0
@@ -91,7 +91,7 @@ class Target:
     prefix: bool = False
 
     def ready(self, seen: Seen) -> bool:
-        """Whether what it reads was made at this step."""
+        """Whether its inputs were computed at this step."""
         return (self.need is None or self.need.encoder in seen.features) and not (self.averaged and not seen.averaged)
 
     def __call__(self, seen: Seen) -> Tensor | None:
@@ -106,7 +106,7 @@ class EncoderTarget(Target):
         self.encoder, self.part, self.layer = encoder, part, layer
         self.dim, self.prefix = dim, part == "all"
         self.need = Need.of(encoder, part, layer)
-        # Logits have the shape of the tap's, and no projector that a width would be for.
+        # Logits have the shape of the tap's and no projector, so no width is needed.
         if part == "attention":
             self.dim = 0
 
@@ -114,16 +114,16 @@ class EncoderTarget(Target):
         return self.of(seen.features[self.encoder])
 
     def of(self, features: Features) -> Tensor:
-        """The part of an encoder's features that is compared with."""
+        """The compared part of an encoder's features."""
         if self.part == "attention":
             assert features.attention is not None  # asked for by `need`
             return features.attention[self.layer]
         if self.part == "all":
             if features.pooled is None:
                 raise UserError(
-                    f"The encoder {self.encoder} has no vector for the whole image, which part=all compares with: take part=patches."
+                    f"The encoder {self.encoder} has no pooled vector, which part=all needs: use part=patches."
                 )
-            # Stored features are float16, which the autocast of a CPU cannot join.
+            # Stored features are float16, which CPU autocast cannot concatenate.
             return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
         return features.patches
 
@@ -163,7 +163,7 @@ class LatentTarget(Target):
 
 
 class TextTarget(Target):
-    """The mean of the tokens of an image's caption, one vector an image: (N, 1, E)."""
+    """The mean of the tokens of an image's caption, one vector per image: (N, 1, E)."""
 
     def __init__(self, width: int):
         self.dim = width
@@ -171,12 +171,12 @@ class TextTarget(Target):
     def __call__(self, seen: Seen) -> Tensor:
         if seen.given.text is None:
             raise UserError(
-                "A term has the target text, but the images came without the tokens of captions: use data that `repa prepare --text` made."
+                "A term has the target text, but the data has no caption tokens: prepare the data with `repa prepare --text`."
             )
         tokens = seen.given.text.float()  # (N, S, E)
         if seen.given.text_mask is None:
             return tokens.mean(1, keepdim=True)
-        # Padding is zero and not a word: the mean is over the tokens that there are, and an empty caption has none.
+        # Padding is zero, so the mean is over the real tokens only; an empty caption has none.
         there = seen.given.text_mask[..., None].float()  # (N, S, 1)
         return (tokens * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
 
@@ -189,7 +189,7 @@ def text(model: Backbone, tap: Tap, *, width: PositiveInt | None = None) -> Targ
     """
     if width is None:
         raise UserError(
-            "The target text needs to know how wide the tokens are, which a run takes from its data: give text:width=768."
+            "The target text needs the width of the tokens, which a run reads from its data: use text:width=768."
         )
     return TextTarget(width)
 
@@ -216,9 +216,9 @@ def run(
 
     Args:
         path: run folder.
-        step: of its checkpoint; -1 the newest, which the run's configuration then names.
+        step: step of its checkpoint; -1: the newest, whose step is then recorded in the configuration.
     """
-    # In the averaged network's place: both are another network's answer to the same images, and a run looks at one of them.
+    # It replaces the averaged network: a run reads the output of at most one other network.
     target = AveragedTarget(model.checked(Tap(depth, tap.kind)), model, 0.0, False)
     target.run, target.scale = str(path), float(scale)
     return target
@@ -234,22 +234,22 @@ def latent(model: Backbone, tap: Tap) -> Target:
 def features(model: Backbone, tap: Tap) -> Target:
     """Features that your own loop passes to `Alignment.compare`; not a target of `repa train`."""
     raise UserError(
-        "The target 'features' is for Alignment.compare in a loop of your own: a run needs the name of an encoder."
+        "The target 'features' is only for Alignment.compare in your own loop: give a run the name of an encoder."
     )
 
 
 def none(model: Backbone, tap: Tap) -> Target:
-    """No target: the loss looks at the tap alone."""
+    """No target: the loss depends on the tap alone."""
     return Target()
 
 
 def needs_of(alignments: Iterable[AlignmentConfig]) -> tuple[Need, ...]:
-    """What terms want of encoders, known before there is a network."""
+    """The encoder features that the terms need, known before the network is built."""
     return merged_needs(Need.of(encoder, **settings) for encoder, settings in map(_read_by, alignments) if encoder)
 
 
 def _read_by(config: AlignmentConfig) -> tuple[str, dict[str, Any]]:
-    """The encoder of a term and which of its features: a target of your own says so by its settings `encoder`, `part` and `layer`."""
+    """The encoder features of a term; a private target declares them by its settings `encoder`, `part` and `layer`."""
     if config.encoder[0] or parse_spec(config.target)[0] in TARGETS:
         return config.encoder
     known = inspect.signature(TARGETS.build(config.target)).parameters  # with the settings of the spec as defaults
@@ -264,5 +264,5 @@ def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, in
         return EncoderTarget(encoder, dims[encoder], **settings)
     target = TARGETS.build(config.target)(model, Tap(config.depth, config.tap))
     if not isinstance(target, Target):
-        raise UserError(f"The target {config.target!r} must give a Target, but gave {type(target).__name__}.")
+        raise UserError(f"The target {config.target!r} must return a Target, but returned {type(target).__name__}.")
     return target

@@ -1,6 +1,6 @@
-"""Long analyses: features collected once, in chunks on disk that survive a kill; work shared by processes and counted.
+"""Long analyses: features are computed once and cached on disk in chunks, which survive a kill; processes share the work.
 
-CACHE/1f3a.../               one folder for what the features are a function of, which identity.json says
+CACHE/1f3a.../               one folder per identity of the features, stored in identity.json
   depth08-000000000-9f2c....npy   rows 0 to CHUNK - 1 of one field, float32 or float16, and their checksum
 """
 
@@ -19,7 +19,7 @@ from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 
-CHUNK = 512  # rows in a file: what a kill can cost
+CHUNK = 512  # images per file: the most work that a kill can lose
 IDENTITY = "identity.json"
 
 Make = Callable[[range, Sequence[str]], dict[str, Tensor]]  # rows and fields -> field -> (n, D)
@@ -37,12 +37,12 @@ def collect(
     store: str = "float32",
     progress: Progress = silent,
 ) -> Load:
-    """Have `make` give the fields of rows 0 to num - 1, chunk by chunk, where the cache lacks them; returns what reads a field.
+    """Compute the fields of images 0 to num - 1 that the cache lacks, chunk by chunk with `make`; returns a function that reads a field.
 
-    Several processes share the chunks and meet at the end. Without a cache (one process) the rows stay in memory.
+    Several processes share the chunks and synchronise at the end. Without a cache (one process) the features stay in memory.
 
     Raises:
-        UserError: values that `store` cannot hold, no room on the disk, or a damaged file of the cache.
+        UserError: values outside the range of `store`, a full disk, or a damaged cache file.
     """
     identity = {**identity, "num": num, "store": store}
     chunks = [range(start, min(start + CHUNK, num)) for start in range(0, num, CHUNK)]
@@ -60,7 +60,7 @@ def collect(
             files.write_json(folder / IDENTITY, identity)  # for people: the folder's name is a checksum
         dist.barrier()  # nobody writes while it is tidied
         for rows in chunks[dist.rank() :: dist.world()]:
-            # By field: a command that asks for more depths than the last one makes only those.
+            # Per field: a command with further depths computes only those.
             if missing := [field for field in fields if _read_chunk(folder, field, rows) is None]:
                 made = _as_stored(make(rows, missing), rows, store)
                 if rows is chunks[0]:  # the first chunk shows how wide the features are
@@ -68,22 +68,22 @@ def collect(
                     files.require_space(folder, needed, f"Keeping the features of {num:,} images")
                 for field, x in made.items():
                     save_npy(folder / f"{_chunk_name(field, rows)}-{_checksum(x)}.npy", x)
-            # The other processes are as far: asking them would make all wait at every chunk.
+            # The other processes have about the same progress; asking them would synchronise at every chunk.
             progress(min(rows.stop + (dist.world() - 1) * CHUNK, num), num)
         dist.barrier()
     return lambda field: torch.from_numpy(np.concatenate([_require_chunk(folder, field, rows) for rows in chunks]))
 
 
 def each(items: Sequence, rows_of: Callable[[Any], Rows]) -> Rows:
-    """The rows of all items in their order on every process, the work shared."""
-    # By turns, as neighbouring items cost alike: the blocks of one network, the features of one encoder.
+    """The rows of all items, in order, on every process; processes share the work."""
+    # In turn, because neighbouring items cost the same: the blocks of one network, the features of one encoder.
     mine = [(i, rows_of(item)) for i, item in enumerate(items) if i % dist.world() == dist.rank()]
     done = sorted((pair for part in dist.gather_objects(mine) for pair in part), key=lambda pair: pair[0])
     return [row for _, rows in done for row in rows]
 
 
 def best(rows: Sequence[dict[str, Any]], value: str) -> Rows:
-    """One row for each run, step, noise level, depth and kind of features: the highest, which is a probe's best learning rate."""
+    """The best row per run, step, noise level, depth and kind of features, over a probe's learning rates."""
     found: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         key = tuple(row.get(name) for name in ("run", "step", "t", "depth", "features"))
@@ -93,12 +93,12 @@ def best(rows: Sequence[dict[str, Any]], value: str) -> Rows:
 
 
 def share(num: int) -> int:
-    """How many of `num` items `each` gives to this process."""
+    """Number of this process's items of `num` in `each`."""
     return len(range(dist.rank(), num, dist.world()))
 
 
 class Stages:
-    """One count over several stages of known sizes."""
+    """A progress count over several stages of known sizes."""
 
     def __init__(self, progress: Progress, sizes: Sequence[int]):
         self.progress, self.sizes, self.started = progress, sizes, 0
@@ -112,7 +112,7 @@ class Stages:
 
 @contextlib.contextmanager
 def _without_leftovers(folder: Path) -> Iterator[None]:
-    """Remove what killed processes left in a cache folder, unless another process fills it now, which is welcome to."""
+    """Remove files of killed processes from a cache folder, unless another process is filling it."""
     # Not `lock.exclusive`, which refuses the second: two commands that fill one folder write the same bytes under the same names.
     path = folder / ".filling.lock"
     taken = lock.take(path)
@@ -136,10 +136,10 @@ def _checksum(x: np.ndarray) -> str:
 
 
 def _read_chunk(folder: Path, field: str, rows: range) -> np.ndarray | None:
-    """The rows that the cache holds; a file that is not what its name says is removed, and they are made again."""
+    """Cached rows; a file that does not match its name is removed, and its rows are computed again."""
     for path in folder.glob(f"{_chunk_name(field, rows)}-*.npy"):
         try:
-            array = load_npy(path, "features", "Remove it, and it is made again.")
+            array = load_npy(path, "features", "Delete it; it will be computed again.")
         except UserError:
             array = np.empty(0)
         if array.ndim == 2 and len(array) == len(rows) and path.stem.rpartition("-")[2] == _checksum(array):
@@ -149,19 +149,21 @@ def _read_chunk(folder: Path, field: str, rows: range) -> np.ndarray | None:
 
 
 def _as_stored(made: dict[str, Tensor], rows: range, store: str) -> dict[str, np.ndarray]:
-    """The fields of some rows in the type in which they are kept."""
+    """The fields of some images in the stored type."""
     found = {}
     for field, x in made.items():
         assert len(x) == len(rows), (field, x.shape, rows)
         x = x.detach().cpu().to(getattr(torch, store))
         if not torch.isfinite(x).all():
-            remedy = "keep it with --store float32" if store == "float16" else "the network or its input is damaged"
-            raise UserError(f"{field} has values that {store} cannot hold: {remedy}.")
+            remedy = "use --store float32" if store == "float16" else "check the weights and the images"
+            raise UserError(f"{field} has values outside the range of {store}: {remedy}.")
         found[field] = x.contiguous().numpy()
     return found
 
 
 def _require_chunk(folder: Path, field: str, rows: range) -> np.ndarray:
     if (array := _read_chunk(folder, field, rows)) is None:
-        raise UserError(f"{folder} lost rows {rows.start} to {rows.stop - 1} of {field}: run the same command again.")
+        raise UserError(
+            f"{folder} has lost {field} of images {rows.start} to {rows.stop - 1}: run the same command again."
+        )
     return array

@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
     from repa.runs import LoadedRun
 
-FOLDER = layout.ANALYSIS  # in a run folder: what `repa analyse` found there, and its cache
+FOLDER = layout.ANALYSIS  # in a run folder: the results of `repa analyse` and its cache
 
 
 class ImagesConfig(Config):
-    """Which images, how many at a time, and where what is collected from them lies."""
+    """The images, the batch size, and the cache of their features."""
 
     # not `num`: torchrun takes --num for an abbreviation of its --numa-binding
     num_images: int = Field(10_000, ge=0)
     """Number of images, evenly spaced over the data; 0: all. The paper compares 10,000, and probes all."""
     batch_size: int = Field(64, ge=1)
-    """Images at a time."""
+    """Images per batch."""
     cache: str = ""
     """Folder for collected features, which a second call reuses; empty: RUN/analysis/cache, or the user's cache."""
     store: Literal["float32", "float16"] = "float32"
@@ -47,14 +47,14 @@ class HiddenConfig(ImagesConfig):
 
 
 class SimilarityConfig(HiddenConfig):
-    """CKNNA or CKA of hidden states with an encoder's tokens, both averaged over tokens."""
+    """CKNNA or CKA between hidden states and an encoder's patches, both averaged over tokens."""
 
     encoder: Annotated[str, Spec(ENCODERS)] = "tiny"
     """Encoder to compare with, by its averaged patches."""
     encoder_weights: str = ""
     """Local weights of that encoder; empty takes the hub's or the package's."""
     measure: Literal["cknna", "cka", "cka-unbiased"] = "cknna"
-    """cknna: over nearest neighbours; cka: over all pairs; cka-unbiased: by the estimator that does not grow with width."""
+    """cknna: over nearest neighbours; cka: over all pairs; cka-unbiased: with the estimator that does not grow with width."""
     neighbours: int = Field(10, ge=2)
     """CKNNA: k."""
     variant: Literal["paper", "platonic", "platonic-clamped"] = "paper"
@@ -73,16 +73,16 @@ class DepthConfig(HiddenConfig):
     """Change of the prediction without a block."""
 
     num_images: int = Field(256, ge=0)
-    """Images, evenly spaced over the data; 0 takes all. Each costs one forward pass, and one more for each block."""
+    """Number of images, evenly spaced over the data; 0: all. Each needs one forward pass, and one more per block."""
 
 
 class HeadsConfig(Config):
-    """The linear classifiers of a probe."""
+    """Training of the linear classifiers of a probe."""
 
     epochs: int = Field(90, ge=1)
     """Epochs."""
     learning_rates: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field((1e-3,), min_length=1)
-    """Peak learning rates of Adam: one classifier for each, all trained in the same pass."""
+    """Peak learning rates of Adam: one classifier per rate, all trained in the same pass."""
     probe_batch: int = Field(0, ge=0)
     """Batch size; 0: the paper's 16,384 for ImageNet, proportionally smaller for fewer images, at least 256."""
 
@@ -95,7 +95,7 @@ class ProbeConfig(HeadsConfig, HiddenConfig):
 
 
 class EncodersConfig(HeadsConfig, ImagesConfig):
-    """Which encoders to compare."""
+    """The encoders to compare."""
 
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-classifier")
     """Vision encoders."""
@@ -114,19 +114,19 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     @classmethod
     def _known(cls, specs: tuple[str, ...]) -> tuple[str, ...]:
         if not specs or len(set(specs)) < len(specs):
-            raise ValueError(f"encoders {list(specs)} must be at least one, each named once")
+            raise ValueError(f"encoders {list(specs)} must name at least one encoder, each once")
         return specs
 
     def idle(self) -> dict[str, str]:
         unread = ("neighbours", "variant") if len(self.encoders) == 1 else ()
-        return dict.fromkeys(unread, "with one encoder, which is compared with no other")
+        return dict.fromkeys(unread, "with a single encoder, which has none to compare with")
 
     def weights_of(self, encoder: str) -> str | None:
         return weights_for(encoder, self.encoder_weights)
 
 
 class NeighboursConfig(Config):
-    """How samples are compared with training images."""
+    """Comparison of samples with training images."""
 
     features: Annotated[str, Spec(ENCODERS)] = "tiny-classifier"
     """Encoder whose features define the distance of two images."""
@@ -143,7 +143,7 @@ class NeighboursConfig(Config):
 
 
 def meaning_of(measure: str, chance: float | None) -> str:
-    """What to hold a value of "cknna", "cka", "cka-unbiased" or "probe" against; `chance`: k / images, or the share of the
+    """Reference values for "cknna", "cka", "cka-unbiased" or "probe"; `chance`: k / images, or the share of the
     largest class."""
     return {
         "cknna": f"1: the encoder itself; about {chance or 0:.4f}, neighbours / images: unrelated features",
@@ -158,7 +158,7 @@ class RunCheckpoint(NamedTuple):
 
     label: str  # the run's folder name, or its path where several have that name
     run: Path
-    step: int | None  # None: the newest when it is loaded, as training may have removed by then what is the newest now
+    step: int | None  # None: the newest at loading time, because training may remove the current newest before that
 
     def load(self, weights: str, autoencoder_weights: str, device: "torch.device | str") -> "LoadedRun":
         """The network with these weights: averaged (ema), raw (model), or another average by its name."""
@@ -168,10 +168,10 @@ class RunCheckpoint(NamedTuple):
 
 
 def checkpoints_of(runs: Sequence[str | Path], steps: Sequence[int] = (), most: int = 1) -> list[RunCheckpoint]:
-    """The checkpoints of these steps of every run; without steps at most `most` of each, evenly spaced, the newest included.
+    """The checkpoints of these steps of every run; without steps at most `most` per run, evenly spaced, including the newest.
 
     Raises:
-        UserError: a folder is not a run, or has none of the checkpoints asked for.
+        UserError: a folder is not a run, or lacks a requested checkpoint.
     """
     names = [Path(run).resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
@@ -188,5 +188,5 @@ def _steps_of(run: Path, asked: Sequence[int], most: int) -> Sequence[int | None
     if not steps:
         raise UserError(f"{run} has no checkpoint yet: train it first (repa train ... --out {run}).")
     if missing := [step for step in asked if step not in steps]:
-        raise UserError(f"{run} has no checkpoint of step {missing[0]}: there are {', '.join(map(str, steps))}.")
+        raise UserError(f"{run} has no checkpoint of step {missing[0]}: choose one of {', '.join(map(str, steps))}.")
     return asked or ([None] if most == 1 else layout.evenly_spaced(steps, most))

@@ -1,6 +1,6 @@
-"""A run block by block: similarity of its hidden states to an encoder (CKNNA, CKA), and the prediction without a block.
+"""Analyses per block: similarity of hidden states to an encoder (CKNNA, CKA), and the prediction without the block.
 
-The prediction moves far where a block that it needs is left out (AG-REPA, arXiv 2603.01006): where to align.
+Leaving out an important block changes the prediction a lot, which shows where to align (AG-REPA, arXiv 2603.01006).
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def cknna_of_run(run: LoadedRun, data: DataSet, config: SimilarityConfig, progre
 
 
 def _similarity_to(target: Tensor, config: SimilarityConfig) -> Callable[[Tensor], float]:
-    """What compares hidden states (n, D) with the target (n, E), whose own neighbours are found once."""
+    """A function that compares hidden states (n, D) with the target (n, E); the target's neighbours are computed once."""
     if config.measure != "cknna":
         return lambda hidden: cka(hidden, target, unbiased=config.measure == "cka-unbiased")
     side = neighbourhoods(target, config.neighbours, config.variant)
@@ -67,11 +67,11 @@ def _similarity_to(target: Tensor, config: SimilarityConfig) -> Callable[[Tensor
 def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: Progress = silent) -> Rows:
     """Rows {t, depth, change, share}: the mean over images of |v - v without the block| / |v|, and its share of all blocks' sum.
 
-    A block is left out by handing on what went into it. Images are noised by a stream each and no class is given, so that
-    every block sees the same inputs. Each image costs a forward pass, and one more for each block.
+    A block is left out by returning its input. Each image has its own noise stream and the condition is null, so that every
+    block sees the same inputs. Each image needs one forward pass, and one more per block.
 
     Raises:
-        UserError: a depth that does not exist, or data that the run cannot read.
+        UserError: a depth does not exist, or the run cannot read the data.
     """
     depths = check_run(run, data, config.depths)
     indices = spaced_rows(data, config.num_images)
@@ -81,12 +81,12 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
         x = latents(run, data, part, config.seed)
         for t in config.times:
             x_t, times = noised(run.path, x, part, t, config.seed)
-            whole = _predict(run, x_t, times)  # once: every block is compared with it
+            whole = _predict(run, x_t, times)  # once, for the comparison with every block
             for depth in depths:
                 with without_block(run.model, depth):
                     without = _predict(run, x_t, times)
                 moved = (whole - without).flatten(1).norm(dim=1)  # (n,)
-                change = moved / whole.flatten(1).norm(dim=1).clamp_min(1e-12)  # a fresh network predicts 0
+                change = moved / whole.flatten(1).norm(dim=1).clamp_min(1e-12)  # an untrained network predicts 0
                 sums[t, depth] += float(change.double().sum())
         done += len(x)
         progress(done, len(indices))
@@ -96,7 +96,7 @@ def depth_effects(run: LoadedRun, data: DataSet, config: DepthConfig, progress: 
 
 
 def without_block(model: Backbone, depth: int) -> RemovableHandle:
-    """A context in which the block hands on its input in place of its output: every stream of it, as text and image of an MMDiT."""
+    """A context in which the block returns its input instead of its output, for every stream, such as text and image of an MMDiT."""
     return model.blocks[depth - 1].register_forward_hook(_return_inputs)
 
 
@@ -105,7 +105,7 @@ def _return_inputs(block: nn.Module, inputs: tuple, output: Any) -> Any:
         return inputs[0]
     made = list(output)
     for i, (given, result) in enumerate(zip(inputs, output, strict=False)):
-        # An argument and a result of one shape at one place are a stream of tokens. Other results, as attention logits, stay.
+        # An argument and a result of equal shape and position are a stream of tokens. Other results, such as attention logits, stay.
         if isinstance(given, Tensor) and isinstance(result, Tensor) and given.shape == result.shape:
             made[i] = given
     return tuple(made)

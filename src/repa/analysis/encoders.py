@@ -1,4 +1,4 @@
-"""Which encoder should I align to? Spatial structure, linear probe, similarity to the others, speed and size, in one table."""
+"""Comparison of encoders in one table: spatial structure, linear probe, similarity to the others, speed and size."""
 
 import functools
 import time
@@ -20,20 +20,20 @@ from repa.data import DataSet
 from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
 
-SECONDS = 1.0  # that the speed is measured for, at least
+SECONDS = 1.0  # shortest measurement of the speed
 
 
 class Comparison(NamedTuple):
     """Rows {encoder, dim, grid, lds, cds, rmsc, top1, top5, images_per_second, bytes_fp16, bytes_int8} and {a, b, cknna}.
 
-    A figure that does not exist is None: CDS on a grid too small for it, the probe of data with one class.
+    An undefined value is None: CDS on a grid that is too small, the probe of data with one class.
     """
 
     encoders: Rows
     pairs: Rows
 
     def matrix(self) -> Rows:
-        """{encoder, <encoder>: CKNNA}, a row for each encoder; None on the diagonal, where it is 1 by definition."""
+        """{encoder, <encoder>: CKNNA}, one row per encoder; None on the diagonal, where it is 1 by definition."""
         names = [row["encoder"] for row in self.encoders]
         value = {frozenset((pair["a"], pair["b"])): pair["cknna"] for pair in self.pairs}
         return [{"encoder": a, **{b: value.get(frozenset((a, b))) for b in names}} for a in names]
@@ -53,15 +53,15 @@ def compare_encoders(
     progress: Progress = silent,
     heads_progress: Progress = silent,
 ) -> Comparison:
-    """Ask every encoder for the same images; the probe and CKNNA are of its averaged patches, with the best learning rate.
+    """Run every encoder on the same images; probe (best learning rate) and CKNNA use its averaged patches.
 
     Raises:
-        UserError: an encoder whose weights are missing (before any work), data without images, too few of them.
+        UserError: missing weights of an encoder (before any work), data without images, or too few images.
     """
     data.require_images()
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
     require_neighbours(config.neighbours, images.sizes[0])
-    for spec in config.encoders:  # missing weights are reported before the first encoder works for an hour
+    for spec in config.encoders:  # missing weights are reported before the first encoder runs for an hour
         load_encoder_of(data, spec, weights=config.weights_of(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))
     epochs = Stages(heads_progress, [config.epochs] * len(config.encoders))
@@ -76,7 +76,7 @@ def compare_encoders(
         accuracy: dict[str, Any] = {"top1": None, "top5": None}  # of data with one class
         if data.num_classes > 1:
             probed = probe_rows(images, features, config, config.seed, device, epochs.next())
-            # Encoders want different learning rates: each is compared at its best.
+            # The best learning rate differs between encoders: each is compared at its best.
             accuracy = max(probed, key=lambda row: row["top1"])
         rows.append({
             "encoder": spec, "dim": encoder.dim, "grid": grid,
@@ -95,8 +95,8 @@ def compare_encoders(
 
 
 def _images_per_second(encoder: VisionEncoder, data: DataSet, grid: int, batch_size: int) -> float:
-    """Images a second that the encoder takes, resizing included; after one batch that does not count."""
-    # The images lie on the device already: their way there is the data's, not the encoder's.
+    """Images per second of the encoder, including resizing; one warm-up batch is not counted."""
+    # The images are on the device already: the copy is a cost of the data, not of the encoder.
     images = pixels(data, np.arange(min(batch_size, data.num_images))).to(next(encoder.parameters()).device)
     _run_and_wait(encoder, images, grid)
     begin, done = time.perf_counter(), 0
@@ -107,4 +107,4 @@ def _images_per_second(encoder: VisionEncoder, data: DataSet, grid: int, batch_s
 
 
 def _run_and_wait(encoder: VisionEncoder, images: torch.Tensor, grid: int) -> None:
-    encoder(images, grid).patches[0, 0, 0].item()  # the number itself: a GPU would answer before it has worked
+    encoder(images, grid).patches[0, 0, 0].item()  # reads a number, which waits until the GPU has finished

@@ -1,4 +1,4 @@
-"""Features averaged over tokens, of a run's blocks or of an encoder, for images of prepared data; collected once."""
+"""Features averaged over tokens, of a run's blocks or of an encoder, for images of prepared data; computed once."""
 
 import hashlib
 import os
@@ -28,7 +28,7 @@ from repa.runs import LoadedRun, layout
 
 PATCHES, POOLED = "patches", "pooled"  # fields of an encoder: the mean of its patches, its own summary
 STRUCTURE = {"lds": local_distance_similarity, "cds": correlation_decay_slope, "rmsc": rms_spatial_contrast}
-STRUCTURE_DISTANCE = {"lds": FAR, "cds": MAX_DISTANCE, "rmsc": 0}  # that the token grid must have
+STRUCTURE_DISTANCE = {"lds": FAR, "cds": MAX_DISTANCE, "rmsc": 0}  # distance that the token grid must contain
 
 
 def field(depth: int) -> str:
@@ -56,7 +56,7 @@ def hidden_of_run(
             t=t,
             path=run.path,
             seed=config.seed,
-            streams=mine.tolist(),  # by row of the data, so that a chunk made alone gets the same noise
+            streams=mine.tolist(),  # by index in the data, so that a chunk computed alone has the same noise
             network_time=run.process.network_time,
         )
         return {field(depth): x for depth, x in hidden.items()}
@@ -69,7 +69,7 @@ def hidden_of_run(
 
 
 def _cache_of(run: Path) -> Path:
-    """In the run's folder, or the user's cache where nothing can be written there."""
+    """In the run's folder, or in the user's cache if the run's folder is read-only."""
     own = run / FOLDER / "cache"
     there = next(folder for folder in (own, *own.parents) if folder.exists())
     return own if os.access(there, os.W_OK) else files.cache_folder() / FOLDER
@@ -109,13 +109,13 @@ def features_of_encoder(
 
 
 def features_in(encoder: VisionEncoder, data: DataSet, grid: int) -> list[str]:
-    """ "patches", and "pooled" where the encoder gives a vector of the whole image."""
+    """ "patches", and "pooled" if the encoder has a pooled vector."""
     first = encoder(pixels(data, np.arange(1)), grid)
     return [PATCHES] if first.pooled is None else [PATCHES, POOLED]
 
 
 def _identity_of_run(run: LoadedRun) -> dict[str, Any]:
-    """The weights' checksum, not their file's name: a step may be trained again."""
+    """The checksum of the weights, not their file name: a step may be trained again."""
     return {
         "weights": run.weights_sha256 or digest_of(run.model.state_dict()),
         "model": layout.read_config(run.folder)["model"] if run.folder else {},

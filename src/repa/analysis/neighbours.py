@@ -1,7 +1,7 @@
-"""Did the model copy? The nearest training images of samples, and how near images that were not trained on come.
+"""Detection of copies: distances of samples to the nearest training images, compared with those of held-out images.
 
-A distance alone says nothing: what counts is whether samples lie nearer to the training images than real images that were
-not among them do. Without such images, each training image's distance to its nearest other one takes their place.
+A distance alone has no meaning: the question is whether samples are nearer to the training images than real images that
+were not trained on. Without held-out images, the distance of each training image to its nearest other one is used.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,30 +23,30 @@ from repa.data.dataset import load_encoder_of
 from repa.encoders import VisionEncoder
 from repa.metrics.distances import check_features
 
-BLOCK = 1024  # queries at a time
-NEAR = 0.01  # share of held-out images that come nearer than the distance that counts as a likely copy
+BLOCK = 1024  # queries per block
+NEAR = 0.01  # share of held-out images below the distance that counts as a likely copy
 
 
 class Nearest(NamedTuple):
     """The k nearest images of m queries, nearest first."""
 
-    distances: Tensor  # (m, k) float64: Euclidean, between features of unit length, so from 0 to 2
-    indices: Tensor  # (m, k) rows of the images
+    distances: Tensor  # (m, k) float64: Euclidean between features of unit length, from 0 to 2
+    indices: Tensor  # (m, k) indices of the images
 
 
 class DistanceSummary(NamedTuple):
-    """Samples against held-out images, by the distance to the nearest training image."""
+    """Comparison of samples and held-out images by the distance to the nearest training image."""
 
     median: float  # of the samples
     median_held_out: float
-    threshold: float  # the distance that NEAR of the held-out images fall below
-    share_near: float  # of the samples below the threshold: about NEAR when nothing is copied
+    threshold: float  # distance below which the share NEAR of the held-out images lies
+    share_near: float  # share of the samples below the threshold: about NEAR if nothing is copied
 
 
 class Copies(NamedTuple):
-    """What was found about samples."""
+    """Result of the comparison."""
 
-    near: Nearest  # rows of the data, for each sample
+    near: Nearest  # indices in the data, for each sample
     held_out: Tensor  # (h,) distances of held-out images to their nearest training image
     verdict: DistanceSummary
 
@@ -59,7 +59,7 @@ class Copies(NamedTuple):
         ]  # fmt: skip
 
     def beside(self, sample: Callable[[int], Tensor], data: DataSet, num: int) -> dict[int, Tensor]:
-        """The `num` samples with the smallest distance: each, uint8 (1, 3, R, R), and below it its nearest images."""
+        """The `num` samples with the smallest distance: each uint8 (1, 3, R, R), and its nearest images."""
         closest = self.near.distances[:, 0].argsort()[:num].tolist()
         return {i: torch.cat([sample(i), pixels(data, self.near.indices[i].numpy())]) for i in closest}
 
@@ -74,10 +74,10 @@ def find_copies(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> Copies:
-    """Compare samples, uint8 batches (n, 3, R, R), with the images of `data`, and those of `held_out` with them too.
+    """Compare samples, uint8 batches (n, 3, R, R), and the images of `held_out` with the images of `data`.
 
     Raises:
-        UserError: data without images or with too few, held-out data of another resolution, an encoder without weights.
+        UserError: data without images or with too few, held-out data of another resolution, or missing encoder weights.
     """
     if held_out is not None and held_out.resolution != data.resolution:
         raise UserError(
@@ -97,19 +97,19 @@ def find_copies(
     trained = summary_features(rows_of(data, indices), encoder, stages.next())
     near = nearest_images(summary_features(samples, encoder, stages.next()), trained, config.neighbours)
     if held_out is None:
-        # Each training image against the others: how near images of this data come that are not copies.
+        # Each training image against the others: the distances of images that are not copies.
         own = torch.from_numpy(evenly_spaced(len(trained), config.num_held_out))
         real = nearest_images(trained[own], trained, own=own).distances[:, 0]
     else:
         others = rows_of(held_out, spaced_rows(held_out, config.num_held_out))
         real = nearest_images(summary_features(others, encoder, stages.next()), trained).distances[:, 0]
-    # From places among those that were looked at to rows of the data.
+    # From positions in the subset to indices in the data.
     near = near._replace(indices=torch.from_numpy(indices)[near.indices])
     return Copies(near, real, compare(near.distances[:, 0], real))
 
 
 def summary_features(images: Iterable[Tensor], encoder: VisionEncoder, progress: Progress = silent) -> Tensor:
-    """Features (N, D) of uint8 batches (n, 3, S, S): the encoder's own pooled ones, else the mean of its patches."""
+    """Features (N, D) of uint8 batches (n, 3, S, S): the encoder's pooled features, or else the mean of its patches."""
     rows, done = [], 0
     for batch in images:
         features = encoder(batch, encoder.grid_for(batch.shape[-1]))
@@ -121,20 +121,22 @@ def summary_features(images: Iterable[Tensor], encoder: VisionEncoder, progress:
 
 
 def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | None = None) -> Nearest:
-    """The k nearest rows of images (n, D) for each of queries (m, D), by the direction of their features.
+    """The k nearest of images (n, D) for each of queries (m, D), by the direction of their features.
 
     Args:
         queries: features.
         images: features of the training images.
         k: how many.
-        own: (m,) the row of `images` that each query is itself, which does not count.
+        own: (m,) index of each query in `images`, which is excluded.
 
     Raises:
-        UserError: widths differ, fewer than k images, or a value that is not finite.
+        UserError: the widths differ, there are fewer than k images, or a value is not finite.
     """
     check_features(queries, images, "Nearest images")
     if not 1 <= k <= len(images) - (own is not None):
-        raise UserError(f"{k} neighbours were asked for among {len(images)} images: give more images or ask for fewer.")
+        raise UserError(
+            f"{k} neighbours need at least {k} images, but got {len(images)}: give more images or ask for fewer neighbours."
+        )
     queries, images = F.normalize(queries.float(), dim=1), F.normalize(images.float(), dim=1)
     distances, indices = [], []
     for start in range(0, len(queries), BLOCK):
@@ -143,7 +145,7 @@ def nearest_images(queries: Tensor, images: Tensor, k: int = 1, own: Tensor | No
         if own is not None:
             close[torch.arange(len(block)), own[start : start + BLOCK]] = -torch.inf
         near = close.topk(k, dim=1).indices  # (rows, k)
-        # 2 - 2 <u, v> cancels for copies, which are what matters: the differences themselves, in float64
+        # 2 - 2 <u, v> cancels for copies, which matter most: so the differences are computed directly, in float64
         exact = (block[:, None].double() - images[near].double()).norm(dim=2)  # (rows, k)
         exact, order = exact.sort(dim=1)
         distances.append(exact)

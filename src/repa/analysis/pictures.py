@@ -1,4 +1,4 @@
-"""Tokens to look at: principal components as colours, of a run's blocks and of encoders."""
+"""Pictures of tokens: principal components as colours, for a run's blocks and for encoders."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,17 +12,17 @@ from repa.data import DataSet
 from repa.encoders import VisionEncoder
 from repa.runs import LoadedRun
 
-RANGE = 0.01, 0.99  # quantiles that become black and full colour: single outliers would leave the rest grey
+RANGE = 0.01, 0.99  # quantiles that map to black and full colour, so that outliers do not leave the rest grey
 
 
 def principal_colours(tokens: Tensor) -> Tensor:
     """The first three principal components of tokens (N, T, D) as red, green and blue in [0, 1]: (N, T, 3).
 
-    One basis and one scale for all images, so that equal colours mean equal features in all of them. Signs are fixed
-    (the largest entry of a component is positive); otherwise the same tokens could show as negatives.
+    All images share one basis and one scale, so that equal colours mean equal features. Signs are fixed (the largest entry
+    of a component is positive); otherwise the same tokens could appear as negatives.
 
     Raises:
-        UserError: fewer than 3 channels, fewer than 4 tokens in all, or values that are not finite.
+        UserError: fewer than 3 channels, fewer than 4 tokens in total, or values that are not finite.
     """
     num, length, dim = tokens.shape
     if dim < 3 or num * length < 4 or not torch.isfinite(tokens).all():
@@ -31,18 +31,18 @@ def principal_colours(tokens: Tensor) -> Tensor:
         )
     x = tokens.detach().cpu().double().flatten(0, 1)  # (N * T, D)
     x = x - x.mean(0)
-    # Of D x D and not of the tokens themselves: their number may be a hundred times the channels.
+    # From the D x D matrix, because there may be a hundred times as many tokens as channels.
     directions = torch.linalg.eigh(x.T @ x).eigenvectors[:, -3:].flip(1)  # (D, 3), largest first
     largest = directions.abs().argmax(0)
     directions = directions * directions[largest, torch.arange(3)].sign()
     parts = x @ directions  # (N * T, 3)
     low, high = (torch.from_numpy(np.quantile(parts.numpy(), q, axis=0)) for q in RANGE)
-    spread = (high - low).where(high > low, torch.ones(()).double())  # of tokens that are all alike there is none
+    spread = (high - low).where(high > low, torch.ones(()).double())  # equal tokens have no spread
     return ((parts - low) / spread).clamp(0, 1).float().unflatten(0, (num, length))
 
 
 def colour_pictures(tokens: Tensor, side: int) -> np.ndarray:
-    """Tokens (N, G * G, D) as uint8 pictures (N, side, side, 3), each token a square of its colours."""
+    """Tokens (N, G * G, D) as uint8 pictures (N, side, side, 3), each token a square of one colour."""
     grid = round(tokens.shape[1] ** 0.5)
     colours = principal_colours(tokens).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # (N, 3, G, G)
     large = torch.nn.functional.interpolate(colours, size=(side, side), mode="nearest-exact")
@@ -59,9 +59,9 @@ def token_pictures(
     times: Sequence[float] = (0.0, 0.5),
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """By what they show: uint8 (n, R, R, 3) of the images, of each encoder's tokens, and of the run's blocks at every t.
+    """Title -> pictures uint8 (n, R, R, 3): the images, each encoder's tokens, and the run's blocks at every t.
 
-    Without depths, of a quarter, half, three quarters and all of the network.
+    Without depths: the blocks at a quarter, half, three quarters and the end of the network.
     """
     images, side = pixels(data, indices), data.resolution
     found = {"image": images.permute(0, 2, 3, 1).numpy()}

@@ -1,4 +1,4 @@
-"""Linear probes: how well classes can be read off a run's blocks or a frozen encoder by a linear map."""
+"""Linear probes: accuracy of linear classifiers on the features of a run's blocks or of a frozen encoder."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ from repa.data import DataSet
 from repa.encoders import VisionEncoder
 from repa.runs import LoadedRun
 
-TRAIN_SHARE = 0.8  # of the images, for a probe without validation data; the others test it
+TRAIN_SHARE = 0.8  # share of training images for a probe without validation data; the rest are test images
 PAPER_BATCH = 16_384
 PAPER_STEPS = 78  # in an epoch of ImageNet's 1,281,167 images
-LEAST_BATCH = 256  # fewer images are normalised by too noisy statistics
+LEAST_BATCH = 256  # the statistics of smaller batches are too noisy for the normalisation
 
 
 @dataclass(frozen=True)
 class ProbeImages:
-    """One set of images and its split in two, or a set to train on and a set to test on."""
+    """One data set split in two, or a training set and a test set."""
 
     sets: tuple[tuple[DataSet, np.ndarray], ...]
     labels: tuple[Tensor, ...]
@@ -37,20 +37,20 @@ class ProbeImages:
 
     @classmethod
     def of(cls, data: DataSet, val: DataSet | None, num: int, seed: int, least_classes: int = 2) -> Self:
-        """`num` images of each (0: all); refuses data that a probe can learn nothing from, and two sets that do not match."""
+        """`num` images of each (0: all); refuses data that a probe cannot learn from, and two sets that do not match."""
         if data.num_classes < least_classes:
-            raise UserError(f"{data.folder} has one class: give data of several, which a linear probe tells apart.")
+            raise UserError(f"{data.folder} has one class, but a linear probe needs several: give other data.")
         if val is not None and (val.class_names, val.resolution) != (data.class_names, data.resolution):
             raise UserError(
-                f"{val.folder} cannot test a probe trained on {data.folder}: it has {val.num_classes} classes at "
-                f"{val.resolution} pixels, that has {data.num_classes} at {data.resolution}. Give data of the same classes, by name, and "
-                "of the same resolution."
+                f"{val.folder} cannot test a probe trained on {data.folder}: {val.num_classes} classes at "
+                f"{val.resolution} pixels do not match {data.num_classes} at {data.resolution}. Give data with the same class names and "
+                "the same resolution."
             )
         sets = tuple((d, spaced_rows(d, num)) for d in (data, val) if d is not None)
         labels = tuple(torch.from_numpy(d.gather("labels", indices)) for d, indices in sets)
         split = None
         if val is None:
-            # A fifth is kept for the test, drawn once: every block and noise level is tested on the same images.
+            # One random fifth is the test set of every block and noise level.
             order = torch.randperm(len(labels[0]), generator=rng.generator(seed, "probe split"))
             num_train = round(TRAIN_SHARE * len(order))
             split = order.split([num_train, len(order) - num_train])
@@ -60,12 +60,12 @@ class ProbeImages:
         return images
 
     def _check_classes(self, names: Sequence[str]) -> None:
-        """Refuse a split with classes that are tested and never trained: no probe finds them, and the accuracy would be 0."""
+        """Refuse a split whose test images have classes without training images: their accuracy would be 0."""
         (_, trained), (_, tested) = self.pairs([labels[:, None] for labels in self.labels])
         absent = sorted(set(tested.tolist()) - set(trained.tolist()))
         if absent:
             raise UserError(
-                f"{len(absent)} of {len(names)} classes are among the {len(tested):,} test images and not among the {len(trained):,} "
+                f"{len(absent)} of {len(names)} classes occur in the {len(tested):,} test images but not in the {len(trained):,} "
                 f"training images, for example {names[absent[0]]!r}: give --num-images 0 or more images of each class."
             )
 
@@ -77,7 +77,7 @@ class ProbeImages:
         return [load(data, indices, stages.next()) for data, indices in self.sets]
 
     def pairs(self, features: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(features, labels) to train on, and to test on."""
+        """(features, labels) for training, and for the test."""
         if self.split is None:
             return list(zip(features, self.labels, strict=True))
         return [(features[0][rows], self.labels[0][rows]) for rows in self.split]
@@ -93,7 +93,7 @@ def probe_of_run(
 ) -> Rows:
     """Rows {t, depth, lr, top1, top5}: trained on `data` and tested on `val`, or on 80 % and 20 % of `data`.
 
-    `progress` is told the images whose features are there, `heads_progress` the epochs of this process's heads.
+    `progress` receives the number of images with features, `heads_progress` the epochs of this process's heads.
     """
     images = ProbeImages.of(data, val, config.num_images, config.seed)
     depths = check_run(run, data, config.depths)
@@ -125,7 +125,7 @@ def probe_of_encoder(
 ) -> Rows:
     """Rows {features, lr, top1, top5} of a frozen encoder: of its averaged patches, and of its pooled features if it has any.
 
-    Progress is told as by `probe_of_run`.
+    Progress is reported as in `probe_of_run`.
     """
     images = ProbeImages.of(data, val, config.num_images, config.seed)
     stages = Stages(progress, images.sizes)
@@ -150,7 +150,7 @@ def probe_rows(
     device: torch.device | str,
     progress: Progress = silent,
 ) -> Rows:
-    """Rows {lr, top1, top5} of the features of each set of images."""
+    """Rows {lr, top1, top5} for the given features."""
     train, test = images.pairs(features)
     heads = linear_probes(
         *train, *test, learning_rates=config.learning_rates, epochs=config.epochs,
@@ -163,11 +163,11 @@ class Accuracy(NamedTuple):
     """Shares in [0, 1] of the test images."""
 
     top1: float
-    top5: float | None  # None for five classes or fewer, where it says nothing
+    top5: float | None  # None for five classes or fewer, where it has no meaning
 
 
 def suitable_batch(num_images: int) -> int:
-    """The paper's batch for ImageNet; for fewer images in proportion, so that an epoch keeps its number of steps."""
+    """The paper's batch size for ImageNet; proportionally smaller for fewer images, so that an epoch has as many steps."""
     return max(LEAST_BATCH, min(PAPER_BATCH, num_images // PAPER_STEPS))
 
 
@@ -184,12 +184,12 @@ def linear_probes(
     device: torch.device | str = "cpu",
     progress: Progress = silent,
 ) -> list[Accuracy]:
-    """Accuracies of one linear layer for each learning rate, after parameter-free batch normalisation.
+    """Accuracies of one linear layer per learning rate, after parameter-free batch normalisation.
 
     The defaults are the paper's protocol (that of l-DAE, arXiv 2401.14404): Adam, cosine learning rate to 0. All heads
-    are trained in one pass: each batch is read and normalised once. They start at zero, so the seed decides the order of the
-    images only, and each ends as it would alone. Features are pooled hidden states, (N, D) and (M, D), of any floating type;
-    labels (N,) and (M,) integers. `progress` is told the epochs done.
+    are trained in one pass: each batch is read and normalised once. They start at zero, so the seed affects only the order of
+    the images, and each head has the same result as alone. Features are pooled hidden states, (N, D) and (M, D), of any
+    floating type; labels (N,) and (M,) integers. `progress` receives the number of completed epochs.
 
     Raises:
         UserError: shapes do not fit, a label is negative, a feature is not finite, or fewer than 2 training images.
@@ -197,9 +197,9 @@ def linear_probes(
     _check_sets(train_features, train_labels, test_features, test_labels)
     num_train, dim = train_features.shape
     features, labels = train_features.to(device), train_labels.to(device).long()
-    # A class that is only tested can never be right, and counts.
+    # A class without training images is always wrong, and counts.
     num_classes = int(max(labels.max(), test_labels.max())) + 1
-    # momentum None: the features are fixed, so the plain mean over all batches is their statistic
+    # momentum None: the features are fixed, so the statistic is the plain mean over all batches
     norm = nn.BatchNorm1d(dim, affine=False, momentum=None).to(device)
     heads = [_zero_linear(dim, num_classes).to(device) for _ in learning_rates]
     optimizer = torch.optim.Adam(
@@ -211,7 +211,7 @@ def linear_probes(
         order = torch.randperm(num_train, generator=rng.generator(seed, "linear_probe", epoch))
         for rows in order.to(device).tensor_split(num_batches):
             optimizer.zero_grad()
-            # The heads share nothing, so the gradient of the sum is each one's own: one backward serves them all.
+            # The heads share no parameters, so one backward of the summed loss gives each its own gradient.
             batch, target = norm(features[rows].float()), labels[rows]
             torch.stack([F.cross_entropy(head(batch), target) for head in heads]).sum().backward()
             optimizer.step()
@@ -224,7 +224,7 @@ def linear_probes(
 
 
 def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
-    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # the usual initialisation would move the caller's stream
+    linear = nn.utils.skip_init(nn.Linear, dim, num_classes)  # no initialisation: it would advance the random stream
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -234,7 +234,7 @@ def _zero_linear(dim: int, num_classes: int) -> nn.Linear:
 def _accuracy(
     probe: nn.Module, num_classes: int, features: Tensor, labels: Tensor, device: torch.device | str
 ) -> Accuracy:
-    ranks = []  # of the true class among the scores, 0 for the highest
+    ranks = []  # rank of the true class by score, 0 for the highest
     for rows, target in zip(features.split(PAPER_BATCH), labels.split(PAPER_BATCH), strict=True):
         best = probe(rows.to(device).float()).topk(min(5, num_classes)).indices.cpu()  # (n, 5)
         hit = best == target.cpu()[:, None]
@@ -254,11 +254,11 @@ def _check_sets(train_features: Tensor, train_labels: Tensor, test_features: Ten
             raise UserError(f"A linear probe needs labels from 0 on, but a {name} label is {int(labels.min())}.")
         if not torch.isfinite(features).all():
             raise UserError(
-                f"A linear probe needs finite features, but the {name} features hold NaN or infinity: check the images and the weights."
+                f"A linear probe needs finite features, but the {name} features contain NaN or infinity: check the images and the weights."
             )
     if train_features.shape[1] != test_features.shape[1]:
         raise UserError(
-            f"Train and test features must be of one model, but have {train_features.shape[1]} and "
+            f"Training and test features must come from one model, but have {train_features.shape[1]} and "
             f"{test_features.shape[1]} channels."
         )
     if len(train_features) < 2:

@@ -1,4 +1,4 @@
-"""How alike two representations of the same images are: CKNNA (Eqs. 21-24 of the paper) and CKA.
+"""Similarity of two representations of the same images: CKNNA (Eqs. 21-24 of the paper) and CKA.
 
 n images; features a (n, D), b (n, E); kernels K = a a^T and L = b b^T. No n x n matrix is kept: CKNNA needs the kernels
 only between neighbours, n * k values, and CKA only D x E products. Everything is float64, on the device of the features
@@ -12,33 +12,31 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 
-BLOCK_BYTES = 2**23  # of a block of a kernel, or of the neighbours of some rows
+BLOCK_BYTES = 2**23  # size of a block of a kernel, or of some images' neighbours
 
 Variant = Literal["paper", "platonic", "platonic-clamped"]
 
 
 def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> float:
-    """Kernel alignment over the pairs that are among each other's nearest neighbours in both representations.
+    """Kernel alignment over pairs of images that are nearest neighbours in both representations.
 
     The paper (k = 10, 10 000 images, hidden states averaged over tokens, null label) prints
 
         Align(K, L) = sum_ij alpha_ij (K_ij - mean_l K_il) (L_ij - mean_l L_il)
         CKNNA = Align(K, L) / sqrt(Align(K, K) Align(L, L))
 
-    with alpha_ij = 1 where j != i is among the k nearest neighbours of i in both. What most people call CKNNA is the
-    code of the Platonic Representation Hypothesis (Huh et al. 2024), which computes another number: never mix the two.
+    with alpha_ij = 1 if j != i is among the k nearest neighbours of i in both. Most publications use the code of the Platonic
+    Representation Hypothesis (Huh et al. 2024), which computes another number: never compare the two.
 
-    "paper" is the formula as printed: features are taken as they are, neighbours are by Euclidean distance, each row of
-    a kernel is centred. Scale the rows to unit length first where lengths should not matter.
+    "paper" is the printed formula: features are not normalised, neighbours are by Euclidean distance, and each row of a
+    kernel is centred. Scale the features to unit length first if their lengths should not matter.
 
-    "platonic" is the function `cknna` of that code on rows of unit length: neighbours are by inner product; kernels are
+    "platonic" is the function `cknna` of that code on features of unit length: neighbours are by inner product; kernels are
     not centred before all other pairs are set to zero; HSIC is the unbiased estimator of Song et al. (2012), whose first
-    term sees only pairs that are neighbours both ways. The result can be slightly negative, and changes a little when a
-    and b are swapped.
+    term includes only mutual neighbours. The result can be slightly negative, and changes a little if a and b are swapped.
 
     "platonic-clamped" first clamps features to the 95th percentile of their magnitude, as the script of that code does
-    before it calls the function. Networks with a few channels that are far larger than the others can differ widely
-    between the two.
+    before it calls the function. For networks with a few very large channels, the two variants can differ widely.
 
     Args:
         a: (n, D), one row per image.
@@ -47,19 +45,19 @@ def cknna(a: Tensor, b: Tensor, k: int = 10, variant: Variant = "paper") -> floa
         variant: which of the three.
 
     Returns:
-        1 for a representation with itself, about k / n for unrelated ones; NaN when nothing can be told, as when all features are equal.
+        1 for a representation with itself, about k / n for unrelated ones; NaN if undefined, for example if all features are equal.
 
     Raises:
-        UserError: a and b are not of the same n images, k does not fit n, or the variant is unknown.
+        UserError: a and b have different numbers of images, k does not fit n, or the variant is unknown.
     """
     _check_pair(a, b)
     return cknna_of(neighbourhoods(a, k, variant), neighbourhoods(b, k, variant))
 
 
 class Neighbourhoods(NamedTuple):
-    """One side of a CKNNA: made once, compared with many."""
+    """One side of a CKNNA, computed once for many comparisons."""
 
-    features: Tensor  # (n, D) float64, as the variant wants them
+    features: Tensor  # (n, D) float64, normalised for the variant
     centre: Tensor  # (D,); the kernel is <x_i, x_j - centre>
     near: Tensor  # (n, k) indices of the nearest others
     variant: str
@@ -67,9 +65,9 @@ class Neighbourhoods(NamedTuple):
 
 
 def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighbourhoods:
-    """What `cknna_of` needs of features (n, D); raises UserError when k does not fit n, or the variant is unknown."""
+    """The input of `cknna_of` for features (n, D); raises UserError if k does not fit n, or the variant is unknown."""
     if x.ndim != 2:
-        raise UserError(f"Representations to compare are (n, D), but got {tuple(x.shape)}.")
+        raise UserError(f"A representation must be (n, D), but got {tuple(x.shape)}.")
     if variant not in get_args(Variant):
         raise UserError(f"CKNNA has the variants {', '.join(get_args(Variant))}, but got {variant!r}.")
     least = 1 if variant == "paper" else 2
@@ -87,7 +85,7 @@ def neighbourhoods(x: Tensor, k: int = 10, variant: Variant = "paper") -> Neighb
 def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
     """CKNNA (Eqs. 21-24) of two sides made with the same k and variant; see `cknna`."""
     assert (a.variant, a.near.shape) == (b.variant, b.near.shape), "sides of different images, k or variants"
-    own = a.own * b.own  # unbiased estimates may be negative, and have no root then
+    own = a.own * b.own  # unbiased estimates may be negative, and then have no root
     # The released code adds 1e-6 to the norm; the paper's formula has nothing there.
     norm = (own**0.5 if own >= 0 else float("nan")) + (0.0 if a.variant == "paper" else 1e-6)
     return _align(a, b) / norm if norm else float("nan")
@@ -96,8 +94,8 @@ def cknna_of(a: Neighbourhoods, b: Neighbourhoods) -> float:
 def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
     """Centred kernel alignment HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)) with linear kernels (Kornblith et al. 2019).
 
-    Kernels are centred over rows and columns, which is what makes it blind to a common offset; the paper prints HSIC
-    with the centring of rows only. Invariant to rotation and scale of either side.
+    Kernels are centred over rows and columns, which makes CKA invariant to a common offset; the paper prints HSIC with
+    centred rows only. Invariant to rotation and scale of either side.
 
     Args:
         a: (n, D), one row per image.
@@ -105,10 +103,10 @@ def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
         unbiased: HSIC by the estimator of Song et al. (2012), which does not grow with D / n and can fall below 0.
 
     Returns:
-        1 for a representation with itself; NaN when one of them is constant.
+        1 for a representation with itself; NaN if one of them is constant.
 
     Raises:
-        UserError: a and b are not of the same n images, or n is below 2 (4 when unbiased).
+        UserError: a and b have different numbers of images, or n is below 2 (4 if unbiased).
     """
     _check_pair(a, b)
     if len(a) < (4 if unbiased else 2):
@@ -146,7 +144,7 @@ def _hsic_unbiased(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blocks(n: int, row_bytes: int) -> list[slice]:
-    """n rows in blocks of at most BLOCK_BYTES, when a row takes row_bytes."""
+    """n rows in blocks of at most BLOCK_BYTES, with row_bytes per row."""
     rows = max(1, BLOCK_BYTES // row_bytes)
     return [slice(start, start + rows) for start in range(0, n, rows)]
 
@@ -154,14 +152,14 @@ def _blocks(n: int, row_bytes: int) -> list[slice]:
 def _neighbours(x: Tensor, k: int, *, euclidean: bool) -> Tensor:
     """Indices of the k closest other rows of x, (n, D) -> (n, k): by Euclidean distance, or by inner product."""
     lengths = x.square().sum(1)
-    near = torch.empty(len(x), k, dtype=torch.int64, device=x.device)  # whole: small parts between blocks keep memory
+    near = torch.empty(len(x), k, dtype=torch.int64, device=x.device)  # at once: parts would fragment memory
     for block in _blocks(len(x), 8 * len(x)):
         if euclidean:  # 2uv - |v|^2 falls with the distance along each row
             close = torch.addmm(-lengths, x[block], x.T, alpha=2)  # (rows, n)
         else:
             close = x[block] @ x.T
         own = torch.arange(len(close), device=x.device)
-        close[own, own + block.start] = -torch.inf  # itself, which is no neighbour
+        close[own, own + block.start] = -torch.inf  # an image is not its own neighbour
         near[block] = close.topk(k, dim=1).indices
     return near
 
@@ -176,10 +174,10 @@ def _kernel(side: Neighbourhoods, near: Tensor) -> Tensor:
 
 
 def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
-    """Align(K, L) of the paper (Eqs. 21-24), up to its constant factor; for the others the unbiased HSIC of the masked kernels."""
+    """Align(K, L) of the paper (Eqs. 21-24), up to its constant factor; for the other variants the unbiased HSIC of the masked kernels."""
     near = a.near
     shared = (near[:, :, None] == b.near[:, None, :]).any(2)  # (n, k), neighbours of both
-    # The mask is of pairs that are near in both, so a's neighbours are enough to look among.
+    # The mask keeps pairs that are neighbours in both, so searching a's neighbours is enough.
     k_values = shared * _kernel(a, near)  # (n, k)
     l_values = shared * _kernel(b, near)
     if a.variant == "paper":
@@ -194,8 +192,8 @@ def _align(a: Neighbourhoods, b: Neighbourhoods) -> float:
 
 
 def _clamped(x: Tensor) -> Tensor:
-    """Outliers cut to the 95th percentile of all magnitudes."""
+    """Clamp to the 95th percentile of all magnitudes."""
     magnitudes, rank = x.abs().flatten().cpu().numpy(), int(0.95 * x.numel())
-    magnitudes.partition(rank)  # in place: kthvalue takes two more copies
+    magnitudes.partition(rank)  # in place: kthvalue needs two more copies
     bound = float(magnitudes[rank])
     return x.clamp(-bound, bound)

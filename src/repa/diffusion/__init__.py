@@ -1,4 +1,4 @@
-"""Layer 1: paths from data to noise, what networks predict, times, guidance, samplers. Never sees inside a network."""
+"""Layer 1: paths from data to noise, predictions, times, guidance, samplers. Treats the network as a black box."""
 
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,7 @@ GUIDANCES = Registry(
     base="repa.diffusion.guidance:Guidance",
     listing="guidances",
 )
-DDPM_SAMPLERS = ("ddpm", "ddim")  # those that walk the timesteps of a network trained by the ddpm objective
+DDPM_SAMPLERS = ("ddpm", "ddim")  # they visit the timesteps of a network trained with the ddpm objective
 
 if TYPE_CHECKING:
     from repa.diffusion.chain import guided as guided

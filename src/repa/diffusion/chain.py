@@ -1,8 +1,8 @@
-"""Several guidances in order, and what they ask of the network: each needed prediction once, and nothing else.
+"""Several guidances in order. The network evaluates each prediction that they need once, and nothing else.
 
-The first guidance sees the network's predictions; each later one sees as "conditional" what the one before it made. One that
-looks at a single pass (the conditional prediction and its heads) is applied to the null pass too, where a later one needs
-that: internal guidance of each branch, then classifier-free guidance between them, as the code of arXiv 2512.24176 does.
+The first guidance reads the network's predictions; each later one reads the previous result as "conditional". A guidance
+that reads a single pass (the conditional prediction and its heads) is applied to the null pass too, if a later one needs
+it: internal guidance of each branch, then classifier-free guidance between them, as in the code of arXiv 2512.24176.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Evaluate = Callable[[Tensor, Tensor, frozenset[str]], dict[str, Tensor]]
 
 
 class Chain:
-    """Guidances as one guidance."""
+    """A sequence of guidances, as a single guidance."""
 
     def __init__(self, guidances: Sequence[Guidance]):
         self.guidances = tuple(guidances)
@@ -33,9 +33,9 @@ class Chain:
         return predictions[CONDITIONAL]
 
     def _wanted(self, t: float) -> list[frozenset[str]]:
-        """What is wanted of the network, then of each guidance in turn."""
+        """The predictions needed from the network, then those read by each guidance in turn."""
         wanted = [frozenset((CONDITIONAL,))]
-        # Backwards: what the last guidance reads decides what those before it must make.
+        # Backwards: what the last guidance reads determines what the earlier ones must produce.
         for guidance in reversed(self.guidances):
             wanted.append(frozenset().union(*(_sources(guidance, name, t).values() for name in wanted[-1])))
         return wanted[::-1]
@@ -49,12 +49,12 @@ def guided(
     Args:
         evaluate: (x_t (N, ...), t (N,), names) -> the named predictions, each (N, ...); a second half of the channels (a
             learned variance) is allowed and stays the conditional one.
-        guidances: in the order in which they are applied; none gives the conditional prediction.
-        layout: of x_t, whose parts are guided one by one; None: x_t is the latents alone.
+        guidances: in the order of application; without any, the result is the conditional prediction.
+        layout: layout of x_t, whose parts are guided separately; None: x_t is the latents alone.
 
     Returns:
-        A function for `Denoiser.predict`. With a Python float t, as samplers give, the choice of what to evaluate costs no
-        wait for the device. With a tensor each sample is guided by its own time, and the device is waited for.
+        A function for `Denoiser.predict`. With a Python float t, as samplers pass, choosing the evaluations needs no device
+        synchronisation. With a tensor, each sample is guided by its own time, which synchronises with the device.
     """
     chain = Chain(guidances)
 
@@ -68,7 +68,7 @@ def guided(
         predictions = {name: at_least_float32(p) for name, p in predictions.items()}
         if len(moments) == 1:
             return _mixed(chain, layout, predictions, x_t.shape[1], moments[0])
-        # Guidance may be on for some samples and off for others: each group of equal times is mixed by itself.
+        # Guidance may be on for some samples and off for others: each group of equal times is mixed separately.
         made = torch.empty_like(predictions[CONDITIONAL])
         of_sample = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         for moment in moments:
@@ -81,24 +81,24 @@ def guided(
 
 
 def _mixed(chain: Chain, layout: Layout | None, predictions: dict[str, Tensor], channels: int, t: float) -> Tensor:
-    """The chain on each part of the first `channels` of axis 1; the rest, a learned variance, is the conditional one."""
+    """The chain on each part of the first `channels` of axis 1; the rest, a learned variance, stays the conditional one."""
     variance = predictions[CONDITIONAL][:, channels:]
     guided_ones = {name: p[:, :channels] for name, p in predictions.items()}
     if layout is None or len(layout.shapes) == 1:
         mixed = chain.mix(guided_ones, t)
     else:
-        # Parts apart: REG guides the class vector by another scale than the latents.
+        # Separate parts: REG guides the class vector with another scale than the latents.
         parts = {name: layout.unpack(p) for name, p in guided_ones.items()}
         mixed = layout.pack({part: chain.mix({name: parts[name][part] for name in parts}, t) for part in layout.shapes})
     return torch.cat([mixed, variance], dim=1)
 
 
 def _sources(guidance: Guidance, made: str, t: float) -> dict[str, str]:
-    """For the prediction `made` after a guidance: name that the guidance reads -> name of what came before it."""
+    """For the prediction `made` by a guidance: name that the guidance reads -> name of the prediction before it."""
     needs = guidance.needs(t)
     if made == CONDITIONAL:
         return {name: name for name in needs}
-    # Internal guidance reads one pass only, so the null pass can have it too; guidance between passes cannot.
+    # Internal guidance reads a single pass, so it also applies to the null pass; guidance between passes does not.
     one_pass = all(name == CONDITIONAL or name.startswith(HEAD) for name in needs)
     if made == NULL and one_pass:
         return {name: NULL if name == CONDITIONAL else f"{NULL}/{name}" for name in needs}

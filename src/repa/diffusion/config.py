@@ -13,19 +13,19 @@ from repa.diffusion import DDPM_SAMPLERS, GUIDANCES, PATHS, PREDICTIONS, SAMPLER
 
 
 def check_prediction(prediction: str) -> str:
-    """The name itself when it is one of PREDICTIONS, otherwise UserError."""
+    """The name, if it is one of PREDICTIONS; otherwise raises UserError."""
     if prediction not in PREDICTIONS:
         raise UserError(f"Unknown prediction {prediction!r}{choices(prediction, PREDICTIONS)}")
     return prediction
 
 
 def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
-    """Guidances in one way of writing, so that records compare: defaults left out, and those that change nothing, as of scale 1."""
+    """Guidances in canonical form, so that records compare: without defaults, and without those of no effect, such as scale 1."""
     found = []
     for spec in specs:
         name, _ = parse_spec(spec)
         guidance = GUIDANCES.build(spec) if name in GUIDANCES else None
-        changes = getattr(guidance, "changes", None)  # None: written by others, who promise `needs` and `mix` alone
+        changes = getattr(guidance, "changes", None)  # None: a private guidance, which has only `needs` and `mix`
         if changes is None:
             found.append(spec)
         elif changes:
@@ -42,26 +42,26 @@ Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidato
 
 
 def check_trained(guidances: Iterable[str], label_dropout: float | None, path_drop: float | None) -> None:
-    """UserError for guidance by a prediction that never trained: without a class, or without the blocks of the route.
+    """Raises UserError for guidance with an untrained prediction: without a class, or without the routed blocks.
 
-    None is what is not known of the training, and path_drop of a network without a route, which is reported when it is asked for one.
+    None: the value of the training run is unknown; or path_drop for a network without a route, which sampling reports later.
     """
     for spec in guidances:
         name = parse_spec(spec)[0]
         if label_dropout == 0 and name in ("cfg", "path_drop"):
             raise UserError(
-                f"The guidance {spec} needs a network that sometimes trained without labels, but this one has "
+                f"The guidance {spec} needs a network trained with label dropout, but this one has "
                 "label_dropout 0: leave this guidance out, or train with --label-dropout 0.1."
             )
         if path_drop == 0 and name == "path_drop":
             raise UserError(
-                f"The guidance {spec} skips the blocks of the route, but the network never trained without them: leave it out, or "
+                f"The guidance {spec} skips the routed blocks, but the network was never trained without them: leave it out, or "
                 "train with --model.path-drop 0.1."
             )
 
 
 def check_shift(shift: float) -> float:
-    """The shift itself. Code with t = 1 at the data writes the inverse number; refusing it here catches the commonest mix-up."""
+    """The shift, if it is at least 1. Code with t = 1 at the data uses the inverse; refusing it catches the most common mistake."""
     if not 1 <= shift < math.inf:
         inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
         raise UserError(
@@ -71,8 +71,8 @@ def check_shift(shift: float) -> float:
 
 
 def latent_shift(shape: Sequence[int], base: int = 4096) -> float:
-    """sqrt(C H W / base): the time shift of latents (C, H, W) that keeps the noise as strong, for their size, as in `base` numbers
-    (arXiv 2403.03206, 2510.11690). RAE's (768, 16, 16) have 6.93, SD-VAE's (4, 32, 32) have 1, smaller ones less."""
+    """sqrt(C H W / base): the time shift at which latents (C, H, W) are as corrupted as latents of `base` numbers without a shift
+    (arXiv 2403.03206, 2510.11690). RAE's (768, 16, 16): 6.93; SD-VAE's (4, 32, 32): 1; smaller latents: less."""
     return math.sqrt(math.prod(shape) / base)
 
 
@@ -96,7 +96,7 @@ class DiffusionConfig(Config):
     contrastive: float = Field(0.0, ge=0)
     """Weight of contrastive flow matching: the velocity is also pushed away from that of another image (arXiv 2506.05350)."""
     contrastive_times: Literal["constant", "linear"] = "constant"
-    """How much it counts at a time: constant, always the same; linear, t times as much (SR-DiT)."""
+    """Dependence of that weight on time: constant, or linear (multiplied by t, SR-DiT)."""
     velocity_cosine: float = Field(0.0, ge=0)
     """Weight of 1 - cosine over the channels of predicted and true velocity (LightningDiT)."""
     token_times: float = Field(0.0, ge=0, lt=1)
@@ -114,8 +114,8 @@ class DiffusionConfig(Config):
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
                     raise UserError(
-                        f"{name} {getattr(self, name)!r} is a setting of the objective flow, and the objective ddpm has its "
-                        "own: leave it out, or choose the objective flow."
+                        f"{name} {getattr(self, name)!r} applies only to the objective flow, but the objective is "
+                        "ddpm: leave it out, or choose the objective flow."
                     )
         if self.loss_weight != "none":
             self._check_weight()
@@ -123,13 +123,13 @@ class DiffusionConfig(Config):
             of_data = (self.prediction, self.loss_weight) == ("data", "velocity")  # whose division by sigma is bounded
             if getattr(self, name) and self.prediction != "velocity" and not of_data:
                 raise UserError(
-                    f"{name} compares velocities, which a prediction of {self.prediction} does not give at every t: choose the "
+                    f"{name} compares velocities, which a {self.prediction} prediction does not determine at every t: choose the "
                     "prediction velocity, or data with loss_weight velocity, or leave it out."
                 )
         return self
 
     def _check_weight(self) -> None:
-        """UserError where the weight has no meaning, or is infinite at an end of the times."""
+        """Raises UserError if the loss weight has no meaning, or is infinite at an end of the time interval."""
         if (self.prediction, self.loss_weight) == ("data", "velocity"):
             return  # sigma_min bounds it
         if self.prediction not in ("noise", "score"):
@@ -151,13 +151,13 @@ class DiffusionConfig(Config):
         return unread if self.contrastive else unread | {"contrastive_times": "without --contrastive"}
 
     def for_latents(self, shape: Sequence[int]) -> Self:
-        """With the shift that `auto` stands for with latents of this shape (C, H, W)."""
+        """A copy with the shift `auto` resolved for latents (C, H, W)."""
         if self.shift != "auto":
             return self
         return self.override(shift=max(1.0, latent_shift(shape)))
 
     def check_model(self, name: str, learn_sigma: bool) -> None:
-        """UserError unless the objective trains all that the named network answers: a variance (learn_sigma) or none."""
+        """Raises UserError if the network predicts a variance (learn_sigma) and the objective does not train it, or the reverse."""
         size = name.partition("-")[2]
         if learn_sigma and self.objective == "flow":
             raise UserError(
@@ -167,17 +167,17 @@ class DiffusionConfig(Config):
         if not learn_sigma and self.objective == "ddpm":
             with_variance = "" if name.startswith("JiT") else f"'DiT-{size}', the same network with it, or "
             raise UserError(
-                f"The objective ddpm trains a variance too, which {name} does not predict: choose {with_variance}"
+                f"The objective ddpm also trains a variance, which {name} does not predict: choose {with_variance}"
                 "--diffusion.objective flow."
             )
 
     def check_sampler(self, spec: str) -> str:
-        """The spec itself when a network of this objective can be sampled by it, otherwise UserError."""
+        """The spec, if this sampler works with a network of this objective; otherwise raises UserError."""
         name, _ = parse_spec(spec)
         if name in DDPM_SAMPLERS and self.objective != "ddpm":
             others = ", ".join(other for other in SAMPLERS.names() if other not in DDPM_SAMPLERS)
             raise UserError(
-                f"The sampler {name} walks the timesteps of the objective ddpm, but this network is trained by the "
+                f"The sampler {name} needs a network trained with the objective ddpm, but this network was trained with the "
                 f"objective {self.objective}: choose one of {others}."
             )
         return spec

@@ -1,7 +1,7 @@
-"""Improved DDPM: the discrete process, hybrid loss and samplers that DiT was built on (Eqs. 10-12).
+"""Improved DDPM: the discrete process, hybrid loss and samplers of DiT (Eqs. 10-12).
 
-A network for it answers 2C channels, [noise; v]: the noise and, per element, where the log-variance of the reverse step
-lies between its two bounds. It takes the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
+Its network outputs 2C channels, [noise; v]: the noise and, per element, the position of the reverse step's log-variance
+between its two bounds. Its input is the integer timestep k = 0 .. T - 1, as a float. Everywhere else in this project
 time is our t: timestep k is t = (k + 1) / T, and `ImprovedDDPM.path` is the path that has this process's alpha_bar at
 each of them, so that a DiT can be sampled by every other sampler too; `network_time` turns t into k for the network.
 Without respacing it is the `Process` of the objective ddpm.
@@ -33,14 +33,14 @@ class ImprovedDDPM:
 
     Args:
         num_timesteps: T, how many the process was trained with.
-        timesteps: the K <= T of them to visit, ascending, with alpha_bar kept and betas recomputed; None visits all.
+        timesteps: the K <= T timesteps to visit, ascending, with alpha_bar kept and betas recomputed; None: all.
 
     Attributes:
         timesteps, betas, alpha_bar: (K,) each.
         path: the interpolant on which `q_sample` at step k is Eq. 1 at t = (k + 1) / T, for a process that was not respaced.
 
     Raises:
-        UserError: 20 timesteps or fewer, with which the last beta would reach 1.
+        UserError: 20 timesteps or fewer, because the last beta would reach 1.
     """
 
     def __init__(self, num_timesteps: int = NUM_TIMESTEPS, timesteps: Sequence[int] | None = None):
@@ -50,10 +50,10 @@ class ImprovedDDPM:
         bar = np.cumprod(1 - betas)
         if timesteps is not None:
             bar = bar[list(timesteps)]
-            # From the kept alpha_bar and not by picking betas: the noise level at each visited step stays the same.
+            # Betas follow from the kept alpha_bar, so that each visited step keeps its noise level.
             betas = 1 - bar / np.append(1, bar[:-1])
         prev = np.append(1, bar[:-1])
-        # beta~ at step 0 is 0 and has no logarithm: step 1 lends its own.
+        # beta~ at step 0 is 0 and has no logarithm, so the value of step 1 is used.
         posterior = betas * (1 - prev) / (1 - bar)
         self.num_timesteps = num_timesteps
         self.timesteps = np.arange(num_timesteps) if timesteps is None else np.asarray(timesteps)
@@ -77,20 +77,20 @@ class ImprovedDDPM:
         """
         total = len(self.betas)
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or not 2 <= num_steps <= total:
-            raise UserError(f"DDPM sampling takes 2 to {total} steps, but got {num_steps!r}.")
+            raise UserError(f"DDPM sampling needs 2 to {total} steps, but got {num_steps!r}.")
         if integer_stride:
             strides = (range(0, total, stride) for stride in range(1, total))
             kept: Sequence[int] | None = next((k for k in strides if len(k) == num_steps), None)
             if kept is None:
                 raise UserError(
-                    f"No stride visits exactly {num_steps} of {total} timesteps: take a divisor of {total}."
+                    f"No stride visits exactly {num_steps} of {total} timesteps: choose a divisor of {total}."
                 )
         else:
             kept = [round(i * (total - 1) / (num_steps - 1)) for i in range(num_steps)]
         return ImprovedDDPM(self.num_timesteps, self.timesteps[list(kept)].tolist())
 
     def time(self, k: int) -> float:
-        """Our t of step k."""
+        """The time t of step k."""
         return (int(self.timesteps[k]) + 1) / self.num_timesteps
 
     def q_sample(self, x: Tensor, noise: Tensor, k: int | Tensor) -> Tensor:
@@ -101,7 +101,7 @@ class ImprovedDDPM:
         """The two terms of the hybrid loss (Eq. 10), to be added with weight 1.
 
         Args:
-            output: (N, 2C, H, W), the network's answer [noise; v] to (q_sample(x, noise, k), k).
+            output: (N, 2C, H, W), the network's output [noise; v] for (q_sample(x, noise, k), k).
             x: (N, C, H, W), clean latents.
             noise: shaped like x.
             k: (N,) int64 steps.
@@ -114,7 +114,7 @@ class ImprovedDDPM:
         output, x_k = output.to(x.dtype), self.q_sample(x, noise, k)
         predicted, v = _halves(output, x)
         mse = ((noise - predicted) ** 2).flatten(1).mean(1)  # (N,)
-        # The bound trains the variance only: through the mean it would change the weight of the squared error.
+        # The bound trains only the variance: a gradient through the mean would change the weight of the squared error.
         mean, log_variance = self.p_mean_log_variance(torch.cat([predicted.detach(), v], 1), x_k, k)
         kl = _normal_kl(self._posterior_mean(x, x_k, k), self._at("log_posterior", k, x), mean, log_variance)
         first = (k == 0).reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
@@ -138,7 +138,7 @@ class ImprovedDDPM:
         return self._at("mean_of_data", k, x) * x + self._at("mean_of_x_k", k, x) * x_k
 
     def _at(self, name: str, k: int | Tensor, x: Tensor) -> float | Tensor:
-        """A constant at step k, shaped to multiply x. Tables stay on the device: a copy per step would wait for it."""
+        """A constant at step k, shaped to multiply x. Tables stay on the device: a copy per step would synchronise with it."""
         if not isinstance(k, Tensor):
             return float(self._constants[name][k])
         key = (name, x.device, x.dtype)
@@ -160,7 +160,7 @@ class ImprovedDDPM:
         return self.q_sample(x, noise, self.network_time(t).long())
 
     def network_time(self, t: Tensor) -> Tensor:
-        """The timestep k = t T - 1 of our t (N,), as a float; below the first one, where no network was trained, the first."""
+        """The timestep k = t T - 1 of t (N,), as a float; at least 0, because no network was trained below the first timestep."""
         k = (t * self.num_timesteps - 1).clamp(min=0)
         # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
         return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
@@ -209,9 +209,9 @@ def ddim(
     *,
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0,
 ) -> Tensor:
-    """DDIM on integer strides; a learned variance is ignored. NFE = num_steps.
+    """DDIM with integer strides; a learned variance is ignored. NFE = num_steps.
 
-    eta = 0 is deterministic, eta = 1 draws the noise of the posterior q(x_{k-1} | x_k, x).
+    eta = 0 is deterministic, eta = 1 has the noise of the posterior q(x_{k-1} | x_k, x).
     """
     _check_noise(denoiser)
     process = ImprovedDDPM().respaced(num_steps, integer_stride=True)
@@ -256,7 +256,7 @@ def _normal_kl(mean1: Tensor, log_variance1: float | Tensor, mean2: Tensor, log_
 def _discretised_nll(x: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """-log of the Gaussian's mass on the bin of half-width 1/255 around x, in nats; the bins beyond +-0.999 are open.
 
-    Made for pixels in [-1, 1] and meaningless for latents, but it is what DiT trained with. The normal distribution
+    Designed for pixels in [-1, 1] and without meaning for latents, but DiT was trained with it. The normal distribution
     function is the tanh approximation for the same reason.
     """
 

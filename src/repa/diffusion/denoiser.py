@@ -1,4 +1,4 @@
-"""What a sampler sees: one tensor as state, and a Denoiser, which hides network, parameterisation, dtype, labels and guidance."""
+"""The interface of samplers: one state tensor, and a Denoiser that hides network, parameterisation, dtype, labels and guidance."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ class Denoiser:
 
     Args:
         predict: (x_t (N, C, H, W), t (N,) float32) -> network output (N, C, H, W); a second half of the channels (a
-            learned variance) is allowed and only `output` shows it. A `predict` whose attribute `takes_float_time` is
-            true, as what `guided` returns, is given t as a Python float when the sampler has it as one: it can then
-            choose what to compute without waiting for the device. Samplers keep their times as Python floats for this.
+            learned variance) is allowed and only `output` returns it. If `predict` has a true attribute `takes_float_time`,
+            like the function that `guided` returns, a Python float t is passed as it is: `predict` can then choose what to
+            compute without a device synchronisation. For this reason samplers keep times as Python floats.
         path: the interpolant the network was trained on.
-        prediction: what the output means, one of PREDICTIONS.
-        dtype: of the x_t that the network receives. The state may be float64: outputs return to the state's dtype, and
-            coefficients are computed in it.
-        sigma_min: where sigma is held when a prediction of the data is divided by it.
-        shift: the time shift that the network was trained with, which grids of samplers take over.
+        prediction: meaning of the output, one of PREDICTIONS.
+        dtype: dtype of the network's x_t. The state may be float64: outputs are converted to the state's dtype, in which
+            coefficients are computed.
+        sigma_min: lower bound of sigma where a data prediction is divided by it.
+        shift: the time shift of the training, which samplers' grids use too.
 
-    In every method t is a Python float, a 0-dim tensor or an (N,) tensor. Each method makes exactly one network call.
+    In every method t is a Python float, a 0-dim tensor or an (N,) tensor. Each method calls the network exactly once.
     """
 
     predict: Callable[..., Tensor]
@@ -43,7 +43,7 @@ class Denoiser:
         check_prediction(self.prediction)
         if not callable(self.path):
             raise UserError(
-                f"A Denoiser's path is an interpolant, such as PATHS.build('linear'), but got {self.path!r}."
+                f"A Denoiser's path must be an interpolant, such as PATHS.build('linear'), but got {self.path!r}."
             )
 
     def velocity(self, x_t: Tensor, t: float | Tensor) -> Tensor:
@@ -56,22 +56,22 @@ class Denoiser:
         return self._convert(prediction, x_t, c, "velocity"), self._convert(prediction, x_t, c, "score")
 
     def data(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """The network's guess of the clean latents, E[x | x_t]."""
+        """The network's estimate of the clean latents, E[x | x_t]."""
         return self._convert(self._prediction(x_t, t), x_t, self.coefficients(x_t, t), "data")
 
     def output(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """What the network itself answers, all its channels, in x_t's dtype."""
-        # A time on the CPU is read without a wait; one on a GPU is not read here.
+        """The network's raw output, all channels, in x_t's dtype."""
+        # Reading a time on the CPU needs no synchronisation; a time on a GPU is not read here.
         if isinstance(t, Tensor) and t.ndim == 0 and t.device.type == "cpu":
             t = float(t)
         if isinstance(t, Tensor) or not getattr(self.predict, "takes_float_time", False):
             t = per_sample(t, x_t)  # (N,)
-        # The state may be float64, networks are not; the step is then taken in the state's precision again.
+        # The state may be float64 but networks are not; the step itself is computed in the state's precision.
         return self.predict(x_t.to(self.dtype), t).to(x_t.dtype)
 
     def coefficients(self, x_t: Tensor, t: float | Tensor) -> Coefficients:
         """The path at t. A single time stays a 0-dim tensor on the CPU, which multiplies tensors on any device."""
-        # At least float32: in half precision neighbouring times of a fine grid are the same number.
+        # At least float32: in half precision neighbouring times of a fine grid are equal.
         t = torch.as_tensor(t, dtype=torch.promote_types(x_t.dtype, torch.float32))
         return self.path(t if t.ndim == 0 else t.to(x_t.device))
 
@@ -79,8 +79,8 @@ class Denoiser:
         output, channels = self.output(x_t, t), x_t.shape[1]
         if output.shape[1] not in (channels, 2 * channels):
             raise UserError(
-                f"The network outputs {output.shape[1]} channels for {channels}: it must output as many, or twice as "
-                "many with a learned variance."
+                f"The network outputs {output.shape[1]} channels for {channels}: it must output the same number, or twice "
+                "that with a learned variance."
             )
         return output[:, :channels]
 
@@ -91,12 +91,12 @@ class Denoiser:
 class CountedCalls:
     """A network that counts a sampler's function evaluations (NFE): `f = CountedCalls(f); Denoiser(f, ...); f.calls`.
 
-    Around what `guided` returns, a guided evaluation counts once, as papers count.
+    Around the function that `guided` returns, a guided evaluation counts once, as in papers.
     """
 
     def __init__(self, predict: Callable[..., Tensor]):
         self.predict = predict
-        # Handed on, so that counting does not change how times reach the network.
+        # Passed on, so that counting does not change the form of the times.
         self.takes_float_time = getattr(predict, "takes_float_time", False)
         self.calls = 0
 
@@ -106,11 +106,11 @@ class CountedCalls:
 
 
 def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
-    """What networks take: (N,) times in float32 on x's device, from a Python float, a 0-dim or an (N,) tensor."""
+    """Times for networks: (N,) float32 on x's device, from a Python float, a 0-dim or an (N,) tensor."""
     if not isinstance(t, Tensor):
         return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
-        raise UserError(f"t has shape {tuple(t.shape)}, but must be one time for all or one per sample, ({len(x)},).")
+        raise UserError(f"t has shape {tuple(t.shape)}, but must be a single time or one per sample, ({len(x)},).")
     return t.to(x.device, torch.float32).expand(len(x))
 
 
@@ -118,10 +118,10 @@ class Layout:
     """How the parts of a state are packed into one tensor.
 
     Args:
-        shapes: of each part without N, as `Backbone.state_shapes`: {"x": (C, H, W)}, or with vectors {"x": ..., "class": (F,)}.
+        shapes: shape of each part without N, as in `Backbone.state_shapes`: {"x": (C, H, W)}, or {"x": ..., "class": (F,)}.
 
     Attributes:
-        shape: of the one tensor, without N: that of the part where there is one, else (C H W + F,).
+        shape: shape of the packed tensor, without N: that of the only part, or (C H W + F,) for several.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
@@ -140,13 +140,13 @@ class Layout:
                 raise UserError(
                     f"The part {name!r} of a state has shape (N, {', '.join(map(str, shape))}), but got {found}."
                 )
-        # Latents alone keep their shape, so that samplers and callbacks see images and not flat vectors.
+        # Latents alone keep their shape, so that samplers and callbacks receive images, not flat vectors.
         if len(self.shapes) == 1:
             return parts[next(iter(self.shapes))]
         return torch.cat([parts[name].flatten(1) for name in self.shapes], dim=1)
 
     def unpack(self, flat: Tensor) -> dict[str, Tensor]:
-        """The parts (N, *shape) of one tensor (N, *self.shape); views where that is possible."""
+        """The parts (N, *shape) of one tensor (N, *self.shape); views if possible."""
         if tuple(flat.shape[1:]) != self.shape:
             raise UserError(
                 f"A state of {', '.join(self.shapes)} has shape (N, {', '.join(map(str, self.shape))}), but got {tuple(flat.shape)}."

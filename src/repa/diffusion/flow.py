@@ -23,7 +23,7 @@ from repa.diffusion.predictions import SIGMA_MIN, convert, noise_to_score
 
 
 class Coefficients(NamedTuple):
-    """The four numbers that a path is at time t, each shaped like t; d_ is the derivative by t."""
+    """The four coefficients of a path at time t, each shaped like t; d_ is the derivative with respect to t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -31,25 +31,25 @@ class Coefficients(NamedTuple):
     d_sigma: Tensor
 
     def like(self, x: Tensor) -> "Coefficients":
-        """Reshaped to multiply x (N, ...): one time for all samples, or one time per sample."""
+        """Reshaped to multiply x (N, ...): a single time, or one per sample."""
         shape = self.alpha.shape
         if len(shape) == 0 or (len(shape) == x.ndim and shape[0] == len(x)):
             return self
         if len(shape) != 1 or shape[0] != len(x):
             raise UserError(
-                f"t has shape {tuple(shape)}, but must be one time for all or one per sample, ({len(x)},), "
+                f"t has shape {tuple(shape)}, but must be a single time or one per sample, ({len(x)},), "
                 f"for x of shape {tuple(x.shape)}."
             )
         return Coefficients(*(c.reshape(-1, *[1] * (x.ndim - 1)) for c in self))  # (N, 1, ..., 1)
 
     def velocity(self, data: Tensor, noise: Tensor) -> Tensor:
-        """Eq. 3: alpha' data + sigma' noise, of what they are or of what is expected of them."""
+        """Eq. 3: alpha' data + sigma' noise, for the true values or for their expectations."""
         c = self.like(data)
         return c.d_alpha * data + c.d_sigma * noise
 
     @property
     def determinant(self) -> Tensor:
-        """alpha sigma' - sigma alpha': how fast the path turns; positive on every path, so safe to divide by."""
+        """alpha sigma' - sigma alpha', the determinant; positive on every path, so safe to divide by."""
         return self.alpha * self.d_sigma - self.sigma * self.d_alpha
 
 
@@ -63,7 +63,7 @@ def linear(t: Tensor) -> Coefficients:
 
 
 def trigonometric(t: Tensor) -> Coefficients:
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): unit variance all the way (the paper misprints sigma)."""
+    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): unit variance at every t (the paper misprints sigma)."""
     t = at_least_float32(t)
     cos, sin = torch.cos(t * (math.pi / 2)), torch.sin(t * (math.pi / 2))
     return Coefficients(cos, sin, -math.pi / 2 * sin, math.pi / 2 * cos)
@@ -74,7 +74,7 @@ class VariancePreserving:
     """The VP-SDE as an interpolant: alpha = exp(-B/2), sigma = sqrt(1 - exp(-B)), B(t) = integral of beta to t.
 
     beta rises linearly from `beta_min` to `beta_max`; the defaults are the continuous limit of DDPM's linear schedule.
-    sigma' grows like 1/sqrt(t) towards t = 0, where it is infinite: below `T_MIN` it is held at its value there (50
+    sigma' grows like 1/sqrt(t) towards t = 0, where it is infinite: below `T_MIN` it keeps its value at `T_MIN` (50
     with the defaults), so that every coefficient is finite. The conversions of predictions.py stay exact inverses.
     """
 
@@ -97,8 +97,8 @@ class VariancePreserving:
 class DiscreteVariancePreserving:
     """The variance-preserving path of a discrete process: at t = k / T its alpha^2 is the k-th alpha_bar, k = 1 .. T.
 
-    Between the timesteps the rate beta is interpolated linearly, so that the path is smooth and its derivatives are its
-    own; at t = 0 it is data. `vp` with its defaults is its limit for many timesteps, but up to 10 % off for 1000.
+    Between timesteps the rate beta is interpolated linearly, so that the path is smooth and its derivatives are exact; at
+    t = 0 it is data. `vp` with its defaults is its limit for many timesteps, but differs by up to 10 % for 1000.
 
     Args:
         alpha_bar: (T,) descending, as in `ImprovedDDPM`.
@@ -122,7 +122,7 @@ class DiscreteVariancePreserving:
 
 
 def _variance_preserving(integral: Callable[[Tensor], tuple[Tensor, Tensor]], t: Tensor, t_min: float) -> Coefficients:
-    """The path of a rate beta, for t -> (B(t), beta(t)); sigma' is held at its value at t_min."""
+    """The path of a rate beta, given t -> (B(t), beta(t)); below t_min, sigma' keeps its value at t_min."""
     t = at_least_float32(t)
     total, beta = integral(t)
     held_total, held_beta = integral(t.clamp(min=t_min))
@@ -139,13 +139,13 @@ def interpolate(path: Interpolant, x: Tensor, noise: Tensor, t: Tensor) -> tuple
         path: an interpolant, e.g. `PATHS.build("linear")`.
         x: clean latents (N, ...).
         noise: standard normal, shaped like x.
-        t: one time per sample (N,) or one for all, in [0, 1].
+        t: one time per sample (N,) or a single time, in [0, 1].
 
     Returns:
         x_t and velocity, shaped and typed like x.
 
     Raises:
-        UserError: noise has another shape than x, or t neither one time nor one per sample.
+        UserError: the shapes of noise and x differ, or t is neither a single time nor one per sample.
     """
     if noise.shape != x.shape:
         raise UserError(f"noise has shape {tuple(noise.shape)}, but x has {tuple(x.shape)}: they must be equal.")
@@ -163,7 +163,7 @@ def time_shift(t: Tensor, shift: float) -> Tensor:
 
 
 def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor) -> Tensor:
-    """What a network of this prediction is trained to predict, for clean latents x (N, ...) and their noise.
+    """The training target of a prediction, for clean latents x (N, ...) and their noise.
 
     The score's target grows like 1/sigma, up to 1/SIGMA_MIN: its squared error is weighted by sigma^2 in `Flow`.
     Shaped and typed like x; raises UserError for a name that is not in `repa.diffusion.PREDICTIONS`.
@@ -189,11 +189,11 @@ WEIGHTS: dict[str, Callable[[Coefficients], Tensor] | None] = {
 
 
 class Flow:
-    """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network is given t itself.
+    """Eqs. 1 and 4: squared error of velocity, noise, data or score on a path; the network's time input is t.
 
-    A score is compared times sigma, as the noise that it implies: its own error grows like 1/sigma, and without this the
-    steps of the smallest t would be all that is learned. `config.loss_weight` is one of WEIGHTS. An error of the data changes
-    the velocity by determinant / sigma, sigma held at `sigma_min` in the prediction and in its target (JiT, RAEv2).
+    A score is multiplied by sigma and compared as noise: its error grows like 1/sigma, so that otherwise the smallest t would
+    dominate the loss. `config.loss_weight` is one of WEIGHTS. A data error changes the velocity by determinant / sigma, with
+    sigma at least `sigma_min` in the prediction and in its target (JiT, RAEv2).
     """
 
     def __init__(self, config: DiffusionConfig):
@@ -220,13 +220,13 @@ class Flow:
         return t
 
     def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """dx_t/dt of Eq. 1, what a network of velocities learns."""
+        """dx_t/dt of Eq. 1, the target of a velocity prediction."""
         return target("velocity", self.path(t).like(x), x, noise)
 
     def losses(
         self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Eq. 4, for each sample, and the terms that the configuration adds to it."""
+        """Eq. 4 per sample, and the further terms of the configuration."""
         c, output = self.path(t).like(x), at_least_float32(output)
         if self.prediction == "score":
             error = c.sigma * output + noise  # Eq. 6: noise = -sigma score
@@ -251,13 +251,13 @@ class Flow:
         return losses
 
     def _of_velocity(self, c: Coefficients) -> Tensor:
-        """What an error of the data, squared, is worth as one of the velocity: Eq. 3 with the noise of Eq. 1."""
+        """The factor from a squared data error to a squared velocity error: Eq. 3 with the noise of Eq. 1."""
         return (c.determinant / c.sigma.clamp(min=self.sigma_min)).square()
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """t ~ U[low, high): the paper's default on all of [0, 1); SiT cuts both ends for noise and score."""
+    """t ~ U[low, high): by default [0, 1), as in the paper; SiT excludes both ends for noise and score."""
 
     low: float = 0.0
     high: float = 1.0
@@ -269,19 +269,19 @@ class Uniform:
             )
 
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """(num,) float32 times on `device`; drawn where the generator lives: a CPU one gives the same anywhere."""
+        """(num,) float32 times on `device`, sampled on the generator's device: a CPU generator gives the same times everywhere."""
         t = torch.rand(num, generator=generator, device=generator.device if generator else device)
         return (self.low + (self.high - self.low) * t).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """The ratio r = sigma_t / alpha_t is log-normal, log r ~ N(mean, std^2), and t is where `path` reaches r.
+    """The ratio r = sigma_t / alpha_t is log-normal, log r ~ N(mean, std^2), and t is the time at which `path` reaches r.
 
-    On the linear path t = r / (1 + r), the logit-normal law; on the trigonometric path t = 2/pi atan(r). The law of t
-    therefore depends on the path, and as a time distribution does not know the run's path, the setting says which:
+    On the linear path t = r / (1 + r), the logit-normal distribution; on the trigonometric path t = 2/pi atan(r). The
+    distribution of t depends on the path, and a time distribution does not know the run's path, so it is a setting:
     `logit_normal:path=trigonometric` with the trigonometric path is the reference implementation's "lognormal". JiT's mean of
-    -0.8 is of data times (t = 1 is data): `logit_normal:mean=0.8,std=0.8` here.
+    -0.8 is for t = 1 at the data: `logit_normal:mean=0.8,std=0.8` here.
     """
 
     mean: float = 0.0
@@ -289,7 +289,7 @@ class LogitNormal:
     path: Literal["linear", "trigonometric"] = "linear"
 
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """(num,) float32 times on `device`; drawn where the generator lives."""
+        """(num,) float32 times on `device`, sampled on the generator's device."""
         log_ratio = self.mean + self.std * torch.randn(
             num, generator=generator, device=generator.device if generator else device
         )

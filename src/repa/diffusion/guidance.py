@@ -1,7 +1,7 @@
-"""Guidances: mixtures of predictions of the same x_t. Torch-free, so that a configuration is checked without it.
+"""Guidances: combinations of predictions of the same x_t. Torch-free, so that a configuration is checked without torch.
 
-Four extrapolate from a worse prediction through the better one, other + scale (conditional - other), and differ in what the
-other is; the last follows a gradient. `chain.py` evaluates what they need and applies them in order.
+Four extrapolate from a worse prediction through the better one, other + scale (conditional - other), and differ in the
+worse prediction; the last follows a gradient. `chain.py` evaluates their predictions and applies them in order.
 """
 
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ CONDITIONAL, NULL = "conditional", "null"
 
 @runtime_checkable
 class Guidance(Protocol):
-    """A mixture of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed",
+    """A combination of named predictions: "conditional", "null", "head@8" (of block 8), "weak" (another network), "routed",
     and "gradient", of an alignment towards a reference image."""
 
     def needs(self, t: float) -> frozenset[str]:
-        """The predictions that `mix` reads at time t (0 data, 1 noise); {"conditional"} where it is off."""
+        """The predictions that `mix` reads at time t (0 data, 1 noise); {"conditional"} if it is off."""
         ...
 
     def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
-        """What is used as the conditional prediction: latents (N, C, H, W), and each stream (N, F) in a call for itself."""
+        """The guided prediction: latents (N, C, H, W), and each stream (N, F) in a separate call."""
         ...
 
 
 class Extrapolation:
     """other + scale (conditional - other) while low <= t <= high; elsewhere the conditional prediction.
 
-    Every subclass lists its settings in full: the registry reads them off its source, so that a spec is checked without an import.
+    Every subclass repeats its settings: the registry reads them from its source, to check a spec without an import.
     """
 
     scale: float
@@ -55,7 +55,7 @@ class Extrapolation:
 
     @property
     def changes(self) -> bool:
-        """False where the scale of 1 gives the conditional prediction at every t."""
+        """False if the scale is 1, which gives the conditional prediction at every t."""
         return self.scale != 1
 
     def active(self, t: float) -> bool:
@@ -76,7 +76,7 @@ class Extrapolation:
 class ClassifierFree(Extrapolation):
     """Classifier-free guidance: away from the prediction without a condition (arXiv 2207.12598); low and high as in arXiv 2404.07724.
 
-    `channels`: guide only the first so many channels of the latents, as DiT's and SiT's code does with 3; 0 guides all.
+    `channels`: number of leading channels of the latents that are guided, 3 in DiT's and SiT's code; 0: all.
     `streams`: the scale of the vectors of streams (REG's cls-cfg-scale); None: the same scale.
     """
 
@@ -96,12 +96,14 @@ class ClassifierFree(Extrapolation):
         if not self.active(t):
             return conditional
         if is_stream and self.streams is not None:
-            # REG guides the vectors of streams by another scale.
+            # REG guides the vectors of streams with another scale.
             return predictions[NULL] + self.streams * (conditional - predictions[NULL])
         mixed = super().mix(predictions, t)
         if self.channels and not is_stream:
             if self.channels > mixed.shape[1]:
-                raise UserError(f"Guidance of {self.channels} channels was asked for, but there are {mixed.shape[1]}.")
+                raise UserError(
+                    f"The guidance has channels={self.channels}, but there are only {mixed.shape[1]}: choose fewer."
+                )
             mixed[:, self.channels :] = conditional[:, self.channels :]
         return mixed
 
@@ -120,7 +122,7 @@ class Internal(Extrapolation):
         return f"head@{self.head}"
 
     def mix(self, predictions: "dict[str, Tensor]", t: float) -> "Tensor":
-        # Heads predict the latents alone; the vector of a stream stays as guidances before this one have made it.
+        # Heads predict only the latents; the vector of a stream stays the result of the previous guidances.
         is_stream = predictions[CONDITIONAL].ndim == 2
         return predictions[CONDITIONAL] if is_stream else super().mix(predictions, t)
 
@@ -149,8 +151,8 @@ class PathDrop(Extrapolation):
 class Representation(Extrapolation):
     """REPA-G (arXiv 2602.03753): towards the features of one image, by the gradient of an alignment's loss, v + scale d loss / d x_t.
 
-    `term`: which alignment of the run, by its name; empty: the only one. A velocity points to the noise and is walked back,
-    so that adding the gradient lowers the loss.
+    `term`: name of the run's alignment; empty: the only one. A velocity points to the noise and sampling runs against it, so
+    that adding the gradient lowers the loss.
     """
 
     other = "gradient"

@@ -1,15 +1,15 @@
-"""Velocity, noise, data and score are four ways to say the same thing about x_t = alpha x + sigma noise (Eqs. 3, 6, 7/20).
+"""Conversions between velocity, noise, data and score, which are equivalent given x_t = alpha x + sigma noise (Eqs. 3, 6, 7/20).
 
-Every conversion goes through the pair (data, noise), which solves the 2x2 system that the prediction and x_t form:
+Every conversion uses the pair (data, noise), the solution of the 2x2 system of the prediction and x_t:
 
 * velocity: determinant alpha sigma' - sigma alpha', never 0, so the pair is exact at every t, both ends included;
 * noise, score: data = (x_t - sigma noise) / alpha. At alpha = 0 (linear and trigonometric, t = 1) x_t *is* the noise:
-  the network's answer says nothing about the data. alpha is held at `ALPHA_MIN` there: a network that answers x_t gives
+  the network's output has no information on the data. alpha is at least `ALPHA_MIN`: a network that outputs x_t gives
   data 0, the mean of centred data, and its error is multiplied by at most 1 / ALPHA_MIN instead of infinity;
-* data: noise = (x_t - alpha data) / sigma. At sigma = 0 (t = 0) the answer says nothing about the noise; sigma is held
-  at `SIGMA_MIN`. The same holds for the division of score = -noise / sigma.
+* data: noise = (x_t - alpha data) / sigma. At sigma = 0 (t = 0) the output has no information on the noise; sigma is at
+  least `SIGMA_MIN`. The same bound applies to score = -noise / sigma.
 
-Outside these two small neighbourhoods each function is exact. All take and return (N, ...) tensors; `c` is `path(t)`.
+Outside these two small neighbourhoods each function is exact. All accept and return (N, ...) tensors; `c` is `path(t)`.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from repa.diffusion.flow import Coefficients
 
-ALPHA_MIN = 5e-3  # just below the smallest alpha of the vp path, 0.0066, which is thereby never touched
-SIGMA_MIN = 1e-3  # the last time but one of 1000 linear steps, so that no usual grid is touched
+ALPHA_MIN = 5e-3  # just below the smallest alpha of the vp path, 0.0066, so that this path never reaches it
+SIGMA_MIN = 1e-3  # the last but one time of 1000 linear steps, so that no common grid reaches it
 
 
 def velocity_to_data(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
@@ -82,9 +82,9 @@ CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {  # those of the sc
 def convert(
     output: Tensor, x_t: Tensor, c: "Coefficients", given: str, wanted: str, sigma_min: float = SIGMA_MIN
 ) -> Tensor:
-    """`output`, a prediction of kind `given`, as the kind `wanted`; both are names of `repa.diffusion.PREDICTIONS`.
+    """Convert `output` from the prediction `given` to `wanted`; both are names of `repa.diffusion.PREDICTIONS`.
 
-    `sigma_min`: where sigma is held when a prediction of the data is divided by it.
+    `sigma_min`: lower bound of sigma where a data prediction is divided by it.
     """
     if given == wanted:
         return output

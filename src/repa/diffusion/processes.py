@@ -1,6 +1,6 @@
 """The two ways to train a denoiser: flow matching (SiT) and improved DDPM (DiT).
 
-All other code uses t, 0 data and 1 noise; only a process knows what a network is given instead.
+All other code uses t, 0 data and 1 noise; only a process knows the network's own time input.
 """
 
 from typing import Protocol
@@ -14,14 +14,14 @@ from repa.diffusion.flow import Flow, Interpolant
 
 
 class Process(Protocol):
-    """How data becomes noise, and what a network is trained to predict.
+    """The noising process and the training target of a network.
 
     Attributes:
         path: the interpolant of x_t, at every t.
-        prediction: what the network's first C channels mean, one of PREDICTIONS.
-        shift: of the training times, and so of the grids of samplers.
-        sigma_min: where sigma is held when a prediction of the data is divided by it.
-        contrastive: weight of the distance to another image's velocity; 0: there is no such term.
+        prediction: meaning of the network's first C channels, one of PREDICTIONS.
+        shift: time shift of the training times and of samplers' grids.
+        sigma_min: lower bound of sigma where a data prediction is divided by it.
+        contrastive: weight of the distance to another image's velocity; 0: no such term.
     """
 
     path: Interpolant
@@ -31,7 +31,7 @@ class Process(Protocol):
     contrastive: float
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
-        """(num,) training times on `device`, drawn where the generator lives."""
+        """(num,) training times on `device`, sampled on the generator's device."""
         ...
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -39,20 +39,20 @@ class Process(Protocol):
         ...
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What the network is given for t (N,)."""
+        """The network's time input for t (N,)."""
         ...
 
     def losses(
         self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, other: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Terms (N,), to be summed, of the network's output at training times t; "denoising" is among them.
+        """Loss terms (N,), to be summed, of the network's output at training times t; one of them is "denoising".
 
-        t is (N,), or (N, 1, H, W) where the parts of an image have different times. `other` (N, C, H, W) is the velocity of
-        another image, for a process that is contrastive.
+        t is (N,), or (N, 1, H, W) if the parts of an image have different times. `other` (N, C, H, W) is the velocity of
+        another image, for contrastive flow matching.
         """
         ...
 
 
 def build_process(config: DiffusionConfig) -> Process:
-    """The process that a configuration names."""
+    """The process of a configuration."""
     return ImprovedDDPM() if config.objective == "ddpm" else Flow(config)

@@ -1,4 +1,4 @@
-"""Do samples show what their prompts say? By the words of captioned reference images, or by CLIP."""
+"""Agreement of samples with their prompts, by the words of captioned reference images or by CLIP."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ from repa.encoders.families import CLIP
 from repa.evaluation.images import gather_rows
 
 MOST_WORDS = 1000  # of the reference's captions, the most frequent ones
-RARE, COMMON = 0.005, 0.95  # share of captions: words outside tell nothing, or cannot be learned
+RARE, COMMON = 0.005, 0.95  # share of captions: rarer words cannot be learned, more common ones do not discriminate
 RIDGE = 0.1  # for features of unit variance
-CHUNK = 256  # samples that are compared with all prompts at a time
+CHUNK = 256  # samples per comparison with all prompts
 
 
 class CaptionMeasure(Protocol):
-    """Looks at samples in batches, of any process, and at the prompt of each."""
+    """A metric of samples and their prompts, updated in batches on every process."""
 
     def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
         """Indices (n,), uint8 images (n, 3, H, W), and their features by the extractor (n, D)."""
@@ -38,11 +38,11 @@ class CaptionMeasure(Protocol):
 class CaptionAgreement:
     """Whether an image's features fit its own prompt better than other prompts.
 
-    A ridge regression on the reference's features predicts which words an image's caption has. A sample and a prompt disagree by the
-    squared differences between predicted and present words, each over that word's variance in the reference that is left
-    unexplained. `caption_agreement` is the share of other prompts that disagree more than the sample's own, averaged over
-    samples: 1 where words are followed, 0.5 where they are ignored. `caption_agreement_shuffled` is the same with the prompts
-    moved on by one sample, which shows what 0.5 is.
+    A ridge regression on the reference's features predicts the words of an image's caption. The disagreement of a sample and a
+    prompt is the sum of squared differences between predicted and present words, each divided by the word's unexplained
+    variance in the reference. `caption_agreement` is the share of other prompts with a larger disagreement than the sample's
+    own, averaged over samples: 1 if prompts are followed, 0.5 if they are ignored. `caption_agreement_shuffled` is the same
+    with prompts shifted by one sample, as the control for 0.5.
 
     Args:
         features: (M, D) of reference images.
@@ -50,18 +50,18 @@ class CaptionAgreement:
         prompts: of the samples, by their index.
 
     Raises:
-        UserError: captions without words that tell images apart.
+        UserError: the captions have no words that distinguish images.
     """
 
     def __init__(self, features: Tensor, captions: Sequence[tuple[str, ...]], prompts: Sequence[str]):
-        # An image may have several captions: it has the words of any of them.
+        # An image may have several captions: their words are combined.
         told = [set().union(*map(split_words, texts)) if texts else set() for texts in captions]
         counts = Counter(word for words in told for word in words)
         useful = [word for word, num in counts.most_common() if RARE * len(told) <= num <= COMMON * len(told)]
         self.vocabulary = sorted(useful[:MOST_WORDS])
         if not self.vocabulary:
             raise UserError(
-                "The captions of the reference have no words that tell its images apart: give prepared data with captions, or leave "
+                "The captions of the reference have no words that distinguish its images: give prepared data with captions, or leave "
                 "caption_agreement out of --metrics."
             )
         self.prompts = prompts
@@ -71,10 +71,10 @@ class CaptionAgreement:
         self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
         self.base = y.mean(0)  # (V,), how frequent each word is
         x = (x - self.mean) / self.std
-        # Ridge in closed form: features outnumber what a few thousand captions can tell, so the plain solution would overfit.
+        # Ridge in closed form: with so many features and a few thousand captions, least squares would overfit.
         gram = x.T @ x / len(x) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)  # (D, D)
         self.weights = torch.linalg.solve(gram, x.T @ (y - self.base) / len(x))  # (D, V)
-        # Words that features do not show have errors as large as they vary, and so count for little.
+        # Words that the features do not show have an error as large as their variance, and so count little.
         self.unexplained = (y - self.base - x @ self.weights).square().mean(0).clamp_min(1e-4)  # (V,)
 
     def update(self, indices: Tensor, images: Tensor, pooled: Tensor) -> None:
@@ -85,28 +85,28 @@ class CaptionAgreement:
         x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
         predicted = self.base + x @ self.weights  # (N, V)
         words, own = self._distinct_word_sets(self.prompts[: len(x)])  # (P, V), (N,)
-        # -|p - w|^2 / u without |p|^2 / u, which is the same for all prompts of a sample: one product instead of (N, P, V) differences.
+        # -|p - w|^2 / u without |p|^2 / u, which is equal for all prompts of a sample: a product instead of (N, P, V) differences.
         of_words, told = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
         own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ told - of_words, own)
         return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
 
     def _word_matrix(self, told: Sequence[set[str]]) -> Tensor:
-        """(n, V): 1 where a caption has the word."""
+        """(n, V): 1 if a caption has the word."""
         return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
 
     def _distinct_word_sets(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The distinct sets of words that prompts have (P, V), and the number of each prompt's set (N,)."""
+        """The distinct word sets of the prompts (P, V), and the index of each prompt's set (N,)."""
         return torch.unique(self._word_matrix([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
 
 
 class ClipScore:
-    """How near images are to their prompts in the eyes of a CLIP.
+    """Similarity of images and their prompts according to CLIP.
 
-    `clip_score` is the mean of max(0, 100 cos(image, text)); `clip_agreement` the share of other prompts that are farther from
-    an image than its own, and `clip_agreement_shuffled` that of prompts moved on by one sample.
+    `clip_score` is the mean of max(0, 100 cos(image, text)); `clip_agreement` is the share of other prompts that are farther
+    from an image than its own, and `clip_agreement_shuffled` the same with prompts shifted by one sample.
 
     Args:
-        name: clip-b, clip-l or clip-h, whose image and text networks are read.
+        name: clip-b, clip-l or clip-h.
         weights: a folder as on the hub; None: the caches, or the hub.
         prompts: of the samples, by their index.
     """
@@ -136,7 +136,7 @@ class ClipScore:
 
     def result(self) -> dict[str, float]:
         images, texts = gather_rows(self.images, self.places), gather_rows(self.texts, self.places)
-        # Two images of one prompt are no other prompts to each other.
+        # Images with the same prompt share one entry.
         distinct: dict[str, int] = {}  # text -> the first image of it
         for index, text in enumerate(self.prompts[: len(images)]):
             distinct.setdefault(text, index)
@@ -152,14 +152,14 @@ class ClipScore:
 
 
 def agreement(scores: Callable[[slice], Tensor], own: Tensor) -> tuple[float, float]:
-    """The share of other prompts that fit a sample worse than its own, averaged over samples; a tie counts half.
+    """The share of other prompts that fit a sample worse than its own, averaged over samples; a tie counts one half.
 
     Args:
-        scores: some rows of the matrix (N, P) of how well each sample fits each distinct prompt: 40,000 have a matrix of 6 GB.
-        own: (N,), the number of each sample's prompt.
+        scores: function that returns some rows of the matrix (N, P) of scores; for 40,000 samples the full matrix has 6 GB.
+        own: (N,), the index of each sample's prompt.
 
     Returns:
-        That share, and the same with the prompts moved on by one sample.
+        That share, and the same with prompts shifted by one sample.
 
     Raises:
         UserError: fewer than two prompts.
@@ -169,25 +169,23 @@ def agreement(scores: Callable[[slice], Tensor], own: Tensor) -> tuple[float, fl
     for start in range(0, len(own), CHUNK):
         rows = slice(start, start + CHUNK)
         found = scores(rows)  # (n, P)
-        # Not before: how many prompts are distinct is known to the scores alone.
+        # Only now: the scores determine the number of distinct prompts.
         if found.shape[1] < 2:
-            raise UserError(
-                "All samples have one and the same prompt, so there is nothing to tell apart: give several prompts."
-            )
+            raise UserError("All samples have the same prompt, so agreement is undefined: give several prompts.")
         shares.append(torch.stack([_share_worse(found, numbers[rows]) for numbers in (own, shuffled)]))
     of_own, of_others = torch.cat(shares, 1).mean(1).tolist()
     return of_own, of_others
 
 
 def _share_worse(scores: Tensor, numbers: Tensor) -> Tensor:
-    """(n,): the share of the other prompts whose score is below that of prompt `numbers` (n,), ties half."""
+    """(n,): the share of other prompts with a lower score than prompt `numbers` (n,); a tie counts one half."""
     mine = scores.gather(1, numbers[:, None])  # (n, 1)
     below = (scores < mine).double() + 0.5 * (scores == mine).double()
     return (below.sum(1) - 0.5) / (scores.shape[1] - 1)  # it is a tie with itself
 
 
 def clip_pixels(images: Tensor, side: int) -> Tensor:
-    """uint8 (n, 3, H, W) -> float (n, 3, side, side) as CLIP is used: Pillow's bicubic of the shorter side, centre, mean and std."""
+    """CLIP's preprocessing, uint8 (n, 3, H, W) -> float (n, 3, side, side): bicubic resizing (Pillow), centre crop, mean and std."""
     found = []
     for image in images.permute(0, 2, 3, 1).cpu().numpy():
         height, width = image.shape[:2]

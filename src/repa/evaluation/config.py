@@ -16,7 +16,7 @@ OF_CAPTIONS = ("caption_agreement", "clip_score", "clip_agreement")  # of sample
 OF_NEIGHBOURS = ("precision", "recall")
 OF_CLIP = ("clip_score", "clip_agreement")
 METRICS = Registry("metric", {})  # of the user's own: f(samples (N, D), reference (M, D), *, settings) -> number
-ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only when asked for: papers' tables do not have them
+ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only on request: papers' tables do not have them
 
 
 def metrics_of(features: str) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def metrics_of(features: str) -> tuple[str, ...]:
 
 
 def is_private(metric: str) -> bool:
-    """Is it a function of the user's own, by its dotted name?"""
+    """Whether this is the dotted name of a private metric."""
     return "." in metric.partition(":")[0]
 
 

@@ -16,7 +16,7 @@ from repa.metrics.inception_weights import LoadedInception
 
 
 class EncoderExtractor:
-    """The pooled features of an encoder, at its own grid for the images' size."""
+    """The pooled features of an encoder, at its default grid for the size of the images."""
 
     metrics = OF_ENCODERS
 
@@ -25,7 +25,7 @@ class EncoderExtractor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whose features, the checksum of the weights, and the arithmetic where it is not float32."""
+        """The encoder, the checksum of its weights, and the precision if it is not float32."""
         return {**self.encoder.identity, **_rounded(self.precision)}
 
     @property
@@ -37,7 +37,7 @@ class EncoderExtractor:
         """uint8 (N, 3, S, S) -> features."""
         with autocast(self.device, self.precision):
             pooled = self.encoder(images, self.encoder.grid_for(images.shape[-1])).pooled
-        # Known only now: a private encoder says so by what it gives.
+        # Known only now: a private encoder shows it by its output.
         if pooled is None:
             raise UserError(
                 f"The encoder {self.name} has no pooled features, which metrics need: choose another encoder."
@@ -58,7 +58,7 @@ class InceptionExtractor:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Whose features, the checksum of the weights, whether papers measure with these, and the arithmetic where it is not float32."""
+        """The extractor, the checksum of its weights, whether they are the published ones, and the precision if it is not float32."""
         known = {"name": self.name, "weights_sha256": self.checksum, "published": self.is_published}
         return {**known, **_rounded(self.precision)}
 

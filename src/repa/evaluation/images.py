@@ -1,6 +1,6 @@
-"""Sets of uint8 images to be measured: inside an .npz, prepared data, folders and zips; each process sees its share.
+"""Sets of uint8 images for evaluation: an .npz, prepared data, folders and zips; each process reads its share.
 
-An .npz is ADM's format: memory-mapped in the zip where its images are stored, else read as a stream.
+An .npz has ADM's format: memory-mapped if its images are stored uncompressed, otherwise read as a stream.
 """
 
 import zipfile
@@ -32,32 +32,32 @@ class Images(ABC):
     """Images of one size, in a fixed order."""
 
     where: str
-    """What to call the set in a message."""
+    """Name of the set in messages."""
     num: int
     height: int
     width: int
     identity: dict[str, Any]
-    """What it holds, as far as that can be known without reading it all."""
+    """Identity of the contents, as far as it is known without reading all images."""
     home: Path | None = None
-    """A folder that belongs to it, where what is measured of it may be kept."""
+    """A folder that belongs to the set and may store results."""
 
     @abstractmethod
     def rows(self, indices: np.ndarray) -> Tensor:
         """Images `indices` (n,), ascending: uint8 (n, 3, H, W)."""
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share: (indices (n,), images); batch b goes to process b modulo their number."""
-        # Batches in turn: each process reads forwards, and the first and the last of them differ by one batch at most.
+        """This process's share: (indices (n,), images); batch b belongs to process b modulo the number of processes."""
+        # Batches in turn: each process reads forwards, and shares differ by at most one batch.
         for start in range(dist.rank() * size, self.num, dist.world() * size):
             indices = np.arange(start, min(start + size, self.num))
             yield torch.from_numpy(indices), self.rows(indices)
 
 
 def gather_rows(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
-    """(n, D) and (n,) for each batch that this process saw, none also -> (N, D) of all processes, by index; on the CPU."""
+    """(n, D) and (n,) for each batch of this process, possibly none -> (N, D) of all processes, ordered by index; on the CPU."""
     rows = torch.cat(list(parts)) if parts else torch.empty(0, 0)
     index = torch.cat(list(indices)) if indices else torch.empty(0, dtype=torch.int64)
-    if dist.active():  # collectives need equal shapes: all pad to the longest, by rows that have no place
+    if dist.active():  # collectives need equal shapes: all pad to the longest, with rows without an index
         shapes = dist.gather_objects(tuple(rows.shape))
         num, dim = (max(sizes) for sizes in zip(*shapes, strict=True))
         padded, places = torch.zeros(num, dim), torch.full((num,), -1)
@@ -65,7 +65,7 @@ def gather_rows(parts: Sequence[Tensor], indices: Sequence[Tensor]) -> Tensor:
         rows, index = dist.gather(padded), dist.gather(places)  # (world * num, D)
         rows, index = rows[index >= 0], index[index >= 0]
     in_order = bool((index[1:] > index[:-1]).all())
-    return rows if in_order else rows[index.argsort()]  # a copy of all rows, which one process need not make
+    return rows if in_order else rows[index.argsort()]  # copies all rows, which a single process avoids
 
 
 class NpzImages(Images):
@@ -81,14 +81,16 @@ class NpzImages(Images):
             self._file = self._archive.open(self._info)
             shape, fortran, dtype = read_header(self._file)
             self._start = self._file.tell()
-            # The checksum of a zip is of the whole member, and so begins with the header of the array.
+            # The checksum of a zip covers the entire member, so it starts with the array's header.
             self._file.seek(0)
             self._checksum = zlib.crc32(self._file.read(self._start))
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise UserError(f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images so.")
+            raise UserError(
+                f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images in this form."
+            )
         self.num, self.height, self.width, _ = shape
         self._size = self.height * self.width * 3
-        # Before anything is allocated: a header may announce what the file does not hold.
+        # Before any allocation: a header may declare more than the file contains.
         if self._info.file_size < self._start + self.num * self._size:
             whole = (self._info.file_size - self._start) // self._size
             raise UserError(
@@ -98,7 +100,7 @@ class NpzImages(Images):
         self._map = None
         if fortran or self._info.compress_type == zipfile.ZIP_STORED:
             self._map = map_npz(path, "images", "arr_0", remedy=REMEDY)
-            self._next = -1 if fortran else 0  # -1: images do not lie one after the other, as the checksum takes them
+            self._next = -1 if fortran else 0  # -1: images are not stored in the order of the checksum
 
     def rows(self, indices: np.ndarray) -> Tensor:
         """Images `indices` (n,), ascending: uint8 (n, 3, H, W). A stream is cheapest read in order."""
@@ -120,7 +122,7 @@ class NpzImages(Images):
         return np.frombuffer(data, np.uint8).reshape(self.height, self.width, 3)
 
     def _check(self, indices: np.ndarray, data: np.ndarray) -> None:
-        """A process that reads everything in order compares the zip's checksum as it goes; a share has none."""
+        """Update the zip's checksum while reading in order; a process that reads only a share does not check it."""
         if indices[0] != self._next or len(indices) != indices[-1] - indices[0] + 1:
             return
         self._checksum, self._next = zlib.crc32(data.data, self._checksum), int(indices[-1]) + 1
@@ -129,7 +131,7 @@ class NpzImages(Images):
 
 
 class DataImages(Images):
-    """The images of prepared data, mirrored copies left out."""
+    """The images of prepared data, without mirrored copies."""
 
     def __init__(self, data: DataSet):
         data.require_images(" to measure against")
@@ -146,7 +148,7 @@ class DataImages(Images):
 
 
 class SourceImages(Images):
-    """Image files. Cropped to `resolution` as ADM crops; without one, all must have the size of the first."""
+    """Image files. Cropped to `resolution` like ADM; without it, all must have the size of the first."""
 
     def __init__(self, source: Source, where: str, resolution: int | None):
         self.source, self.where, self.resolution = source, where, resolution
@@ -165,18 +167,18 @@ class SourceImages(Images):
         image = self.source.decode(index)
         if image.size != (self.width, self.height):
             raise UserError(
-                f"{self.source.name(index)} in {self.where} has {image.width} x {image.height} pixels, the first image "
-                f"{self.width} x {self.height}: crop or resize them to one size."
+                f"{self.source.name(index)} in {self.where} has {image.width} x {image.height} pixels, but the first image "
+                f"{self.width} x {self.height}: crop or resize them to the same size."
             )
         return image
 
 
 def open_images(where: str | Path, resolution: int | None = None) -> Images:
-    """An .npz with arr_0, a folder made by `repa prepare`, or what `repa prepare` takes: a folder of images, a zip, ...
+    """An .npz with arr_0, prepared data, or any source of `repa prepare`: a folder of images, a zip, ...
 
     Args:
         where: path, or a source's name such as photographs:num=1000.
-        resolution: of a source, the side to crop to; None takes samples, which have one size already.
+        resolution: side to which images of a source are cropped; None: they are samples of equal size.
     """
     path = Path(where)
     if path.suffix == ".npz":

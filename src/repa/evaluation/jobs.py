@@ -1,4 +1,4 @@
-"""What `repa evaluate` does: samples of a file, or of a stream that is being made, to results with their provenance."""
+"""The work of `repa evaluate`: from samples in a file, or a stream of new samples, to results with their provenance."""
 
 import platform
 from collections.abc import Iterable, Sequence
@@ -46,14 +46,14 @@ def evaluate_file(
     progress: Progress = silent,
     reference_progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure an .npz, a folder or a zip of samples; results with what they were made from.
+    """Evaluate an .npz, a folder or a zip of samples; the results contain their provenance.
 
-    An .npz of `repa sample` comes with a .json that says how it was made; it is copied.
+    The .json of `repa sample` next to an .npz, which records how it was made, is copied into the results.
     """
     images = open_images(samples)
     if images.height != images.width:
         raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: crop them to squares first.")
-    # Samples that were copied or cut keep the name of their record: it counts only for as many images as it speaks of.
+    # Samples may be truncated while their record stays: it counts only if its number of images matches.
     path = Path(samples).with_suffix(".json")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
     if not isinstance(made, dict) or made.get("num") != images.num:
@@ -84,20 +84,22 @@ def evaluate_stream(
     prompts: Sequence[str] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Measure `num` images of `side` pixels of a stream, none of which is kept.
+    """Evaluate `num` images of `side` pixels from a stream, without storing them.
 
     Args:
-        stream: read only once everything else is checked and the reference is there.
-        samples: what to call them in the results.
-        made: how they were made.
-        prompts: of which text each image is, where they are of texts.
-        progress: of the reference, where it has to be computed.
+        stream: read only after all checks, when the reference is available.
+        samples: name of the samples in the results.
+        made: record of how they were made.
+        prompts: the prompt of each image, if they have prompts.
+        progress: progress of the reference, if it must be computed.
     """
     if num < 2:
-        raise UserError(f"{samples} holds {num} image: give at least two, and thousands for meaningful metrics.")
+        raise UserError(
+            f"{samples} has {num} image, but metrics need at least two: give thousands for meaningful results."
+        )
     check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)
-    # Of statistics in a file the number of images may not be known, and what neighbours need is there or not.
+    # A file of statistics may not record the number of images.
     if not isinstance(opened, ReferenceFile):
         check_number(opened.num, config.wanted, str(reference))
     extractor = _load_extractor(config, opened, device)
@@ -122,7 +124,7 @@ def evaluate_stream(
 
 
 def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequence[str]:
-    """Of samples in a file: those of the given file, or of the file next to them, or the first captions of data; none if unneeded."""
+    """Prompts of samples in a file: from the given file, the file next to them, or the first captions of data; empty if unneeded."""
     if not set(OF_CAPTIONS) & set(config.wanted):
         return ()
     if config.prompts:
@@ -137,18 +139,18 @@ def _caption_measures(
     config: EvaluateConfig, prompts: Sequence[str], num: int, opened: Images | ReferenceFile, real: Reference,
     device: torch.device,
 ) -> list[CaptionMeasure]:  # fmt: skip
-    """What looks at samples and their prompts, where that is asked for; raises UserError where it lacks what it needs."""
+    """The requested metrics of samples and prompts; raises UserError if their inputs are missing."""
     asked = [name for name in config.wanted if name in OF_CAPTIONS]
     if asked and len(prompts) < num:
         raise UserError(
-            f"{asked[0]} needs the prompt of each of {num:,} samples, but there are {len(prompts):,}: give their file as --prompts, or a "
+            f"{asked[0]} needs the prompts of all {num:,} samples, but there are {len(prompts):,}: give their file as --prompts, or a "
             "run that was trained on captions."
         )
     measures: list[CaptionMeasure] = []
     if "caption_agreement" in asked:
         if not (isinstance(opened, DataImages) and opened.data.has_captions):
             raise UserError(
-                "caption_agreement learns words from the reference, which has no captions: give prepared data with captions."
+                "caption_agreement needs captions, but the reference has none: give prepared data with captions."
             )
         assert real.subset is not None  # of images, not of a file of statistics
         captions = opened.data.captions(subset_of(opened.num))  # of the same images as the features
@@ -162,7 +164,7 @@ def _caption_measures(
 def make_reference(
     where: str | Path, out: Path, config: ReferenceConfig, *, device: torch.device, progress: Progress = silent
 ) -> Reference:
-    """Write `out` (.npz) with the statistics of all images of `where` and what precision and recall need of 10,000 of them."""
+    """Write `out` (.npz) with the statistics of all images of `where`, and 10,000 of the images for precision and recall."""
     if out.suffix != ".npz":
         raise UserError(
             f"A reference is written as one .npz file, but --out is {out}: give a name such as reference.npz."
@@ -176,7 +178,7 @@ def make_reference(
         raise UserError(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
-    files.require_writable(out)  # before an hour of features is lost
+    files.require_writable(out)  # before an hour of computation
     extractor = _load_extractor(config, images, device)
     reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():
@@ -186,7 +188,7 @@ def make_reference(
 
 
 def _load_extractor(config: FeaturesConfig, reference: object, device: torch.device) -> Extractor:
-    """By the weights that are given, else those that `prepare` found, when the reference is its folder."""
+    """The extractor with the given weights, or else those recorded in the prepared data if it is the reference."""
     weights = config.features_weights or None
     if not weights and isinstance(reference, DataImages) and config.features != INCEPTION:
         weights = encoder_weights(reference.data, config.features)
@@ -194,7 +196,7 @@ def _load_extractor(config: FeaturesConfig, reference: object, device: torch.dev
 
 
 def provenance(extractor: Extractor, config: EvaluateConfig, device: torch.device) -> dict[str, Any]:
-    """Whose features, by which arithmetic, and the versions that computed them."""
+    """The extractor, its precision, and the versions of the software."""
     return {
         "features": config.features,
         "encoder": extractor.identity,

@@ -1,4 +1,4 @@
-"""A stream of uint8 images against a reference: features, then sums in fixed memory, then metrics."""
+"""Metrics of a stream of uint8 images against a reference: features, then sums in constant memory, then metrics."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
@@ -26,7 +26,7 @@ from repa.metrics import (
 NEIGHBOURS = 3  # k of precision and recall
 KERNEL_SUBSET = 1000  # features in each subset of the kernel distance
 NEED_SUMS = {"fid", "fd"}
-NEED_ROWS = {"kid", "kd", "precision", "recall"}  # the features themselves, not only their sums; those of your own too
+NEED_ROWS = {"kid", "kd", "precision", "recall"}  # these need all features, not only sums; private metrics do too
 
 
 def evaluate(
@@ -39,21 +39,21 @@ def evaluate(
 ) -> dict[str, float]:
     """Metrics of uint8 batches (n, 3, H, W) by name.
 
-    Under several processes each gives its own images, also none, and all get the result. The order of images matters
-    for the inception score: image i of process r of W counts as number i * W + r.
+    With several processes each passes its own images (possibly none), and all receive the result. The order of images matters
+    for the inception score: image i of process r of W has the index i * W + r.
 
     Args:
-        encoder: whose pooled features are compared; or what `load_extractor` gives.
+        encoder: an encoder, for its pooled features, or an extractor from `load_extractor`.
         metrics: of an encoder fd, kd, precision, recall; of Inception fid, sfid, inception_score, kid, precision, recall. Or
-            dotted names of functions of your own, `f(samples (N, D), reference (M, D), *, settings)` -> number.
+            dotted names of private functions, `f(samples (N, D), reference (M, D), *, settings)` -> number.
         neighbours: "float16" rounds precision and recall as the ADM evaluator does.
 
     Raises:
-        UserError: a metric that these features or this reference do not have; features that are not finite; too few images.
+        UserError: a metric that the features or the reference do not support, features that are not finite, or too few images.
     """
 
     def numbered() -> Iterator[tuple[Tensor, Tensor]]:
-        # Interleaved: how many images the other processes have is not known, and no number is given twice.
+        # Interleaved, so that indices are unique without knowing the number of images of the other processes.
         start = 0
         for images in batches:
             yield (start + torch.arange(len(images))) * dist.world() + dist.rank(), images
@@ -71,17 +71,17 @@ def measure(
     neighbours: str = "float32",
     caption_measures: Sequence[CaptionMeasure] = (),
 ) -> dict[str, float]:
-    """`evaluate` of (indices (n,), images (n, 3, H, W)): the number of each image among those of all processes.
+    """`evaluate` for (indices (n,), images (n, 3, H, W)), with the index of each image over all processes.
 
-    `caption_measures` measure what `metrics` ask about prompts.
+    `caption_measures` compute the metrics of prompts.
     """
     check_measurable(extractor, reference, metrics)
-    # Sums where they are enough: 50,000 spatial features of Inception would take 400 MB, their covariance takes 33.
+    # Sums if they are enough: 50,000 spatial features of Inception need 400 MB, their covariance 33 MB.
     statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
     score, rows, places = RunningScore(), [], []
     for indices, images in stream:
         seen = extractor(images)
-        if NEED_SUMS & set(metrics):  # the covariance of wide features costs more than small networks do
+        if NEED_SUMS & set(metrics):  # the covariance of wide features costs more than a small network
             statistics.update(seen.pooled)
         for each in caption_measures:
             each.update(indices, images, seen.pooled)
@@ -91,7 +91,7 @@ def measure(
         if "inception_score" in metrics:
             assert seen.logits is not None
             score.update(seen.logits, indices)
-        # Only for metrics of pairs of images; on the CPU, as a GPU needs its memory for the network.
+        # Only for metrics of pairs of images; on the CPU, because the GPU's memory is for the network.
         if needs_rows(metrics):
             rows.append(seen.pooled.cpu())
             places.append(indices)
@@ -108,14 +108,14 @@ def measure(
         found["inception_score"] = score.value
     if needs_rows(metrics):
         samples = gather_rows(rows, places)
-        rows.clear()  # they are in `samples`: held twice no longer than that
+        rows.clear()  # they are in `samples` now: frees the second copy
         assert reference.subset is not None
         found |= _metrics_of_features(
             reference.subset.to(extractor.device), samples.to(extractor.device), metrics, neighbours
         )
     for each in caption_measures:
         found |= each.result()
-    # In the order asked for, each with its shuffled control where it has one.
+    # In the requested order, each with its shuffled control if it has one.
     wanted = [name for metric in metrics for name in (metric, f"{metric}_shuffled") if name in found]
     return {name: found[name] for name in wanted}
 
@@ -124,34 +124,34 @@ def check_measurable(extractor: Extractor, reference: Reference, metrics: Sequen
     """Raises UserError for a metric that cannot be measured, before any image is read."""
     for name in metrics:
         if is_private(name):
-            METRICS.build(name)  # so that a name without code behind it is found now
+            METRICS.build(name)  # reports a name that cannot be imported now
         elif name not in (*extractor.metrics, *OF_CAPTIONS):
             raise UserError(
                 f"{name!r} is not measured in the features of {extractor.name}{choices(name, extractor.metrics)}"
             )
     if reference.subset is None and (needing := needs_rows(metrics)):
         raise UserError(
-            f"The reference holds statistics only, and {', '.join(needing)} needs its images: leave it out of --metrics, "
+            f"The reference has only statistics, but {', '.join(needing)} needs its images: leave it out of --metrics, "
             "or give a reference with images."
         )
     if reference.spatial is None and "sfid" in metrics:
-        raise UserError("The reference has no mu_s and sigma_s, which sfid needs: leave it out of --metrics.")
+        raise UserError("The reference has no mu_s and sigma_s, which sfid needs: leave sfid out of --metrics.")
 
 
 def check_number(num: int, metrics: Sequence[str], where: str) -> None:
-    """Raises UserError for a metric that so few images do not have, before any is made or looked at."""
+    """Raises UserError for a metric that needs more images, before any is sampled or read."""
     if num <= NEIGHBOURS and {"precision", "recall"} & set(metrics):
         raise UserError(
-            f"Precision and recall look at {NEIGHBOURS} neighbours, so they need more than {NEIGHBOURS} images, but {where} "
-            f"has {num}: give more, or leave both out of the metrics."
+            f"Precision and recall use {NEIGHBOURS} neighbours, so they need more than {NEIGHBOURS} images, but {where} "
+            f"has {num}: give more, or leave both out of --metrics."
         )
 
 
 def distance_of_real(reference: Reference, num: int) -> float | None:
     """Frechet distance of `num` random images of the reference to all of it: about the least that so many samples can have.
 
-    None if the features are not kept, or if a tenth of the images are not enough: a larger share is nearer to the whole than
-    new images are.
+    None if the features are not stored, or if `num` exceeds a tenth of the images: a larger share is nearer to the reference
+    than new images are.
     """
     count, subset = reference.statistics.count, reference.subset
     if subset is None or count is None or num > min(count // 10, len(subset)):
@@ -162,7 +162,7 @@ def distance_of_real(reference: Reference, num: int) -> float | None:
 
 
 def needs_rows(metrics: Iterable[str]) -> list[str]:
-    """Those that compare the features of single images."""
+    """The metrics that compare features of single images."""
     return [name for name in metrics if name in NEED_ROWS or is_private(name)]
 
 
@@ -175,7 +175,7 @@ def _metrics_of_features(
 ) -> dict[str, float]:
     found: dict[str, float] = {}
     if {"kid", "kd"} & set(metrics):
-        # KID's subsets have 1,000; of fewer images the whole set is one.
+        # KID's subsets have 1,000 images; a smaller set is one subset.
         size = min(KERNEL_SUBSET, len(reference), len(samples))
         found["kid" if "kid" in metrics else "kd"] = kernel_distance(reference, samples, subset_size=size)
     if {"precision", "recall"} & set(metrics):
@@ -189,6 +189,6 @@ def _metrics_of_features(
         if not (
             isinstance(value, (Real, Tensor)) and (number := torch.as_tensor(value)).numel() == 1 and number.isfinite()
         ):
-            raise UserError(f"The metric {name!r} must give one finite number, but gave {value!r:.80}.")
+            raise UserError(f"The metric {name!r} must return one finite number, but returned {value!r:.80}.")
         found[name] = float(value)
     return found

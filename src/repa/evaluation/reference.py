@@ -1,4 +1,4 @@
-"""References: statistics of real images and the features of a subset of them, stored once computed."""
+"""References: statistics of real images and the features of a subset, computed once and stored."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ SUBSET = 10_000  # images for nearest neighbours and kernel distances, as many a
 
 
 class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D), float64, and of how many images: None where a file does not say."""
+    """Mean (D,) and covariance (D, D), float64, and the number of images; None if a file does not record it."""
 
     mean: Tensor
     covariance: Tensor
-    count: int | None  # type: ignore[assignment]  # nobody asks a tuple of moments for its count
+    count: int | None  # type: ignore[assignment]  # shadows tuple.count, which is not needed here
 
     @classmethod
     def of(cls, statistics: Statistics) -> "Moments":
@@ -36,14 +36,14 @@ class Moments(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Moments of all reference images, and the features of at most SUBSET evenly spaced ones of them."""
+    """Moments of all reference images, and the features of at most SUBSET evenly spaced images."""
 
     statistics: Moments
-    subset: Tensor | None  # (M, D) float32; None where a file has moments only
+    subset: Tensor | None  # (M, D) float32; None if a file has only moments
     spatial: Moments | None = None  # of Inception's spatial features
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """mu, sigma, mu_s, sigma_s: the names of the ADM evaluator's files; and count and subset."""
+        """mu, sigma, mu_s, sigma_s, as in the ADM evaluator's files, and count and subset."""
         arrays = {"mu": self.statistics.mean, "sigma": self.statistics.covariance}
         if self.subset is not None:
             arrays["subset"] = self.subset
@@ -53,23 +53,25 @@ class Reference(NamedTuple):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Reference":
-        """Of ours, or of the ADM evaluator, whose files have no count and no subset; ValueError where they do not fit together."""
+        """From arrays of this package, or of the ADM evaluator without count and subset; raises ValueError if shapes do not match."""
         count = int(arrays["count"]) if "count" in arrays else None
 
         def moments(mu: str, sigma: str) -> Moments:
             mean, covariance = (torch.from_numpy(_finite(arrays, name).astype(np.float64)) for name in (mu, sigma))
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-                raise ValueError(f"{mu} {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)} do not fit together")
+                raise ValueError(
+                    f"the shapes of {mu} {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)} do not match"
+                )
             return Moments(mean, covariance, count)
 
         subset = torch.from_numpy(_finite(arrays, "subset").astype(np.float32)) if "subset" in arrays else None
         if subset is not None and subset.shape[1:] != arrays["mu"].shape:
-            raise ValueError(f"subset {tuple(subset.shape)} and mu {arrays['mu'].shape} do not fit together")
+            raise ValueError(f"the shapes of subset {tuple(subset.shape)} and mu {arrays['mu'].shape} do not match")
         return cls(moments("mu", "sigma"), subset, moments("mu_s", "sigma_s") if "mu_s" in arrays else None)
 
 
 def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
-    array = arrays[name]  # of a file from anyone
+    array = arrays[name]  # from an untrusted file
     if array.dtype.kind != "f" or not np.isfinite(array).all():
         raise ValueError(f"{name} has values that are not finite")
     return array
@@ -78,9 +80,9 @@ def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
 def reference_of(
     data: DataSet, encoder: VisionEncoder | Extractor, spec: str, progress: Progress = silent
 ) -> Reference:
-    """The reference of prepared data, computed once by all processes and kept in the data's folder.
+    """The reference of prepared data, computed once by all processes and stored in the data's folder.
 
-    `spec` is what the encoder was loaded by: its settings are part of what it computes, as its weights are.
+    `spec` is the spec of the encoder: the features depend on its settings and its weights.
     """
     return kept_reference(DataImages(data), as_extractor(encoder), spec, progress=progress)
 
@@ -88,18 +90,18 @@ def reference_of(
 def kept_reference(
     images: Images, extractor: Extractor, spec: str, *, batch_size: int = BATCH, progress: Progress = silent
 ) -> Reference:
-    """The reference of any images: what was kept of them, else computed by all processes and kept.
+    """The reference of any images: read from storage, or computed by all processes and stored.
 
-    It is kept in the images' own folder, or in the cache folder where they have none or it cannot be written; nowhere, when
-    that cannot be written either.
+    It is stored in the images' folder, or in the cache folder if there is none or it is read-only; it is not stored if the
+    cache folder is read-only too.
     """
     path = _kept_path(images, extractor, spec)
-    # The main process looks for all: were the file seen by some alone, the others would wait for them for ever.
+    # Only the main process looks: if only some processes saw the file, they would not join the computation of the others.
     if dist.from_main(path.is_file()):
         return _read_kept(path)
     reference = compute_reference(images, extractor, batch_size, progress)
     if dist.is_main():
-        # Where nothing can be written the next command computes it again.
+        # If nothing can be written, the next command computes it again.
         with contextlib.suppress(UserError, FileNotFoundError):
             save_npz(path, reference.arrays())
     return reference
@@ -108,9 +110,9 @@ def kept_reference(
 def compute_reference(
     images: Images, extractor: Extractor, batch_size: int = BATCH, progress: Progress = silent
 ) -> Reference:
-    """Every process looks at its share of the images; all get the whole."""
+    """Every process reads its share of the images; all receive the full reference."""
     statistics, spatial = (Statistics(accumulator_of(extractor)) for _ in range(2))
-    chosen = torch.from_numpy(subset_of(images.num))  # evenly spaced, as prepared data lies class by class
+    chosen = torch.from_numpy(subset_of(images.num))  # evenly spaced, because prepared data is ordered by class
     kept, places = [], []
     for indices, pixels in images.batches(batch_size):
         seen = extractor(pixels)
@@ -127,25 +129,25 @@ def compute_reference(
 
 
 def subset_of(num: int) -> np.ndarray:
-    """Indices of at most SUBSET evenly spaced images of `num`."""
+    """Indices of at most SUBSET of `num` images, evenly spaced."""
     size = min(SUBSET, num)
     return np.arange(size) * num // max(size, 1)
 
 
 def accumulator_of(extractor: Extractor) -> torch.device:
-    """Where float64 sums are kept: with the features on a GPU, otherwise on the CPU (MPS has no float64)."""
+    """Device of the float64 sums: that of the features on a GPU, otherwise the CPU (MPS has no float64)."""
     return extractor.device if extractor.device.type == "cuda" else torch.device("cpu")
 
 
 def _kept_path(images: Images, extractor: Extractor, spec: str) -> Path:
-    # What the file is a function of: an extractor of other weights, settings or arithmetic gets another file.
+    # The name has the extractor's weights, settings and precision: a change of any needs another file.
     key = [spec, extractor.identity]
     if images.home is not None:
         folder = images.home / "reference"
         path = folder / _file_name(extractor, key)
         if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
             return path
-    # In the shared cache the images are part of the name too; in their own folder they need not be.
+    # In the shared cache the name also identifies the images; in their own folder that is not needed.
     return files.cache_folder() / "reference" / _file_name(extractor, [*key, images.identity])
 
 

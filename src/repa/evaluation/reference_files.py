@@ -1,4 +1,4 @@
-"""Reference files: those of the ADM evaluator, and those of this package in the same format."""
+"""Reference files of the ADM evaluator and of this package, in the same format."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ OURS = ("extractor", "resolution")
 
 
 class ReferenceFile:
-    """An .npz with mu and sigma, perhaps mu_s and sigma_s, perhaps images under arr_0: opened, its small arrays read.
+    """An .npz with mu and sigma, and optionally mu_s, sigma_s and images under arr_0: opened, with its small arrays read.
 
-    Ours also say whose features they are (extractor, JSON), of how many images, of which resolution, and hold the features of
-    the subset. ADM's say nothing of the sort: they are Inception's, by its published weights.
+    Files of this package also record the extractor (JSON), the number of images and their resolution, and store the features
+    of the subset. ADM's files have none of these; their features are Inception's with the published weights.
     """
 
     def __init__(self, path: Path, names: list[str]):
@@ -38,34 +38,34 @@ class ReferenceFile:
             if self.extractor is not None and not (
                 isinstance(self.extractor, list) and len(self.extractor) == 2 and isinstance(self.extractor[1], dict)
             ):
-                raise ValueError("it is not recorded whose features they are")
+                raise ValueError("the extractor is not recorded")
         self.images = NpzImages(path) if "arr_0" in names else None
-        if self.images is not None:  # ADM's files say nothing of the resolution, but their images show it
+        if self.images is not None:  # ADM's files do not record the resolution, but their images show it
             self.resolution = self.images.height
         if "sigma" not in self.arrays or ("mu_s" in self.arrays) != ("sigma_s" in self.arrays):
             raise UserError(
-                f"{path} is not a reference: it holds {', '.join(names)}, but mu needs its sigma. "
+                f"{path} is not a reference: it has {', '.join(names)}, but mu and sigma belong together. "
                 "Give a file with both."
             )
 
     def load(self, extractor: Extractor, spec: str, batch_size: int, progress: Progress) -> Reference:
-        """Raises UserError when the statistics are of other features than `extractor`'s."""
-        # ADM's file for an encoder: its moments are of no use, its images are.
+        """Raises UserError if the statistics are not of `extractor`'s features."""
+        # ADM's file with an encoder: its moments do not apply, but its images do.
         if self.extractor is None and not isinstance(extractor, InceptionExtractor):
             if self.images is None:
                 raise UserError(
-                    f"{self.path} holds statistics of Inception's features and no images, so nothing can be measured "
-                    f"against it in the features of {spec}: choose --features {INCEPTION} or another reference."
+                    f"{self.path} has only statistics of Inception's features and no images, so it cannot be used "
+                    f"with the features of {spec}: choose --features {INCEPTION} or another reference."
                 )
             return kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
         if self.extractor is None and isinstance(extractor, InceptionExtractor) and not extractor.is_published:
             raise UserError(
-                f"{self.path} holds statistics from the published weights of Inception, but samples use other weights: "
-                "make a reference with these weights by `repa evaluate reference`, or leave --features-weights out."
+                f"{self.path} has statistics from the published weights of Inception, but --features-weights names others: "
+                "make a reference with these weights with `repa evaluate reference`, or leave --features-weights out."
             )
         if self.extractor is not None and self.extractor != [spec, extractor.identity]:
             raise UserError(
-                f"{self.path} holds {_named(*self.extractor)}, but samples are to be measured in {_named(spec, extractor.identity)}: "
+                f"{self.path} has {_named(*self.extractor)}, but the samples use {_named(spec, extractor.identity)}: "
                 "give the same --features, --features-weights and --features-precision."
             )
         with faults.reading(self.path, "a reference"):
@@ -73,9 +73,9 @@ class ReferenceFile:
         if len(reference.statistics.mean) != extractor.dim:
             raise UserError(
                 f"{self.path} is not a reference for {spec}: its mu has {len(reference.statistics.mean)} entries, "
-                f"the features have {extractor.dim}. Give a reference of the same features."
+                f"but the features have {extractor.dim}. Give a reference of the same features."
             )
-        # ADM's file holds the images of its precision and recall, whose features are computed here once.
+        # ADM's file has the images for precision and recall; their features are computed here once.
         if reference.subset is None and self.images is not None:
             seen = kept_reference(self.images, extractor, spec, batch_size=batch_size, progress=progress)
             reference = reference._replace(subset=seen.subset)
@@ -88,9 +88,9 @@ def _named(spec: str, identity: dict[str, Any]) -> str:
 
 
 def checksum_of(opened: Images | ReferenceFile) -> str:
-    """Tells references of one name apart: of the mean in a file, or of what is known of images without reading them all.
+    """Checksum that distinguishes references of the same name: of the mean in a file, or of the images' identity.
 
-    It is not of computed statistics, whose last digits differ between machines.
+    Computed statistics are not part of it, because their last digits differ between machines.
     """
     if isinstance(opened, ReferenceFile):
         return hashlib.sha256(opened.arrays["mu"].tobytes()).hexdigest()
@@ -98,14 +98,14 @@ def checksum_of(opened: Images | ReferenceFile) -> str:
 
 
 def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
-    """What to measure images of `side` pixels against; nothing slow is done.
+    """Open the reference for images of `side` pixels, without slow work.
 
     Args:
         where: an .npz of the ADM evaluator or of `repa evaluate reference`; prepared data; images in an .npz, a folder or a
             zip, which are cropped to `side` where they are files.
 
     Raises:
-        UserError: nothing there, unreadable, or of another resolution.
+        UserError: the reference is missing, unreadable, or of another resolution.
     """
     path = Path(where)
     found: ReferenceFile | Images | None = None
@@ -119,8 +119,8 @@ def open_reference(where: str | Path, side: int) -> ReferenceFile | Images:
     sizes = {found.height, found.width} if isinstance(found, Images) else {found.resolution or side}
     if sizes != {side}:
         raise UserError(
-            f"The samples are of {side} pixels, {where} of {' x '.join(map(str, sorted(sizes)))}: "
-            "compare images of one size."
+            f"The samples have {side} pixels, but {where} has {' x '.join(map(str, sorted(sizes)))}: "
+            "compare images of the same size."
         )
     return found
 
@@ -132,14 +132,14 @@ def load_reference(
     batch_size: int = BATCH,
     progress: Progress = silent,
 ) -> Reference:
-    """The reference as `extractor` sees it: read, or computed by all processes and kept."""
+    """The reference in `extractor`'s features: read, or computed by all processes and stored."""
     if isinstance(opened, ReferenceFile):
         return opened.load(extractor, spec, batch_size, progress)
     return kept_reference(opened, extractor, spec, batch_size=batch_size, progress=progress)
 
 
 def write_reference(path: Path, reference: Reference, images: Images, extractor: Extractor, spec: str) -> None:
-    """An .npz that the ADM evaluator reads too: it needs the images of the subset, uint8 (M, H, W, 3) under arr_0."""
+    """An .npz that the ADM evaluator can read too: it needs the images of the subset, uint8 (M, H, W, 3) under arr_0."""
     arrays = reference.arrays() | {
         "extractor": np.array(json.dumps([spec, extractor.identity])),
         "resolution": np.array(images.height),
@@ -148,7 +148,7 @@ def write_reference(path: Path, reference: Reference, images: Images, extractor:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-        # ADM's evaluator computes precision and recall from images by its own Inception; for an encoder they would be of no use.
+        # ADM's evaluator computes precision and recall from images with its own Inception; for an encoder they are not needed.
         if isinstance(extractor, InceptionExtractor):
             chosen = subset_of(images.num)
             rows = (images.rows(chosen[start : start + BATCH]) for start in range(0, len(chosen), BATCH))

@@ -1,4 +1,4 @@
-"""What a training step and a run cost: estimated from shapes, measured on this machine, and what to change."""
+"""Cost of a training step and of a run: estimated from shapes, measured on this machine, with advice on what to change."""
 
 # Devices that `repa estimate` knows.
 PEAKS = {  # TFLOP/s of dense bf16 products, from the makers' data sheets

@@ -1,4 +1,4 @@
-"""Where the batches of a measured step come from: a prepared folder as in training, or random ones in memory."""
+"""Batches of a measured step: from prepared data as in training, or random ones in memory."""
 
 import contextlib
 import itertools
@@ -30,21 +30,21 @@ Feed = Iterator[tuple[Batch, dict[str, Features]]]  # what `EncoderFeatures.iter
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Where a measured step's batches come from."""
+    """Source of a measured step's batches."""
 
     dims: Mapping[str, int]
     """Widths of tokens by encoder."""
     feed: Feed
     data: Callable[[], Batch]
-    """Makes a batch by itself."""
+    """Creates one batch, without features."""
     encode: Callable[[Batch], Mapping[str, Features]]
-    """Makes a batch's features by itself."""
+    """Creates the features of one batch."""
     where: str
     """online, cached or none."""
     encoder_flops: float = 0.0
-    """Of the encoders that run in the step, for one image."""
+    """FLOPs per image of the encoders that run in the step."""
     condition: Callable[[Batch], Condition] = lambda batch: Condition(batch.labels)
-    """What a batch is conditioned on; a network that reads text and is given none has the empty text."""
+    """The condition of a batch; for a network that reads text, without captions, the empty text."""
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterato
     encoders = EncoderFeatures(config, data, device)
     texts = TextConditions(config, data, device)
     config, needs = texts.completed(with_streams(config, encoders.dims)), encoders.wanted
-    # The same loader as in training: a benchmark with another one would hide what reading costs.
+    # The same loader as in training: another one would hide the cost of reading.
     loader = Loader(
         data, batch_size=config.batch_size, seed=config.seed, features=encoders.stored(needs),
         images=encoders.reads_images(needs), pooled=encoders.pooled, text=texts.reads, device=device,
@@ -73,7 +73,7 @@ def prepared(config: TrainConfig, folder: Path, device: torch.device) -> Iterato
 
 @contextlib.contextmanager
 def random_batch(config: TrainConfig, width: int, device: torch.device) -> Iterator[tuple[TrainConfig, BatchSource]]:
-    """One random batch that stays in memory, with tokens that are there already."""
+    """One random batch in memory, with precomputed tokens."""
     given = config.model.model_dump()
     model = config.model.override(**{k: given[k] or v for k, v in UNNAMED.items()})
     shape = (model.latent_channels, model.latent_size, model.latent_size)
@@ -82,14 +82,14 @@ def random_batch(config: TrainConfig, width: int, device: torch.device) -> Itera
     dims = dict.fromkeys((need.encoder for need in encoder_needs(config)), width)
     config = with_streams(config, dims)
     synthetic = Synthetic(dims, config.model.latent_size // config.model.dims().patch_size)
-    batch = synthetic.batch(config, device, resolution=1)  # no encoder looks at the images
+    batch = synthetic.batch(config, device, resolution=1)  # no encoder reads the images
     yield config, in_memory(dims, batch, condition=lambda batch: random_condition(config, batch.labels))
 
 
 def in_memory(
     dims: Mapping[str, int], batch: Batch, features: Mapping[str, Features] | None = None, **facts: Any
 ) -> BatchSource:
-    """One batch again and again, with features that are there already: its own, unless others are given."""
+    """The same batch in every step, with precomputed features: its own, unless others are given."""
     found = dict(batch.features if features is None else features)
     where = "cached" if dims else "none"
     return BatchSource(dims, itertools.repeat((batch, found)), lambda: batch, lambda batch: found, where, **facts)
@@ -97,7 +97,7 @@ def in_memory(
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Stands where prepared data would, for `EncoderFeatures`: random latents and images in memory, and tokens of these widths."""
+    """Substitute for prepared data in `EncoderFeatures`: random latents and images in memory, and tokens of these widths."""
 
     widths: Mapping[str, int]
     grid: int
@@ -127,10 +127,10 @@ class Synthetic:
 
 
 def latents(batch: Batch, channels: int) -> Tensor:
-    """Something to train on: the means of the moments, or the pixels. Their scale costs nothing."""
+    """Training input: the means of the moments, or the pixels. Their scale does not affect the cost."""
     if batch.moments is not None:
         return batch.moments[:, :channels].float()
-    assert batch.images is not None  # what has no moments has images
+    assert batch.images is not None  # a batch without moments has images
     return batch.images.float() / 127.5 - 1
 
 
@@ -142,18 +142,18 @@ def random_features(
     stream: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> Features:
-    """What an encoder would give for `num` images."""
+    """Random features in the form of an encoder's output for `num` images."""
     patches = torch.randn(num, tokens, width, generator=stream)
     pooled = torch.randn(num, width, generator=stream) if need.pooled else None
     attention = {
         layer: torch.randn(num, ATTENTION_HEADS, tokens, tokens, generator=stream) for layer in need.attention
     } or None
     features = Features(patches, pooled, attention)
-    return features if device is None else features.map(lambda x: x.to(device))  # drawn on the CPU: the same everywhere
+    return features if device is None else features.map(lambda x: x.to(device))  # sampled on the CPU
 
 
 def random_condition(config: TrainConfig, labels: Tensor) -> Condition:
-    """These labels, and where a term has the target text one token for each image."""
+    """These labels, and one token per image if a term has the target text."""
     targets = (parse_spec(term.target) for term in config.alignments)
     width = next((settings.get("width", 0) for name, settings in targets if name == "text"), 0)
     return Condition(labels, torch.zeros(len(labels), 1, width, device=labels.device) if width else None)

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of encoders and autoencoders; of those whose shape is known here without their weights."""
+"""Parameters and FLOPs of encoders and autoencoders, without their weights if their shape is known here."""
 
 import functools
 from pathlib import Path
@@ -39,21 +39,21 @@ class EncoderCost(NamedTuple):
     """Of one image."""
 
     dim: int
-    """Width of its tokens."""
+    """Width of the tokens."""
     cost: Cost
 
 
 def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> EncoderCost:
-    """What an encoder costs on a token grid of `grid`.
+    """Cost of an encoder on a token grid of side `grid`.
 
-    An encoder that is not in the table of vision transformers is loaded for it.
+    An encoder that is not in the table of vision transformers is loaded.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the encoder cannot be loaded.
     """
     spec = canonical(spec)
     encoder = _encoder_outline(spec, grid) if spec in encoder_names() else load_encoder(spec, weights=weights)
-    encoder, side = encoder.to("meta"), grid * encoder.patch_size  # on meta shapes are computed, and no numbers
+    encoder, side = encoder.to("meta"), grid * encoder.patch_size  # on the meta device only shapes are computed
     pixels = torch.empty(1, 3, side, side, device="meta", dtype=next(encoder.net.parameters()).dtype)
     return EncoderCost(encoder.dim, cost_of(encoder.net, lambda: encoder.extract(pixels, grid).patches))
 
@@ -98,12 +98,12 @@ class AutoencoderCost(NamedTuple):
     """FLOPs of the decoder."""
 
 
-@functools.cache  # a comparison of networks asks for the same autoencoder again and again
+@functools.cache  # a comparison of networks needs the same autoencoder repeatedly
 def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = None) -> AutoencoderCost:
-    """What encoding an image of `resolution` pixels costs, and decoding it.
+    """Cost of encoding and decoding an image of `resolution` pixels.
 
     Raises:
-        UserError: a resolution that it does not take; its shape is known from its weights alone, and they are not available.
+        UserError: the autoencoder does not support the resolution, or its shape needs its weights and they are not available.
     """
     outlined = spec in SHAPES and weights is None
     autoencoder = (_autoencoder_outline(spec) if outlined else load_autoencoder(spec, weights=weights)).to("meta")

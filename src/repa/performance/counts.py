@@ -1,4 +1,4 @@
-"""FLOPs and bytes of a training step, counted by torch and autograd on networks without weights."""
+"""FLOPs and bytes of a training step, counted with torch and autograd on networks without weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,10 +26,10 @@ from repa.training.objective import Draws, Objective
 def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
     """FLOPs of the matrix products of network and projectors for one image, forward and backward, counted by torch.
 
-    A multiply and an add are two. What activation checkpointing computes again is not counted.
+    A multiplication and an addition count as two. Recomputation by activation checkpointing is not counted.
     """
     num, size, channels = 2, config.model.latent_size, config.model.latent_channels  # nt_xent has no loss for one image
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # whose two products the counter knows on every device
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # its two products are counted on every device
         model = build(config.model)
         tokens = model.grid[0] * model.grid[1]
         alignments = [Alignment.of(a, model, dims) for a in config.alignments]
@@ -39,10 +39,10 @@ def flops_per_image(config: TrainConfig, dims: Mapping[str, int]) -> int:
         zeros, keep = torch.zeros(num), placeholder(model.route, num, model.grid)
         _, t, _ = example_inputs(model, num, token_times=config.diffusion.token_times > 0)
         cleanest = any(target.cleanest for target in objective.averaging)
-        # Neither values nor weights change what is computed: zeros stand for all of them.
+        # The count does not depend on values, so all weights and inputs are zeros.
         draws, weights = Draws(t, clean, zeros.bool(), zeros if cleanest else t, keep), torch.zeros(1 + len(alignments))
         condition = model.completed(random_condition(config, zeros.long()))
-        with FlopCounterMode(display=False) as counter:  # the backward within: its products are counted as they run
+        with FlopCounterMode(display=False) as counter:  # also counts the backward pass
             averaged = objective.averaged(model, clean, condition, draws) if objective.averages(0) else None
             objective(clean, condition, features, draws, weights, averaged).total.sum().backward()
     return counter.get_total_flops() // num
@@ -62,12 +62,11 @@ def product_shapes(config: TrainConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
-    """Bytes that autograd keeps of one image between forward and backward.
+    """Bytes per image that autograd stores between forward and backward.
 
-    Counted with networks of one block and of two (a DDT's head is whole in both), and extended to all blocks: they are alike.
-    Nothing is computed: the tensors are PyTorch's fake ones, which have the shapes and dtypes that a CPU would give them. Matrices
-    of attention weights (T, T) are left out, as fused attention on a GPU never stores them. Other precisions than fp32 count as
-    bf16.
+    Counted with networks of one and two blocks (with a DDT's complete head in both) and extrapolated, as all blocks are equal.
+    Nothing is computed: PyTorch's fake tensors have the shapes and dtypes of a CPU. Matrices of attention weights (T, T) are
+    excluded, because fused attention on a GPU never stores them. Any precision other than fp32 counts as bf16.
 
     Args:
         config: with latent size and channels filled in.
@@ -79,21 +78,21 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
     routed, routed_block = (route.last - route.first + 1 if route else 0), 0
     with FakeTensorMode():
         one, two = (_saved_bytes_of_blocks(config, depth, dims) for depth in (alike, alike + 1))
-        # The difference is a block's: what lies before, behind and in the terms is in both.
+        # The difference is one block: the layers before and after the blocks, and the terms, are in both.
         block = two - one
-        if route:  # `one` is then what is not in blocks, and a block of all tokens: with the fusion, and the terms at routed blocks
+        if route:  # `one` then has everything outside the blocks, one block with all tokens, the fusion, and the terms at routed blocks
             first, second = (_saved_bytes_of_blocks(config, 1 + number, dims, number) for number in (1, 2))
             routed_block = second - first
             one = first - routed_block
-    if config.checkpoint_activations:  # of every block its input, of one at a time the rest
+    if config.checkpoint_activations:  # the inputs of all blocks, and all activations of one block at a time
         block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
         routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
     return one + (model.dims().depth - routed - alike) * block + routed * routed_block
 
 
 def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:
-    """Of a network of `depth` blocks, the last `routed` of them in its route: what three images need more than two, so that weights
-    do not count; nt_xent has no loss for one image."""
+    """Bytes of a network of `depth` blocks, of which the last `routed` are in its route: the difference between three images and
+    two, which excludes weights; nt_xent has no loss for one image."""
     shape: dict[str, Any] = {"depth": depth, "heads": (1,) * bool(config.model.heads)}
     if config.model.route and not routed:
         shape |= {"route": (), **{name: ModelConfig.model_fields[name].default for name in ROUTING}}
@@ -105,14 +104,14 @@ def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int]
         Alignment(a, model.hidden_dim, _target_width(a, model, dims), model.grid, num_classes=model.num_classes)
         for a in config.alignments
     ]
-    whole, route = config.model.routing, model.route  # of the network, and of this small one
+    whole, route = config.model.routing, model.route  # of the real network, and of this small one
     inside = [bool(routed) and whole is not None and whole.covers(a.depth) for a in config.alignments]
     taps = [
         Tap(route.first if route and within else 1, term.tap.kind) for term, within in zip(terms, inside, strict=True)
     ]
 
     def forward(num: int) -> Tensor:
-        # Whether a tensor is saved depends on types and graph alone: any numbers will do.
+        # Whether a tensor is saved depends only on types and the graph, so any values will do.
         inputs = example_inputs(model, num, token_times=config.diffusion.token_times > 0)
         output = model(*inputs, tuple(set(taps)), placeholder(model.route, num, model.grid))
         losses = [_loss_of_tap(term, output.taps[tap], model) for term, tap in zip(terms, taps, strict=True)]
@@ -125,7 +124,7 @@ def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int]
 
 
 def _target_width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, int]) -> int:
-    """Of the term's target, on a network of which only the width is that of the run."""
+    """The term's target, for a network that shares only the width of the run's."""
     encoder, _ = alignment.encoder
     if encoder or parse_spec(alignment.target)[0] in ("latent", "text"):
         return build_target(alignment, model, dims).dim
@@ -133,7 +132,7 @@ def _target_width(alignment: AlignmentConfig, model: Backbone, dims: dict[str, i
 
 
 def _loss_of_tap(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
-    """The loss of a tap of the first block against tokens that are there."""
+    """The loss between a tap of the first block and existing tokens."""
     if term.tap.kind == "attention":
         return term.compare(tap, torch.randn(tap.shape))
     student = tap[:, model.prefix_tokens :]
@@ -146,11 +145,11 @@ def _loss_of_tap(term: Alignment, tap: Tensor, model: Backbone) -> Tensor:
 
 
 def saved_bytes(forward: Callable[[], Tensor], *num_tokens: int) -> int:
-    """Bytes of the storages that autograd saves in a forward, each once, those of attention weights (T, T) left out."""
-    storages: dict[int, torch.UntypedStorage] = {}  # by identity; kept alive, so that no two have the same
+    """Bytes of the storages that autograd saves in a forward pass, each counted once, without attention weights (T, T)."""
+    storages: dict[int, torch.UntypedStorage] = {}  # by identity; kept alive, so that identities stay unique
 
     def pack(tensor: Tensor) -> Tensor:
-        # Views share a storage, which is kept once however many of them are saved.
+        # Views share a storage, which is stored once however many of them are saved.
         if all(tensor.shape[-2:] != (number, number) for number in num_tokens):
             storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor

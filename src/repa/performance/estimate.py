@@ -1,6 +1,6 @@
-"""What a run will cost before anything is downloaded or trained: arithmetic, memory, disk and time.
+"""Cost of a run before any download or training: FLOPs, memory, disk and time.
 
-FLOPs are counted by torch on networks without weights; the time is those FLOPs at a rate that the caller states.
+torch counts FLOPs on networks without weights; the time is those FLOPs at a rate that the caller passes.
 """
 
 import functools
@@ -31,48 +31,48 @@ from repa.training.resolve import require_equal_parts, steps_of_epochs, with_str
 from repa.training.scaling import faster
 
 FORMS = ("fp16", "int8", "pca256", "pca256-int8")
-"""Stored forms of tokens that are compared."""
+"""Storage types of tokens that are compared."""
 RECOMPUTED = 4 / 3
-"""Arithmetic of a step with activation checkpointing, which runs the forward twice, to one without: (1 + 1 + 2) / (1 + 2)."""
+"""FLOPs of a step with activation checkpointing, which runs the forward pass twice, over one without: (1 + 1 + 2) / (1 + 2)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """FLOPs are those of one image, bytes those of one image (disk) or of one device (memory)."""
+    """FLOPs are per image, bytes per image (disk) or per device (memory)."""
 
     config: TrainConfig
     num_images: int
     num_devices: int
     rate: float  # FLOP/s of a device, as used
-    network: Cost  # in training, with the tokens that a route leaves out left out
-    sampled: int  # of a forward of all tokens
-    short: int  # of a forward that leaves the blocks of a route out
+    network: Cost  # of training, without the tokens that a route skips
+    sampled: int  # of a forward pass of all tokens
+    short: int  # of a forward pass without the routed blocks
     projectors: Cost
     encoders: dict[str, EncoderCost]
     autoencoder: AutoencoderCost
-    activations: int  # bytes that the backward of one image needs
+    activations: int  # bytes of one image for the backward pass
     tokens: int
-    averaged: int  # of the averaged network's forward, where a term looks at it
-    storable: bool  # whether stored features spare running every encoder
+    averaged: int  # of the averaged network's forward pass, if a term reads it
+    storable: bool  # whether stored features replace every encoder
 
     @property
     def step_flops(self) -> float:
-        """Of one image in training, encoders not counted."""
+        """FLOPs of training on one image, without encoders."""
         once = self.network.training + self.projectors.training
         return once * (RECOMPUTED if self.config.checkpoint_activations else 1) + self.averaged
 
     @property
     def encoder_flops(self) -> int:
-        """Of all encoders on one image."""
+        """FLOPs of all encoders on one image."""
         return sum(encoder.cost.forward for encoder in self.encoders.values())
 
     @property
     def seen(self) -> int:
-        """Images that the run sees."""
+        """Number of images that the run processes, with repetitions."""
         return self.config.num_steps * self.config.batch_size
 
     def share(self, encoder: str) -> float:
-        """An encoder's forward in units of the network's training."""
+        """FLOPs of an encoder's forward pass over those of training the network."""
         return self.encoders[encoder].cost.forward / self.network.training
 
     def training_seconds(self, *, cached: bool) -> float:
@@ -80,12 +80,12 @@ class Estimate:
         return self.seen * flops / (self.rate * self.num_devices)
 
     def preparing_seconds(self, *, cached: bool) -> float:
-        """Encoding every image once: the autoencoder and, for cached tokens, the encoders."""
+        """FLOPs of encoding every image once: the autoencoder and, for stored tokens, the encoders."""
         flops = self.autoencoder.cost.forward + (self.encoder_flops if cached else 0)
         return self.num_images * flops / (self.rate * self.num_devices)
 
     def sampling_flops(self, passes: "Passes") -> int:
-        """Of one image: its passes of the network, and one of the decoder."""
+        """FLOPs per sample: the network's evaluations and one pass of the decoder."""
         return passes.whole * self.sampled + passes.short * self.short + self.autoencoder.decoding
 
     def samples_per_second(self, passes: "Passes") -> float:
@@ -94,16 +94,16 @@ class Estimate:
 
     @property
     def parallel(self) -> str:
-        """The strategy, in machines of at most eight devices."""
+        """The strategy, for machines of at most eight devices."""
         if self.config.parallel != "auto":
             return self.config.parallel
-        local = min(8, self.num_devices)  # devices of one machine, which a fast link joins
+        local = min(8, self.num_devices)  # devices of one machine, connected by a fast link
         flops, images = self.step_flops + self.encoder_flops, self.config.batch_size / self.num_devices
         return faster(self.network.parameters, flops, images, self.num_devices // local, local)
 
     def memory(self, *, cached: bool) -> dict[str, float]:
-        """Bytes on each device by what they hold."""
-        # FSDP divides within a machine and keeps a copy in each: see training/parallel.py.
+        """Bytes per device, by content."""
+        # FSDP shards within a machine and replicates between machines: see training/parallel.py.
         divided = min(8, self.num_devices) if self.parallel == "fsdp" else 1
         trained = self.network.parameters + self.projectors.parameters
         averages = 1 + len(self.config.ema_decays) + len(self.config.ema_widths)
@@ -115,22 +115,22 @@ class Estimate:
             "gradients": 4 * trained / divided,
             "AdamW": 8 * trained / divided,  # two float32 moments
             "averages": 4 * averages * self.network.parameters / divided,
-            "weights in half precision": 2.0 * trained * half,  # autocast keeps its copies until the step ends
+            "weights in half precision": 2.0 * trained * half,  # autocast keeps its copies until the end of the step
             "activations": images * self.activations,
             "autoencoder": 4 * self.autoencoder.cost.parameters,
             "encoders": 0 if cached else encoders,
         }
 
     def moments_bytes(self) -> int:
-        """On disk, of one image, in float16."""
+        """Bytes on disk per image, in float16."""
         return 2 * self.autoencoder.stored_channels * self.config.model.latent_size**2 * self.autoencoder.stores_moments
 
     def forms(self, encoder: str) -> list[str]:
-        """Those of FORMS in which an encoder's tokens can be stored."""
+        """The elements of FORMS in which an encoder's tokens can be stored."""
         return [form for form in FORMS if split_format(form)[0] < self.encoders[encoder].dim]
 
     def tokens_bytes(self, encoder: str, form: str) -> int:
-        """On disk, of one image."""
+        """Bytes on disk per image."""
         directions, dtype = split_format(form)
         numbers = directions or self.encoders[encoder].dim
         return self.tokens * (numbers + 4 if dtype == "int8" else 2 * numbers)  # int8: and one float32 scale
@@ -139,28 +139,28 @@ class Estimate:
 def estimate(
     config: TrainConfig, *, num_images: int, num_devices: int, resolution: int, rate: float, num_classes: int
 ) -> Estimate:
-    """Count what a run costs.
+    """Estimate the cost of a run.
 
     Args:
-        config: the run; what it leaves to the data is filled in from the other arguments.
-        num_images: of the data set.
-        num_devices: that share the batch.
-        resolution: side of the images.
-        rate: FLOP/s that a device reaches: its peak times the utilisation.
-        num_classes: of the data set.
+        config: the run; settings that come from the data are filled in from the other arguments.
+        num_images: size of the data set.
+        num_devices: number of devices that share the batch.
+        resolution: side of the images in pixels.
+        rate: FLOP/s of a device in use: its peak times the utilisation.
+        num_classes: number of classes of the data set.
 
     Raises:
-        UserError: sizes that do not fit together, or an encoder or autoencoder that has to be loaded and cannot be.
+        UserError: sizes that do not match, or an encoder or autoencoder that must be loaded and cannot be.
     """
     require_equal_parts(config.batch_size, num_devices, config.accumulate)
     autoencoder = autoencoder_cost(config.autoencoder, resolution, config.autoencoder_weights or None)
-    # What training reads off the data is known here from the autoencoder's shape.
+    # Training reads these sizes from the data; here they follow from the autoencoder's shape.
     facts = {"latent_size": resolution // autoencoder.factor, "latent_channels": autoencoder.channels}
     for name, value in facts.items():
         if getattr(config.model, name) not in (0, value):
             raise UserError(
-                f"{option(f'model.{name}')} is {getattr(config.model, name)}, but {config.autoencoder} makes {value} of {resolution} "
-                "pixels: give another --resolution or --autoencoder."
+                f"{option(f'model.{name}')} is {getattr(config.model, name)}, but {config.autoencoder} encodes {resolution} pixels "
+                f"to {value}: give another --resolution or --autoencoder."
             )
     model = config.model.override(**facts, num_classes=config.model.num_classes or num_classes)
     shape = (model.latent_channels, model.latent_size, model.latent_size)
@@ -185,14 +185,14 @@ def estimate(
 
 
 class Passes(NamedTuple):
-    """Evaluations of a network for one image."""
+    """Network evaluations per sample."""
 
-    whole: int  # of all its blocks
-    short: int = 0  # around the blocks of its route
+    whole: int  # evaluations of all blocks
+    short: int = 0  # evaluations that skip the routed blocks
 
 
 def side_of(config: TrainConfig) -> int:
-    """Side of the images behind latents of the size that the configuration names; 256 where it leaves the size to the data."""
+    """Side of the images for the configuration's latent size; 256 if the size comes from the data."""
     if not config.model.latent_size:
         return 256
     factor = autoencoder_cost(config.autoencoder, 256, config.autoencoder_weights or None).factor
@@ -200,8 +200,8 @@ def side_of(config: TrainConfig) -> int:
 
 
 def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes:
-    """Those of euler_maruyama: one a step, and those that the guidances ask for at its time."""
-    # One pass serves several predictions: the heads come with the conditional one.
+    """Evaluations of euler_maruyama: one per step, and those of the guidances at that time."""
+    # One pass gives several predictions: the heads are computed with the conditional one.
     chain = Chain([GUIDANCES.build(spec) for spec in guidance])
     times = sde_grid(steps, shift=shift).tolist()[:-1]
     asked = Counter(name for t in times for name in {pass_of(name) for name in chain.needs(t)})
@@ -209,7 +209,7 @@ def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes
 
 
 def _averaged_flops(config: TrainConfig) -> int:
-    """One forward of the averaged network, or two of a frozen one with guidance, serve all terms that look at it."""
+    """FLOPs of one forward pass of the averaged network, or two of a guided frozen one, shared by all terms that read it."""
     targets = [parse_spec(alignment.target) for alignment in config.alignments]
     found = [(name, settings) for name, settings in targets if name in ("ema", "run")]
     if not found:
@@ -221,7 +221,7 @@ def _averaged_flops(config: TrainConfig) -> int:
 
 
 def _projector_cost(config: TrainConfig, dims: dict[str, int]) -> Cost:
-    """Of all alignments together. A projector's backward is not asked for the gradient of what it sees when it measures only."""
+    """FLOPs of all alignments. A projector that only measures does not compute the gradient of its input."""
     total = Cost(0, 0, 0)
     width = config.model.dims().hidden_dim
     for alignment in config.alignments:
@@ -234,7 +234,7 @@ def _projector_cost(config: TrainConfig, dims: dict[str, int]) -> Cost:
             hidden = torch.empty(1, tokens, width, requires_grad=not alignment.measure_only)
             context = ProjectorContext(torch.empty(1), Condition(torch.empty(1, dtype=torch.int64)))
         cost = cost_of(term, functools.partial(term.project, hidden, context))
-        # Shared: its parameters are those of the term that owns it, its products are its own.
+        # Shared: the parameters count for the owning term, the products for each term.
         if alignment.projector_of:
             cost = cost._replace(parameters=0)
         total = Cost(*map(sum, zip(total, cost, strict=True)))

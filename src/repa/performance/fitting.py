@@ -1,4 +1,4 @@
-"""What would make a run fit in the memory of a device."""
+"""Options that make a run fit in the memory of a device."""
 
 import math
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ class MemoryOption(NamedTuple):
 
     options: str
     needed: float
-    """Bytes of each device with them."""
+    """Bytes per device with these options."""
     price: str
-    """What is other than before."""
+    """Consequences of these options."""
 
 
 def needed(found: Estimate, *, cached: bool = False) -> float:
-    """Bytes of each device, without the workspace of kernels."""
+    """Bytes per device, without the workspace of kernels."""
     return sum(found.memory(cached=cached).values())
 
 
 def memory_options(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[MemoryOption]:
-    """Changes with which the run fits in `room` bytes, those first that leave the training as it is; of each kind the mildest."""
+    """Changes that make the run fit in `room` bytes, first those that do not change the training; the mildest of each kind."""
     sparing = _with_settings(found, checkpoint_activations=True)
     dims = {name: encoder.dim for name, encoder in found.encoders.items()}
     sparing = replace(sparing, activations=activation_bytes(sparing.config, dims))
@@ -38,21 +38,23 @@ def memory_options(found: Estimate, room: float, *, num_classes: int, resolution
             MemoryOption(
                 f"repa prepare ... --features {names}",
                 needed(found, cached=True),
-                "stored tokens, no encoder in the step",
+                "stored tokens instead of encoders in the step",
             )
         )
     if found.num_devices > 1 and found.parallel == "ddp":
         divided = _with_settings(found, parallel="fsdp")
-        ways.append(MemoryOption("--parallel fsdp", needed(divided), "weights divided among devices: more traffic"))
-    ways += _first_that_fits(_more_accumulation(found), room, "the same gradient, in parts")
-    ways.append(MemoryOption("--checkpoint-activations", needed(sparing), "a third more arithmetic"))
-    # Two changes at once are offered only where no single one is enough: they cost more and hide which helps.
+        ways.append(
+            MemoryOption("--parallel fsdp", needed(divided), "weights sharded over devices: more communication")
+        )
+    ways += _first_that_fits(_more_accumulation(found), room, "the same gradient, from micro-batches")
+    ways.append(MemoryOption("--checkpoint-activations", needed(sparing), "a third more FLOPs"))
+    # Two changes at once are offered only if no single one is enough: they cost more and hide which one helps.
     if not any(way.needed <= room for way in ways):
         both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _more_accumulation(sparing))
         ways += _first_that_fits(both, room, "both")
-    ways += _first_that_fits(_smaller_batches(found), room, "another training: fewer images a step")
+    ways += _first_that_fits(_smaller_batches(found), room, "changes the training: fewer images per step")
     ways = [way for way in ways if way.needed <= room]
-    # Last: outlining other networks takes seconds, and nobody wants another network first.
+    # Last: counting other networks takes seconds, and another network is the last resort.
     if not ways:
         ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
     return ways
@@ -88,7 +90,7 @@ def _smaller_batches(found: Estimate) -> Iterator[tuple[str, Estimate]]:
 
 
 def _smaller_models(found: Estimate, num_classes: int, resolution: int) -> Iterator[tuple[str, Estimate]]:
-    """The same family and patch in smaller sizes, where the run names its network and its blocks exist there too."""
+    """Smaller sizes of the same family and patch size, if the run names its network and the terms' blocks exist there."""
     model = found.config.model
     family, _, rest = model.name.partition("-")
     if family not in FAMILIES or model.hidden_dim or model.depth or model.num_heads:
@@ -102,5 +104,5 @@ def _smaller_models(found: Estimate, num_classes: int, resolution: int) -> Itera
                 config, num_images=found.num_images, num_devices=found.num_devices, resolution=resolution, rate=found.rate,
                 num_classes=num_classes,
             )  # fmt: skip
-        except UserError:  # it has fewer blocks than a term of the loss names
+        except UserError:  # fewer blocks than the depth of a term
             return

@@ -1,6 +1,6 @@
-"""A training step timed on this machine, against what its matrix products alone would take, and what to change next.
+"""Timing of a training step on this machine, compared with the time of its matrix products, with advice on what to change.
 
-The step is the loop's own: `EncoderFeatures.iterate`, `loop.backward`, `update.update`.
+The step uses the code of the loop: `EncoderFeatures.iterate`, `loop.backward`, `update.update`.
 """
 
 import statistics
@@ -23,9 +23,9 @@ from repa.training.state import build_state
 from repa.training.update import update
 
 PARTS = ("encoder", "network", "optimizer", "averages", "data")
-STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps between two looks at the clock, which waits for the device
+STEPS_TIMED = {"cpu": 1, "cuda": 10}  # steps per measurement; each measurement synchronises with the device
 HEAD = ("model", "features", "batch", "precision", "step", "s/step", "images/s", "MFU", "memory", *PARTS)
-WORTH = 1.03  # times as fast that a change must promise to be named: less is within the noise
+WORTH = 1.03  # smallest speed-up of a suggested change: less is within the noise
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,24 @@ class Measurement:
 
     model: str
     features: str
-    """online, cached or none: where the encoders' features came from."""
+    """Source of the encoders' features: online, cached or none."""
     batch_size: int
     precision: str
     compiled: bool
     seconds: float
     """Of one step."""
     floor: float
-    """Of its matrix products alone, at the measured rate: those of network and projectors, forward and backward."""
+    """Seconds of the matrix products alone, at the measured rate: network and projectors, forward and backward."""
     peak_memory: int | None
-    """Bytes on a CUDA device; None elsewhere, where the process counts as a whole."""
+    """Bytes on a CUDA device; None elsewhere."""
     parts: dict[str, float] = field(default_factory=dict)
-    """Seconds by name of PARTS, each waited for; their sum exceeds `seconds` where they overlap."""
+    """Seconds per element of PARTS, each synchronised; their sum exceeds `seconds` if they overlap."""
     encoder_floor: float = 0.0
     """Seconds of the matrix products of encoders that run in the step, at the measured rate."""
     first_seconds: float = 0.0
-    """Of the first step, which compiles and fills caches."""
+    """Seconds of the first step, which compiles and fills caches."""
     reserved_memory: int | None = None
-    """Bytes that PyTorch took of a CUDA device, of which `peak_memory` were in use at once."""
+    """Bytes that PyTorch reserved on a CUDA device, of which at most `peak_memory` were in use."""
 
     @property
     def images_per_second(self) -> float:
@@ -59,12 +59,12 @@ class Measurement:
 
     @property
     def utilisation(self) -> float:
-        """Share of the machine's measured matrix-product rate that goes into network and projectors."""
+        """Share of the machine's measured matrix-product rate that network and projectors reach."""
         return self.floor / self.seconds
 
     @property
     def utilisation_with_encoder(self) -> float:
-        """The same with the encoders that run in the step: what the device does, not what the network gains."""
+        """The same including the encoders that run in the step: the load of the device, not the gain of the network."""
         return (self.floor + self.encoder_floor) / self.seconds
 
     def share(self, part: str) -> float:
@@ -76,7 +76,7 @@ class Measurement:
 
 
 class MeasuredStep:
-    """A training step on batches of a source, whole and in parts."""
+    """A training step on batches of a source, complete and in parts."""
 
     def __init__(self, config: TrainConfig, source: BatchSource, device: torch.device):
         self.config, self.source, self.device = config, source, device
@@ -97,13 +97,13 @@ class MeasuredStep:
         update(self.state, self.groups)
 
     def average(self) -> None:
-        """The averages' part of `advance` once more."""
+        """Only the averages' part of `advance`."""
         never = torch.zeros((), device=self.device)  # skip: no update was refused
         for average in self.state.averages.values():
             average.update(self.state.step, never)
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each of PARTS, which here run one after the other: nothing is read or computed ahead."""
+        """Seconds of each of PARTS, run one after the other: nothing is read or computed ahead."""
         made: dict[str, Any] = {}
         seconds = {
             "data": timed(lambda: made.update(batch=self.source.data()), self.device),
@@ -112,22 +112,22 @@ class MeasuredStep:
             "optimizer": timed(self.advance, self.device),
             "averages": timed(self.average, self.device),
         }
-        # `advance` includes the averages; noise of the clock may make the difference negative.
+        # `advance` includes the averages; timing noise may make the difference negative.
         seconds["optimizer"] = max(0.0, seconds["optimizer"] - seconds["averages"])
         return {part: seconds[part] for part in PARTS}
 
 
 def measure(step: MeasuredStep, rates: Mapping[str, float], rounds: int) -> Measurement:
-    """Time a step, whole and in parts, after one that is not counted (it compiles, and fills caches).
+    """Time a step, complete and in parts, after one warm-up step (which compiles and fills caches).
 
     Args:
         rates: FLOP/s of matrix products by precision, from `product_rate`.
-        rounds: the figure is the median of so many.
+        rounds: number of measurements, of which the median is reported.
     """
     config, device, source = step.config, step.device, step.source
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    # The first step compiles and fills caches: it is reported by itself and not part of the median.
+    # The first step compiles and fills caches: it is reported separately and is not part of the median.
     first = timed(step, device)
     steps = STEPS_TIMED[device.type]
 
@@ -138,7 +138,7 @@ def measure(step: MeasuredStep, rates: Mapping[str, float], rounds: int) -> Meas
     seconds = statistics.median(timed(run, device) / steps for _ in range(rounds))
     memory = peak_memory(device) if device.type == "cuda" else None
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
-    # After the whole step, whose kernels they share: none of them is the first to run.
+    # After the complete step, which has warmed up their kernels.
     parts = [step.parts() for _ in range(max(1, rounds // 2))]
     of_one = config.batch_size / rates[config.precision]
     medians = {name: statistics.median(p[name] for p in parts) for name in PARTS}
@@ -149,14 +149,14 @@ def measure(step: MeasuredStep, rates: Mapping[str, float], rounds: int) -> Meas
 
 
 class Advice(NamedTuple):
-    """What to change, and how many times as fast the step then is: measured, or at most for a part that would go away."""
+    """A change and its speed-up: measured, or an upper bound if a part disappears."""
 
     gain: float
     sentence: str
 
 
 def table(figures: Sequence[Measurement]) -> str:
-    """Markdown, a row for each; the parts are shares of their sum."""
+    """A Markdown table, one row per measurement; the parts are shares of their sum."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for f in figures:
         memory = "" if f.peak_memory is None else size(f.peak_memory)
@@ -169,7 +169,7 @@ def table(figures: Sequence[Measurement]) -> str:
 
 
 def advise(now: Measurement, others: Sequence[Measurement]) -> list[Advice]:
-    """What would make the step `now` faster, the most first; empty when nothing that was measured would."""
+    """Changes that make the step `now` faster, the largest first; empty if no measured change does."""
     found = [_advise_settings(now, other) for other in others if other.images_per_second > now.images_per_second]
     found += [
         part
@@ -190,7 +190,7 @@ def _advise_settings(now: Measurement, other: Measurement) -> Advice:
     gain = other.images_per_second / now.images_per_second
     return Advice(
         gain,
-        f"{' '.join(changes)}: {gain:.2f} times as many images a second, {other.images_per_second:.1f} instead of "
+        f"{' '.join(changes)}: {gain:.2f} times as many images per second, {other.images_per_second:.1f} instead of "
         f"{now.images_per_second:.1f}.",
     )
 
@@ -207,12 +207,12 @@ def _advise_stored_features(now: Measurement) -> Advice | None:
 
 def _advise_faster_disk(now: Measurement) -> Advice | None:
     computing = sum(now.parts.values()) - now.parts["data"]
-    # A reader that keeps up is hidden behind the computation of other steps: a faster disk gains nothing.
+    # If reading keeps up, it overlaps with the computation, and a faster disk gains nothing.
     if now.parts["data"] <= computing:
         return None
     return Advice(
         now.parts["data"] / computing,
-        f"Put the data on a faster disk, or closer: reading a batch takes {now.parts['data']:.3f} s, computing its step "
+        f"Move the data to a faster or local disk: reading a batch takes {now.parts['data']:.3f} s, computing its step "
         f"{computing:.3f} s.",
     )
 
@@ -220,8 +220,8 @@ def _advise_faster_disk(now: Measurement) -> Advice | None:
 def _advise_larger_batch(now: Measurement) -> Advice | None:
     share = now.share("optimizer") + now.share("averages")
     return Advice(
-        # A doubled batch needs half as many updates for the same images: half of their share goes away.
+        # A batch of twice the size needs half as many updates for the same images, which saves half of their share.
         1 / (1 - share / 2),
-        f"Twice the --batch-size (which changes the training too): optimizer and averages take {share:.0%} of a step of "
-        f"{now.batch_size} images, and as long with more.",
+        f"Double the --batch-size (which changes the training too): optimizer and averages take {share:.0%} of a step of "
+        f"{now.batch_size} images, and no longer with more images.",
     )

@@ -1,6 +1,6 @@
-"""Where the time of a step goes: kernels by category, the share in which the device was busy, and a trace to look at.
+"""Profile of a step: kernels by category, the busy share of the device, and a trace.
 
-On CUDA kernels are those of the device. On a CPU they are PyTorch's operators, each with the time that it did not pass on.
+On CUDA these are kernels of the device; on a CPU they are PyTorch's operators, each with its self time.
 """
 
 import re
@@ -23,7 +23,7 @@ from repa.performance.measure import MeasuredStep, Measurement, measure
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
 
-CATEGORIES = {  # in this order: the first that fits a name takes it
+CATEGORIES = {  # in order: a name belongs to the first category that matches
     "attention": r"flash|fmha|attention|sdpa|mha",
     "optimizer": r"adam|lerp|muon|multi_tensor|foreach",
     "product": r"gemm|cutlass|nvjet|xmma|cublas|\bmm\b|addmm|\bbmm\b|baddbmm|convolution|conv2d|_scaled_mm|splitk",
@@ -41,13 +41,13 @@ class KernelProfile:
 
     seconds: float
     categories: dict[str, float]
-    """Seconds by name of CATEGORIES and "other"; streams that overlap count each."""
+    """Seconds per element of CATEGORIES and "other"; overlapping streams each count."""
     busy: float
-    """Share of the time in which the device did something."""
+    """Share of the time in which the device was busy."""
     launches: float
-    """Kernels of the device, or operators of the CPU."""
+    """Number of kernels on the device, or of operators on the CPU."""
     longest: list[dict[str, Any]]
-    """Name, seconds and calls of the LONGEST kernels."""
+    """Name, seconds and number of calls of the LONGEST kernels."""
 
 
 def category_of(name: str) -> str:
@@ -58,7 +58,7 @@ def category_of(name: str) -> str:
 def profiled(
     run: Callable[[], object], device: torch.device, *, steps: int = 2, trace: str | Path = ""
 ) -> KernelProfile:
-    """Profile `steps` calls of `run`, which is a step that has run before.
+    """Profile `steps` calls of `run`, a step that has already run once.
 
     Args:
         trace: file for the timeline (.json or .json.gz), which chrome://tracing and ui.perfetto.dev show; empty: none.
@@ -79,7 +79,7 @@ def profiled(
     for name, spent, _ in rows:
         categories[category_of(name)] += spent / steps
     if on_cuda:
-        # Kernels of several streams overlap: their sum could pass the time of the step, the union cannot.
+        # Kernels of several streams overlap: their sum can exceed the time of the step, their union cannot.
         spans = [(e.time_range.start, e.time_range.end) for e in recorded.events() if e.device_type == DeviceType.CUDA]
         busy = union(spans) / 1e6 / seconds
     else:
@@ -89,7 +89,7 @@ def profiled(
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of what the spans cover together."""
+    """Length of the union of the spans."""
     covered, end = 0.0, float("-inf")
     for begin, finish in sorted(spans):
         covered += max(0.0, finish - max(begin, end))
@@ -98,10 +98,10 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def device_state(device: torch.device) -> dict[str, str]:
-    """Clock, power, temperature and what throttles, as the driver's tool tells them; nothing where there is none."""
+    """Clock, power, temperature and throttling as reported by the driver's tool; empty without the tool."""
     if device.type != "cuda" or shutil.which("nvidia-smi") is None:
         return {}
-    # Beside a rate: a device that is hot or at its limit of power multiplies slower, and nothing else shows it.
+    # Recorded with a rate: nothing else shows that heat or the power limit slows the device down.
     asked = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
     command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:
@@ -112,12 +112,12 @@ def device_state(device: torch.device) -> dict[str, str]:
 
 
 def rate(precision: str, device: torch.device) -> float:
-    """FLOP/s of matrix products: on CUDA those of three seconds, whose clocks last; elsewhere the best of several."""
+    """FLOP/s of matrix products: on CUDA over three seconds, at sustained clocks; elsewhere the best of several."""
     return (sustained_product_rate if device.type == "cuda" else product_rate)(precision, device)
 
 
 def shape_rates(config: TrainConfig, device: torch.device, repeats: int = 5) -> dict[str, float]:
-    """FLOP/s of each of `product_shapes`, laid out as autograd lays them out: the best of several."""
+    """FLOP/s of each of `product_shapes`, with the memory layout of autograd: the best of several."""
     dtype, rates = DTYPES[config.precision], {}
     for name, (m, k, n) in product_shapes(config).items():
         left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
@@ -133,16 +133,16 @@ def profile_step(
     config: TrainConfig, source: BatchSource, rates: Mapping[str, float], rounds: int, device: torch.device,
     trace: str | Path = "",
 ) -> tuple[Measurement, dict[str, Any]]:  # fmt: skip
-    """A step in the loop's own way, timed, then profiled; the figures, and a row of all that was seen, for JSON."""
-    # Each network is compiled again, and torch gives up on a class after a few of its graphs.
+    """Time, then profile, a step of the training loop; returns the measurement and a row of all values for JSON."""
+    # Each network is compiled again, and torch stops compiling a class after a few graphs.
     torch.compiler.reset()
-    # as the loop: TF32 for the float32 products that remain in half precision; fp32 means float32
+    # as in the loop: TF32 for the float32 products that remain in half precision; fp32 means true float32
     torch.set_float32_matmul_precision("highest" if config.precision == "fp32" else "high")
     with fastest_kernels(config, 1, device) as attention:
         step = MeasuredStep(config, source, device)
         figures = measure(step, rates, rounds)
         profile = profiled(step, device, trace=trace)
-    # Products of a block are narrower than the square one that the rate is of: how much of it they can reach at all.
+    # A block's products are narrower than the square one behind the rate: their own rate bounds the utilisation.
     shapes = {name: found / rates[config.precision] for name, found in shape_rates(config, device).items()}
     row = {
         **figures.row(), "compile_scope": config.compile_scope if config.compile else "", "profile": vars(profile),
@@ -152,7 +152,7 @@ def profile_step(
 
 
 def summary(row: Mapping[str, Any]) -> str:
-    """What a row saw besides its figures, for people."""
+    """The profile of a row as text."""
     profile = row["profile"]
     spent = sum(profile["categories"].values())
     shares = ", ".join(
@@ -162,6 +162,6 @@ def summary(row: Mapping[str, Any]) -> str:
     )
     products = row["products_of_the_rate"].values()
     return (
-        f"Kernels: {shares}; {profile['launches']:,.0f} a step, the device busy {profile['busy']:.0%} of the time. The products of "
-        f"a block run at {sum(products) / len(products):.0%} of the rate of a large square one."
+        f"Kernels: {shares}; {profile['launches']:,.0f} per step; the device is busy {profile['busy']:.0%} of the time. The products "
+        f"of a block reach {sum(products) / len(products):.0%} of the rate of a large square product."
     )

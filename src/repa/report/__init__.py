@@ -1,4 +1,4 @@
-"""What runs did, on one self-contained HTML page: verdict, curves, tables, samples, how each number was made."""
+"""Report on runs as one self-contained HTML page: headline, curves, tables, samples, and the provenance of each number."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What `repa analyse` left in the runs' folders, brought together over runs and drawn: CKNNA, CKA and probes."""
+"""Results of `repa analyse` in the runs' folders, combined and plotted: CKNNA, CKA and probes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VALUES = {"probe": "top1", "cknna": "cknna", "cka": "cka", "cka-unbiased": "cka-unbiased"}  # key of the rows
 NAMES = {"probe": "top-1 accuracy", "cknna": "CKNNA", "cka": "CKA", "cka-unbiased": "CKA, unbiased"}
-# settings that say which rows are there and how they were computed, not what they are
+# settings that select rows or change how they are computed, but not their values
 NOT_COMPARED = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "learning_rates", "batch_size", "store", "repa",
          "encoder_weights"}  # fmt: skip
 PANEL = 4.6, 3.5  # inches
@@ -42,7 +42,7 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Analysis:
-    """Rows {run, step, t, depth, <value>} that were found in one way."""
+    """Rows {run, step, t, depth, <value>} with equal settings."""
 
     kind: str
     settings: dict[str, Any]
@@ -70,8 +70,8 @@ class Analysis:
 
 
 def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
-    """All rows in the folders of the runs, one `Analysis` for each way in which they were found; probes by their best
-    learning rate. Raises UserError when a file is damaged."""
+    """All rows in the folders of the runs, one `Analysis` per combination of settings; probes with their best learning
+    rate. Raises UserError if a file is damaged."""
     found: dict[str, Analysis] = {}
     for run in records:
         for file in sorted((run.path / layout.ANALYSIS).glob("*.json")):
@@ -79,7 +79,7 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
             kind = content["analysis"]
             if kind not in VALUES:
                 continue
-            # Rows that were found in different ways never share a curve.
+            # Rows with different settings never share a curve.
             settings = {key: value for key, value in content.items() if key not in NOT_COMPARED}
             known = found.setdefault(json.dumps([kind, settings], sort_keys=True), Analysis(kind, settings))
             known.rows.extend(
@@ -89,7 +89,7 @@ def read_analyses(records: Sequence[RunRecord]) -> list[Analysis]:
 
 
 def accuracies(analyses: Sequence[Analysis]) -> dict[tuple[str, int], float]:
-    """(run, step) -> accuracy of the best block in per cent, as the paper's Acc.; where probes differ, that of the first."""
+    """(run, step) -> accuracy of the best block in per cent, like the paper's Acc.; of several probes, the first."""
     found: dict[tuple[str, int], float] = {}
     for analysis in (each for each in analyses if each.kind == "probe"):
         for row in analysis.best:
@@ -106,21 +106,19 @@ def _read_analysis(file: Path) -> dict[str, Any]:
         or not all(isinstance(r, dict) for r in rows)
     ):
         raise UserError(
-            f"{file} holds no results of `repa analyse`: it has no analysis and rows. Remove it, or make it again."
+            f"{file} is not a result of `repa analyse`: it has no analysis and rows. Remove it, or run the analysis again."
         )
     if any(not {"run", "step", "t", "depth"} <= row.keys() for row in rows if content["analysis"] in VALUES):
-        raise UserError(
-            f"{file} is damaged: some of its rows lack run, step, t or depth. Make it again with `repa analyse`."
-        )
+        raise UserError(f"{file} is damaged: some of its rows lack run, step, t or depth. Run `repa analyse` again.")
     return content
 
 
 def _with_run_name(row: dict[str, Any], home: RunRecord, records: Sequence[RunRecord]) -> dict[str, Any]:
-    """The row under the name that its run has in this report: the file says the folder's name, or its path."""
+    """The row with the name of its run in this report; the file records the folder's name or its path."""
     if row["depth"] is None:
         return row
     asked = Path(str(row["run"])).name
-    # Several runs may have folders of one name: the one next to the run that holds the file is meant.
+    # Several folders may have the same name: the row belongs to the one next to the run that contains the file.
     fitting = [run for run in records if run.path.resolve().name == asked]
     beside = [run for run in fitting if run.path.resolve().parent == home.path.resolve().parent]
     found = [home] if home in fitting else beside if len(beside) == 1 else fitting
@@ -132,13 +130,13 @@ def depth_figure(rows: Rows, value: str, label: str) -> Figure:
     as in Figure 8, and the best block over training where several checkpoints were asked.
 
     Args:
-        rows: {run, step, t, depth, <value>}; a row without depth is of an encoder, and is drawn as a level.
-        value: the key of what is drawn.
-        label: what the axis calls it.
+        rows: {run, step, t, depth, <value>}; a row without depth belongs to an encoder and is plotted as a level.
+        value: key of the plotted value.
+        label: label of the axis.
     """
     of_runs = [row for row in rows if row.get("depth") is not None]
     if not of_runs:
-        raise UserError("There is nothing to draw: no row has a depth.")
+        raise UserError("There is nothing to plot: no row has a depth.")
     networks = list(dict.fromkeys((row["run"], row["step"]) for row in of_runs))
     maps = [n for n in networks if len({row["t"] for row in of_runs if _network_of(row) == n}) > 1]
     steps = sorted({row["step"] for row in of_runs})
@@ -160,7 +158,7 @@ def _network_of(row: dict[str, Any]) -> tuple[str, int]:
 
 
 def _draw_depths(axes: Axes, rows: Rows, value: str, label: str) -> None:
-    """A curve for each network and noise level: noise levels by colour and marker, networks by the kind of line."""
+    """One curve per network and noise level: colour and marker show the noise level, the line style the network."""
     of_runs = [row for row in rows if row.get("depth") is not None]
     series = list(dict.fromkeys((row["run"], row["step"], row["t"]) for row in of_runs))
     networks, times = list(dict.fromkeys(s[:2] for s in series)), sorted({s[2] for s in series})
@@ -183,7 +181,7 @@ def _draw_depths(axes: Axes, rows: Rows, value: str, label: str) -> None:
 
 
 def _series_name(one: tuple[str, int, float], series: Sequence[tuple[str, int, float]]) -> str:
-    """What tells a curve from the others: its run, step and noise level, as far as they differ."""
+    """The label of a curve: its run, step and noise level, as far as they differ between curves."""
     run, step, t = one
     parts = [run] if len({s[0] for s in series}) > 1 else []
     parts += [f"step {step:,}"] if len({s[1] for s in series}) > 1 else []

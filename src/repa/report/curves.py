@@ -1,4 +1,4 @@
-"""Curves of several runs in one axes: losses, distances and what else was logged, against steps, seconds or images."""
+"""Curves of several runs in one axes: losses, distances and other logged values, against steps, seconds or images."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SMOOTHING = 0.04  # the running mean spans this part of the logged rows
-MOST_POINTS = 1500  # drawn per line: more cannot be seen and would swell the page
-FRAME = 5  # times the last distance of the worst run: the first values would flatten what matters
+SMOOTHING = 0.04  # window of the running mean, as a share of the log entries
+MOST_POINTS = 1500  # per line: more are not visible and would enlarge the page
+FRAME = 5  # upper limit, in last distances of the worst run: the first values would flatten the rest
 
 Points = dict[int, tuple[float, float]]  # step -> place on the horizontal axis, distance
 
 
 class Quantity(NamedTuple):
-    """A key of the training rows, and how it is drawn."""
+    """A key of the log entries, and how it is plotted."""
 
     label: str
-    scale: float = 1.0  # what the logged value is multiplied by
-    is_noisy: bool = True  # a running mean over faint raw values; else the line as it is
-    form: str = "{}"  # of the sentence that stands in place of a flat line
+    scale: float = 1.0  # factor of the logged value
+    is_noisy: bool = True  # plot a running mean over faint raw values; otherwise the raw line
+    form: str = "{}"  # sentence that replaces a flat line
 
 
 QUANTITIES = {
@@ -40,7 +40,9 @@ QUANTITIES = {
     "skipped_steps": Quantity(
         "skipped steps, so far", is_noisy=False, form="Steps skipped for gradients that are not finite: {}."
     ),
-    "data_wait": Quantity("wait for data (ms a step)", 1000.0, form="The wait for data was {} ms per step throughout."),
+    "data_wait": Quantity(
+        "wait for data (ms per step)", 1000.0, form="The wait for data was {} ms per step throughout."
+    ),
     "images_per_second": Quantity("images per second", form="Images per second: {} throughout."),
     "loss_scale": Quantity("loss scale", is_noisy=False, form="The loss scale was {} throughout."),
     "utilisation": Quantity("share of the matrix-product rate", form="The MFU was {} throughout."),
@@ -58,7 +60,7 @@ class XAxis(NamedTuple):
     label: str
 
 
-# key of the rows -> label, and the units of which a curve has at least three
+# key of the log entries -> label, and units; a curve spans at least three of its unit
 UNITS = {
     "step": ("training steps", ((1.0, ""),)),
     "images": ("training images", ((1e6, " (millions)"), (1e3, " (thousands)"), (1.0, ""))),
@@ -70,9 +72,9 @@ UNITS = {
 
 
 def _x_axis(runs: Sequence[RunRecord], against: str) -> XAxis:
-    """Steps, or images or time in the unit that suits the longest run."""
+    """Steps, or images or time in a unit that suits the longest run."""
     if against not in UNITS:
-        raise UserError(f"Curves are not drawn against {against!r}{choices(against, UNITS)}")
+        raise UserError(f"Unknown horizontal axis {against!r}{choices(against, UNITS)}")
     label, units = UNITS[against]
     most = max((row.get(against) or 0.0 for run in runs for row in [*run.train, *run.evals]), default=0.0)
     scale, unit = next(each for each in units if most >= 3 * each[0] or each == units[-1])
@@ -80,7 +82,7 @@ def _x_axis(runs: Sequence[RunRecord], against: str) -> XAxis:
 
 
 def logged(records: Sequence[RunRecord]) -> tuple[list[str], list[str]]:
-    """(keys that are worth a curve, sentences on those that are the same in every row of every run)."""
+    """(keys to plot, sentences on keys that are constant over all runs)."""
     moving, sentences = [], []
     for key, quantity in QUANTITIES.items():
         values = {row[key] for run in records for row in run.train if is_number(row.get(key))}
@@ -103,7 +105,7 @@ def curve_figure(
     """All runs in one axes.
 
     Args:
-        runs: from `read_runs`; a run without this quantity is left out of the picture.
+        runs: from `read_runs`; a run without this quantity is left out.
         kind: "denoising" (a running mean over the faint raw values), "alignment" (the negative alignment loss, which
             for the cosine is the similarity itself), "frechet_distance" (linear between the evaluations; of runs that
             differ in the seed only the mean, over each run thinner), or a key of `QUANTITIES`.
@@ -161,7 +163,7 @@ def _finish(axes: Axes, label: str, x_label: str) -> None:
 
 
 def alignment_axis(runs: Sequence[RunRecord]) -> str:
-    """Cosine similarity where every alignment is one, else the plain name of what is drawn."""
+    """Cosine similarity if every alignment has the cosine loss, otherwise the general name."""
     similarities = {str(item.get("loss", "cosine")).partition(":")[0] for run in runs for item in run.alignments}
     return "cosine similarity" if similarities <= {"cosine"} else "alignment (− loss)"
 
@@ -173,8 +175,8 @@ def alignment_label(group: SeedGroup, name: str, single: bool) -> str:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` (odd) values, over the part that exists near the ends: no lag, no invented values."""
-    # Differences of cumulative sums: one pass, whatever the window.
+    """Centred mean over `window` (odd) values, with a smaller window near the ends: no lag and no padding."""
+    # Differences of cumulative sums: one pass for any window.
     total = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     centre = np.arange(len(values))
     low, high = np.maximum(centre - window // 2, 0), np.minimum(centre + window // 2 + 1, len(values))
@@ -189,14 +191,14 @@ def _draw_training(
     axes: Axes, group: SeedGroup, key: str, x_axis: XAxis, label: str, number: int, style: int = 0,
     quantity: Quantity = LOSS,
 ) -> None:  # fmt: skip
-    """Of one run faint raw values and the running mean over them, of several the running means; `style` tells several
-    quantities of one run apart."""
+    """For one run, faint raw values and their running mean; for several, only running means. `style` distinguishes
+    several quantities of one run."""
     alone = len(group.runs) == 1
     for run in group.runs:
         places, values = run.series(key, x_axis.key)
         if not places:
             continue
-        # The mean is taken over all rows, and only what is drawn is thinned.
+        # The mean is over all entries; only the plotted points are thinned.
         thin = slice(None, None, -(-len(places) // MOST_POINTS))
         x, y = np.asarray(places) / x_axis.scale, np.asarray(values) * quantity.scale
         look = main_line(number) if alone else {**main_line(number), "linewidth": 1.1, "alpha": 0.8}
@@ -204,13 +206,13 @@ def _draw_training(
             axes.plot(x[thin], y[thin], color=colour(number), alpha=0.3, linewidth=0.7)
         drawn = running_mean(y, smoothing_window(len(y))) if quantity.is_noisy else y
         name = legend_label(label) if run is group.runs[0] else None
-        # Markers by the length of the line on paper, which a single row has none of.
+        # Markers are placed by the length of the line; a single entry has no length.
         every = 0.15 if len(x) > 1 else 1
         axes.plot(x[thin], drawn[thin], linestyle=line_style(style), markevery=every, label=name, **look)
 
 
 def _frame_settled(axes: Axes) -> None:
-    """The first rows of a training lie far from the rest and would flatten it: the frame holds what comes after."""
+    """Limit the axis to the later entries: the first entries are far from the rest and would flatten it."""
     settled = [y[len(y) // 10 :] for y in (np.asarray(drawn.get_ydata()) for drawn in axes.lines)]
     if settled:
         low, high = np.percentile(np.concatenate(settled), [0.5, 99.5])
@@ -227,13 +229,13 @@ def draw_distances(axes: Axes, groups: Sequence[SeedGroup], x_axis: XAxis, proto
             continue
         for points in curves if len(curves) > 1 else ():
             axes.plot(*zip(*points.values(), strict=True), color=colour(number), linewidth=0.8, alpha=0.5)
-        # Seeds that were measured, which may be fewer than the runs.
+        # Only evaluated seeds, which may be fewer than the runs.
         label = group.name if len(group.runs) == 1 else f"{group.name} ({len(curves)} seeds)"
         middle = mean_curve(curves)
         if middle:
             axes.plot(*zip(*middle, strict=True), label=legend_label(label), **main_line(number))
         drawn += curves
-    if drawn:  # the first evaluations may lie above the frame
+    if drawn:  # the first evaluations may be above the axis limit
         values = [y for points in drawn for _, y in points.values()]
         top = min(max(values), FRAME * max(list(points.values())[-1][1] for points in drawn))
         room = 0.06 * (top - min(values)) or 0.1 * top or 1.0
@@ -242,7 +244,7 @@ def draw_distances(axes: Axes, groups: Sequence[SeedGroup], x_axis: XAxis, proto
 
 
 def mean_curve(curves: Sequence[Points]) -> list[tuple[float, float]]:
-    """The mean point at each step at which every curve has one; a single curve's own points."""
+    """The mean at each step that all curves share; for a single curve, its points."""
     common = [step for step in curves[0] if all(step in points for points in curves)]
     places = [[points[step] for points in curves] for step in common]
     return [(fmean(x for x, _ in here), fmean(y for _, y in here)) for here in places]
@@ -254,7 +256,7 @@ def _points(rows: Sequence[dict[str, Any]], x_axis: XAxis) -> Points:
 
 
 def _mark_speedups(axes: Axes, groups: Sequence[SeedGroup], x_axis: XAxis, protocol: Protocol) -> None:
-    """A ring where each aligned run first had the baseline's final distance, and that distance as a level if it is one."""
+    """A ring where each aligned run first reached the baseline's final distance, and a level if there is only one such distance."""
     found = [each for each in speedups_of_groups(groups) if each.pairs[0].protocol == protocol]
     if not found:
         return

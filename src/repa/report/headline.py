@@ -1,7 +1,7 @@
-"""The headline of the page, computed from whole curves, and what a careful reader must also know.
+"""The headline of the page, computed from complete curves, and remarks for a careful reader.
 
-One early evaluation supports no claim: the headline states the last distances at equal steps and at how many compared
-steps the aligned run is lower, and a factor only where the curve supports it (`Speedup.is_supported`).
+A single early evaluation supports no claim: the headline states the last distances at equal steps, the number of compared
+steps at which the aligned run is lower, and a factor only if the curve supports it (`Speedup.is_supported`).
 """
 
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ from repa.report.speedups import Reached, SeedGroup, SeedSpeedup, Speedup, group
 from repa.report.summary import config_differences
 from repa.report.text import count, factor, short_number, times, with_deviation
 
-EVALUATIONS = 5  # that make a curve
-FEW = 5  # seeds: below, a standard deviation is itself only roughly known
+EVALUATIONS = 5  # smallest number that makes a curve
+FEW = 5  # seeds: with fewer, the standard deviation is only a rough estimate
 
 
 class Verdict(NamedTuple):
-    """The headline, and the remarks that stand under it."""
+    """The headline and the remarks below it."""
 
     sentence: str
     notes: list[str]
     meaning: str = ""
-    """What was compared, for a reader who does not know the method."""
+    """Explanation of the comparison, for a reader who does not know the method."""
 
 
 def verdict(records: Sequence[RunRecord]) -> Verdict:
-    """What the runs show, never more than they show."""
+    """The conclusion that the runs support, and no more."""
     groups = group_seeds(records)
     compared = speedups_of_groups(groups)
     if not compared:
         return _verdict_without_pairs(groups)
-    # The headline is of the configuration that ends lowest: a factor may rest on one early evaluation.
+    # The headline is on the configuration with the lowest last distance, because a factor may depend on one early evaluation.
     found = min(compared, key=_final_ratio)
     ours, theirs = _names_of_both(found, records)
     single = len(found.pairs) == 1
@@ -60,21 +60,21 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
 
 
 def _final_ratio(found: SeedSpeedup) -> float:
-    """The aligned distance over the baseline's at the last step that both have, on the mean; infinite without one."""
+    """Mean ratio of the aligned distance to the baseline's at the last common step; infinite without one."""
     ends = [(pair.overlap.aligned[-1], pair.overlap.baseline[-1]) for pair in found.pairs if pair.overlap.steps]
     theirs = sum(b for _, b in ends)
     return sum(a for a, _ in ends) / theirs if theirs else float("inf")
 
 
 def _names_of_both(found: SeedSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
-    """What the sentences call the two: their roles where just one run has each, else their names."""
+    """Names of the two runs in sentences: their roles if each role has only one run, otherwise their names."""
     num_aligned = sum(run.is_aligned for run in records)
     ours = "the aligned run" if num_aligned == 1 else found.aligned.label
     return ours, "the baseline" if len(records) == num_aligned + 1 else found.baseline.label
 
 
 def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
-    """Where the whole curves lie, and the factor where they support one."""
+    """Comparison of the complete curves, and the factor if they support one."""
     what, overlap = distance_name(found.protocol), found.overlap
     if not overlap.steps:
         ours_last, theirs_last = (_distance_at(row) for row in (found.aligned_final, found.baseline_final))
@@ -119,7 +119,7 @@ def _speedup_sentence(found: Speedup, theirs: str) -> str:
 
 
 def _advice_to_evaluate(found: Speedup) -> str:
-    """How to get a curve, for runs that were measured once, or too late."""
+    """How to get a curve, for runs that were evaluated only once or too late."""
     every = max(1, int(found.baseline_final["step"]) // EVALUATIONS)
     options = f"--preview.num-scored 500 --preview.score-every {every}"
     return f"For more evaluations train both again into new folders with `{options}`."
@@ -130,18 +130,18 @@ def _distance_at(row: dict) -> str:
 
 
 def _first_upper(words: str) -> str:
-    """Our own phrases start a sentence; a run's name stays as it is."""
+    """Capitalise our own phrases at the start of a sentence; the name of a run stays unchanged."""
     return words[0].upper() + words[1:] if words.startswith("the ") else words
 
 
 def _notes_of_pair(ours: str, theirs: str, found: Speedup) -> list[str]:
-    """What the headline does not say: how the step was found, the same in seconds, the lowest and the last evaluations."""
+    """Details beyond the headline: how the step was determined, the same in seconds, the lowest and the last evaluations."""
     notes, reached = [], found.aligned
     target = f"{theirs}’s final distance ({_distance_at(found.baseline_final)})"
     if reached is None:
         notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_distance_at(found.aligned_best)}.")
     elif found.is_too_coarse or not found.overlap.steps:
-        if len(found.overlap.steps) > 1:  # of one or none the headline says it
+        if len(found.overlap.steps) > 1:  # with one or none, the headline says it
             notes.append(
                 f"{_first_upper(ours)} had {target} at its first evaluation already, and {theirs} no later, so no speed-up is "
                 f"stated. {_advice_to_evaluate(found)}"
@@ -172,7 +172,7 @@ def _interpolation_note(ours: str, reached: Reached) -> str:
 
 
 def _other_differences(found: SeedSpeedup) -> list[str]:
-    """Notes on what differs apart from the alignment, and from the seed where seeds are compared."""
+    """Notes on differences other than the alignment, and other than the seed if seeds are compared."""
     baseline, run = found.baseline.runs[0], found.aligned.runs[0]
     aside = ("alignments",) if len(found.pairs) == 1 else ("alignments", "seed")
     notes = []
@@ -187,7 +187,7 @@ def _other_differences(found: SeedSpeedup) -> list[str]:
 
 
 def _explanation(ours: str, theirs: str, run: RunRecord) -> str:
-    """What was compared, where nothing but alignment differs; empty unless the alignment is to encoders."""
+    """Explanation of the comparison if only the alignment differs; empty unless all targets are encoders."""
     if not all(parse_spec(str(item.get("target")))[0] in ENCODERS for item in run.alignments):
         return ""
     return (
@@ -198,13 +198,13 @@ def _explanation(ours: str, theirs: str, run: RunRecord) -> str:
 
 
 def _sentence_over_seeds(found: SeedSpeedup) -> str:
-    """The last distances over seeds, in how many pairs the aligned run is lower, and the mean factor if all pairs have one."""
+    """The last distances over seeds, the number of pairs in which the aligned run is lower, and the mean factor if all pairs have one."""
     pairs = [pair for pair in found.pairs if pair.overlap.steps]
     what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
-    # A mean over some of the pairs would flatter or hide.
+    # A mean over only some pairs would be biased.
     if len(pairs) < num:
         return f"{found.aligned.label} and {found.baseline.label} were not evaluated over the same steps: nothing is compared."
-    # A run is in several pairs where all are compared with all; its last distance counts once all the same.
+    # A run may be in several pairs, but its last distance counts once.
     last = ([pair.overlap.aligned[-1] for pair in pairs], [pair.overlap.baseline[-1] for pair in pairs])
     ours, theirs = (spread(values if found.by_seed else sorted(set(values))) for values in last)
     ends = sorted({pair.overlap.steps[-1] for pair in pairs})
@@ -261,7 +261,7 @@ def _notes_over_seeds(found: SeedSpeedup) -> list[str]:
 
 
 def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
-    """The last distance of every group, and why nothing is compared."""
+    """The last distance of every group, and the reason why there is no comparison."""
     measured = [
         (group, protocols[0]) for group in groups if (protocols := [p for r in group.runs for p in r.protocols])
     ]

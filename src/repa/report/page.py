@@ -1,6 +1,6 @@
-"""One self-contained HTML page on one or several runs: nothing is fetched, nothing runs in it.
+"""One self-contained HTML page on one or several runs: it loads nothing and contains no scripts.
 
-Its figures are inline SVG, each with a caption and with a description for a reader who cannot see it.
+Its figures are inline SVG, each with a caption and a text alternative.
 """
 
 from __future__ import annotations
@@ -60,20 +60,20 @@ def write_report(
     """Write the report of one or several run folders; returns `out`.
 
     Args:
-        runs: run folders, in the order in which they are shown; the first without alignment is the baseline. Runs that
-            differ in nothing but the seed are taken together.
+        runs: run folders in display order; the first without alignment is the baseline. Runs that differ only in the seed
+            form a group.
         out: the HTML file.
         title: heading of the page.
-        names: what the runs are called, the folders' names when None.
-        results: files of `repa evaluate --out` in addition to those in the runs' folders, also for samples of no run here.
-        facts: hardware, versions, sizes, times: name -> value. `machine_facts()` gives those of this process.
+        names: names of the runs; None: the names of the folders.
+        results: further files of `repa evaluate --out`, also for samples that belong to none of the runs.
+        facts: hardware, versions, sizes, times: name -> value. `machine_facts()` returns those of this process.
         commands: the shell commands that produced the runs.
         training_images: uint8 (N, H, W, 3), shown below the samples.
-        training_captions: what is written under each of them, such as the name of its class.
-        tables: write the tables as Markdown and CSV too, next to `out` and under its name.
+        training_captions: caption of each training image, such as the name of its class.
+        tables: also write the tables as Markdown and CSV, next to `out` with the same stem.
 
     Raises:
-        UserError: a folder is not a run, names do not fit, a file is damaged or training_images are not uint8 images.
+        UserError: a folder is not a run, names do not match, a file is damaged, or training_images are not uint8 images.
     """
     out = Path(out)
     if training_images is not None:
@@ -123,7 +123,7 @@ def _environment() -> Any:
     def source(name: str) -> str:
         return resources.files("repa.report").joinpath(name).read_text("utf-8")
 
-    # Names of runs and classes come from files: they are escaped, and a name that the template lacks is an error, not a gap.
+    # Names of runs and classes come from files, so they are escaped. A name missing from the template is an error, not a gap.
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(source), autoescape=True, finalize=_without_control_characters, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -137,20 +137,20 @@ def _environment() -> Any:
 
 
 def _without_control_characters(value: Any) -> Any:
-    """Texts on the page, without the characters that reorder what is read."""
+    """Text for the page, without bidirectional control characters."""
     return type(value)(escaped(value)) if isinstance(value, str) else value
 
 
 def breakable(name: str) -> Markup:
-    """A run's name that may break after a slash."""
+    """A run's name that may wrap after a slash."""
     return Markup("/<wbr>").join(escape(part) for part in name.split("/"))
 
 
 def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:
-    """(columns, rows) with everything the evaluations hold, in the order in which it was first written."""
+    """(columns, rows) with all values of the evaluations, in the order of their first appearance."""
     aside = ("kind", "run", "samples")  # the same in every row, or a path
     keys = [key for key in dict.fromkeys(key for row in run.evals for key in row) if key not in aside]
-    keys.sort(key=lambda key: key in PROTOCOL)  # the numbers first, how they were made after
+    keys.sort(key=lambda key: key in PROTOCOL)  # numbers first, then the protocol
     return keys, [[_value_text(row.get(key)) for key in keys] for row in run.evals]
 
 
@@ -163,7 +163,7 @@ def _value_text(value: Any) -> str:
 
 
 class Curve(NamedTuple):
-    """An inline SVG, its caption and the width in inches that it was drawn for."""
+    """An inline SVG, its caption and its width in inches."""
 
     svg: str
     caption: str
@@ -171,12 +171,12 @@ class Curve(NamedTuple):
 
 
 def curves(records: Sequence[RunRecord]) -> list[Curve]:
-    """The distances first (once per way they were made), then the losses; what nobody logged has no curve."""
+    """The distances first (one figure per protocol), then the losses; a value that no run logged has no figure."""
     found = []
     protocols = list(dict.fromkeys(p for run in records for p in run.protocols))
     for number, protocol in enumerate(protocols):
         rows = [row for run in records for row in run.distances(protocol)]
-        if len({row["step"] for row in rows}) > 1:  # a single step is a table's, no curve
+        if len({row["step"] for row in rows}) > 1:  # a single step appears in a table, not as a curve
             found += [
                 _distance_curve(records, protocol, number, against)
                 for against in ("step", "seconds", "images")
@@ -250,7 +250,7 @@ def _loss_curve(records: Sequence[RunRecord], kind: str, words: str) -> Curve:
 
 
 def _smoothed(records: Sequence[RunRecord], what: str) -> str:
-    """The caption of a curve that is smoothed."""
+    """The caption of a smoothed curve."""
     window = max(smoothing_window(len(run.train)) for run in records)
     mean = f"centred mean over up to {window} rows"
     if len(group_seeds(records)) < len(records):

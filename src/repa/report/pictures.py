@@ -1,5 +1,5 @@
-"""The images of the page, PNG in data URIs: previews of runs as a grid and one by one, training images, what analyses drew.
-And images in rows and columns as one PNG: what runs did, for a README, and the tables of pictures of `repa analyse`."""
+"""The images of the page as PNG data URIs: previews as a grid and separately, training images, pictures of analyses.
+Also tables of images as one PNG: the progress of runs, for a README, and the pictures of `repa analyse`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GRID_WIDTH = 930  # CSS pixels for the columns of the sample grid
-CELL_WIDTH = 320  # and at most for one of them
-TOP_RUNS = 3  # whose last samples are shown next to the curve at the top
-MOST_BYTES = 2**30  # of the arrays of a preview
+CELL_WIDTH = 320  # largest width of one column
+TOP_RUNS = 3  # runs with samples next to the curve at the top
+MOST_BYTES = 2**30  # largest size of a preview's arrays
 MOST_IMAGES = 16  # per tile, in rows of 4
 MOST_COLUMNS = 6  # steps side by side
 MOST_OF_ANALYSIS = 1600  # side of a picture of `repa analyse`
@@ -57,7 +57,7 @@ MOST_PIXELS = 512  # side of a tile in stored pixels: larger images are reduced
 
 
 class Picture(NamedTuple):
-    """A PNG as a data URI, its size in stored pixels, and what it shows: the name of a class, a sentence, or nothing."""
+    """A PNG as a data URI, its size in stored pixels, and its caption: the name of a class, a sentence, or empty."""
 
     uri: str
     width: int
@@ -67,13 +67,13 @@ class Picture(NamedTuple):
     @classmethod
     def of(cls, image: Image.Image, caption: str = "") -> Self:
         buffer = io.BytesIO()
-        # Pages are mailed and committed: smaller is worth the time.
+        # Pages are mailed and committed, so a smaller file is worth the time.
         image.save(buffer, "PNG", optimize=True)
         uri = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
         return cls(uri, *image.size, caption)
 
     def shown(self, target: int) -> tuple[int, int]:
-        """Size on the page: the largest whole multiple of stored pixels within `target`, or `target` if none is."""
+        """Size on the page: the largest integer multiple of stored pixels up to `target`, or `target` if there is none."""
         factor = target // self.width or target / self.width
         return round(self.width * factor), round(self.height * factor)
 
@@ -84,7 +84,7 @@ def sample_pictures(
     training_images: np.ndarray | None,
     training_captions: Sequence[str],
 ) -> dict[str, Any]:
-    """The last samples, one by one; the grid (rows are runs, columns steps); training images."""
+    """The last samples separately; the grid (a row per run, a column per step); training images."""
     steps = preview_columns(records)
     protocol = common_protocol(records)
     grid = [[_cell(run, step, protocol) for step in steps] for run in records]
@@ -102,7 +102,7 @@ def sample_pictures(
 
 
 def _best_first(groups: Sequence[SeedGroup], protocol: Protocol | None) -> list[SeedGroup]:
-    """The first group, then the others by the last distance of their first run, where all were measured alike."""
+    """The first group, then the others by the last distance of their first run, if all have the same protocol."""
 
     def last_distance(group: SeedGroup) -> float:
         rows = group.runs[0].distances(protocol)
@@ -112,13 +112,13 @@ def _best_first(groups: Sequence[SeedGroup], protocol: Protocol | None) -> list[
 
 
 def _last_samples(run: RunRecord, captions: Sequence[str] = ()) -> list[Picture]:
-    """Of the last step; under them the captions, or the names of their classes."""
+    """Samples of the last step with their prompts, or the names of their classes, as captions."""
     step = layout.preview_steps(run.path)[-1]
     return samples(read_preview(run, step), captions or preview_classes(run, step))
 
 
 def _cell(run: RunRecord, step: int, protocol: Protocol | None) -> tuple[Picture | None, str]:
-    """One run at one step of the sample grid: its preview, where it has one, and the distance, where that was measured."""
+    """One run at one step of the sample grid: its preview and its distance, if they exist."""
     rows = [row for row in run.distances(protocol) if row["step"] == step]
     distance = short_number(rows[-1][DISTANCE]) if rows else ""
     if not has_preview(run, step):
@@ -175,34 +175,34 @@ def read_preview(run: RunRecord, step: int) -> np.ndarray:
     path = layout.preview(run.path, step, ".npz")
     arrays = load_npz(path, "a preview", ("arr_0",), remedy="Remove it.", limit=MOST_BYTES)
     if "arr_0" not in arrays:
-        raise UserError(f"{path} is damaged: it lacks the array arr_0. Remove it.")
+        raise UserError(f"{path} is damaged: the array arr_0 is missing. Remove the file.")
     return checked_images(arrays["arr_0"], str(path))
 
 
 def preview_classes(run: RunRecord, step: int) -> list[str]:
-    """The names of the classes that the samples of one step are of; none where there is one class only, or none was kept."""
+    """The class names of the samples of one step; empty for a single class, or if no names are stored."""
     names = run.data.get("class_names") or []
     path = layout.preview(run.path, step, ".npz")
     labels = load_npz(path, "a preview", ("labels",), remedy="Remove it.", limit=MOST_BYTES).get("labels")
     if labels is None or len(names) < 2:
         return []
     if labels.ndim != 1 or labels.dtype.kind != "i":
-        raise UserError(f"{path} is damaged: its labels are not a list of whole numbers. Remove it.")
-    # Names are data.json's and labels the preview's: in a damaged folder they need not fit.
+        raise UserError(f"{path} is damaged: its labels are not a list of whole numbers. Remove the file.")
+    # Names come from data.json and labels from the preview: in a damaged folder they may not match.
     return [printable(str(names[label])) if 0 <= label < len(names) else "" for label in labels.tolist()]
 
 
 def preview_prompts(run: RunRecord) -> list[str]:
-    """The prompts that the samples of every step are of; none of a run without prompts."""
+    """The prompts of the samples, equal for every step; empty for a run without prompts."""
     path = layout.prompts_file(run.path)
     texts = files.read_json(path) if path.is_file() else []
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path} is damaged: it must hold a list of texts. Remove it.")
+        raise UserError(f"{path} is damaged: it must contain a list of texts. Remove the file.")
     return [text[:MOST_LETTERS] for text in texts]
 
 
 def preview_columns(runs: Sequence[RunRecord]) -> list[int]:
-    """The steps of the sample grid: at most 6, evenly chosen from all that have previews, first and last among them."""
+    """The steps of the sample grid: at most 6, evenly spaced over all steps with previews, including the first and the last."""
     return layout.evenly_spaced(sorted({step for run in runs for step in layout.preview_steps(run.path)}), MOST_COLUMNS)
 
 
@@ -211,7 +211,7 @@ def has_preview(run: RunRecord, step: int) -> bool:
 
 
 def analysis_pictures(run: RunRecord) -> list[Picture]:
-    """Pictures in the folder of analyses, except those of rows that the page itself draws."""
+    """Pictures in the folder of analyses, except those that the page plots itself."""
     found = []
     for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
         beside = file.with_suffix(".json")
@@ -228,13 +228,13 @@ def analysis_pictures(run: RunRecord) -> list[Picture]:
 
 
 def _verdict(found: Any) -> str:
-    """What `repa analyse neighbours` found, as its file says it; whoever made the file may have written anything."""
+    """The results of `repa analyse neighbours`, from an untrusted file."""
     share, threshold = (found.get("share_near"), found.get("threshold")) if isinstance(found, dict) else (None, None)
     if not (is_number(share) and is_number(threshold)):
         return ""
     return (
-        f"{100 * share:.1f} % of the samples are nearer than {threshold:.4f}, as 1 % of real images are: about 1 % where nothing "
-        "is copied."
+        f"{100 * share:.1f} % of the samples are nearer than {threshold:.4f}, compared with 1 % of real images; expect about 1 % if "
+        "nothing is copied."
     )
 
 
@@ -244,16 +244,16 @@ CELL, PICTURE, CURVE, LETTER = 1.45, 1.05, 5.2, 0.1
 
 
 def save_figure(runs: Sequence[str | Path | RunRecord], out: str | Path, names: Sequence[str] | None = None) -> Path:
-    """Write a PNG: a row of previews for each run, a column for each step, next to the Fréchet distance against steps.
+    """Write a PNG: a row of previews per run, a column per step, next to the Fréchet distance against steps.
 
-    Four samples stand for each step, evenly chosen from those of a preview. Runs without previews have no row; without
-    evaluations the denoising loss is drawn instead.
-    Raises UserError when there is neither a preview nor a logged step.
+    Each step shows four samples, evenly spaced over its preview. Runs without previews have no row; without evaluations the
+    denoising loss is plotted instead.
+    Raises UserError if there is neither a preview nor a logged step.
     """
     records, _ = add_evaluations(read_runs(runs, names))
     shown = [run for run in records if layout.preview_steps(run.path)]
     if not shown and not any(run.steps for run in records):
-        raise UserError("There is nothing to draw: the runs have neither samples nor logged steps yet.")
+        raise UserError("There is nothing to plot: the runs have neither samples nor logged steps yet.")
     steps, protocol = preview_columns(records), common_protocol(records)
     height = max(len(shown), 2) * (CELL + 0.25) + 0.3  # the curve needs the height of two rows
     width = LETTER * max((len(run.name) for run in shown), default=0) + len(steps) * CELL

@@ -1,6 +1,6 @@
-"""Results in the layout of the paper's tables (Iter., FID, sFID, IS, Prec., Rec., Acc.), one for each way of measuring.
+"""Results in the layout of the paper's tables (Iter., FID, sFID, IS, Prec., Rec., Acc.), one table per protocol.
 
-The tables are cells of the page, Markdown and CSV."""
+The tables are written as HTML, Markdown and CSV."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ from repa.report.speedups import SeedGroup, SeedSpeedup, Spread, spread
 from repa.report.text import count, how_made, short_number, with_deviation
 from repa.runs import layout
 
-MOST_STEPS = 8  # of one run in a table: the others are in the .csv
+MOST_STEPS = 8  # per run in a table; the .csv has all
 METRICS = {
     "sfid": "sFID ↓",
     "inception_score": "IS ↑",
@@ -50,7 +50,7 @@ Accuracies = Mapping[tuple[str, int], float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table; what was not measured is not in `values`."""
+    """One line of a table; `values` has only measured values."""
 
     name: str
     step: int | None
@@ -63,7 +63,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """All that was measured in one way; nothing that was measured in another stands in its columns."""
+    """All results with one protocol."""
 
     protocol: Protocol
     lines: list[Line] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Table:
 def results(
     groups: Sequence[SeedGroup], others: Sequence[OtherSamples], accuracies: Accuracies, thin: bool = True
 ) -> list[Table]:
-    """A table for each way of measuring, in the order of the runs; `thin` keeps few steps of each run."""
+    """One table per protocol, in the order of the runs; `thin` keeps a few steps per run."""
     rows = [row for group in groups for run in group.runs for row in run.evals] + [other.row for other in others]
     measured = [row for row in rows if any(is_number(row.get(key)) for key in (DISTANCE, *METRICS))]
     return [
@@ -92,7 +92,7 @@ def results(
 
 
 def unmatched_paper_rows(tables: Sequence[Table], groups: Sequence[SeedGroup]) -> list[tuple[RunRecord, Row]]:
-    """Runs that train as a row of the paper, but are measured differently: nothing is shown next to them."""
+    """Runs that match a row of the paper in training but not in evaluation: the paper's numbers are not shown for them."""
     beside = {line.group for table in tables if table.has_paper for line in table.lines}
     runs = [group.runs[0] for number, group in enumerate(groups) if number not in beside]
     return [(run, row) for run in runs if (row := paper_row_of(run)) is not None and row.unguided]
@@ -117,7 +117,7 @@ def _table(
 
 
 def _measured_lines(group: SeedGroup, number: int, protocol: Protocol, accuracies: Accuracies) -> list[Line]:
-    """A line for every step at which some run of the group was measured: means over the runs that were."""
+    """One line per step at which a run of the group was evaluated: means over the evaluated runs."""
     rows = [
         {**row, "accuracy": accuracies.get((run.name, row["step"]))}
         for run in group.runs
@@ -135,7 +135,7 @@ def _measured_lines(group: SeedGroup, number: int, protocol: Protocol, accuracie
 
 
 def _paper_lines(group: SeedGroup, number: int, protocol: Protocol) -> list[Line]:
-    """The paper's figures for a run that trains as one of its rows and was measured as that was."""
+    """The paper's numbers for a run that matches one of its rows in training and evaluation."""
     run, given = group.runs[0], settings_of(protocol)
     row = paper_row_of(run)
     if row is None or not _measured_as_in_the_paper(run, given):
@@ -172,13 +172,13 @@ def _paper_values(figures: PublishedResult) -> dict[str, Spread]:
 
 
 def paper_row_of(run: RunRecord) -> Row | None:
-    """The row that a run trains as: the same network, alignment and batch, on latents of as many classes; else None."""
+    """The paper's row with the same network, alignment, batch size, latents and number of classes as the run; else None."""
     return next((row for row in ROWS.values() if _trains_as(run, row)), None)
 
 
 def _trains_as(run: RunRecord, row: Row) -> bool:
     model, diffusion = run.config.get("model") or {}, run.config.get("diffusion") or {}
-    # What a run's file does not name, as it was written before a setting came in, has that setting's default.
+    # A setting that is missing from an older run's file has its default.
     network = ModelConfig(name=row.model, latent_size=row.resolution // FACTOR, num_classes=CLASSES)
     # How many channels the latents have is the data's, and not of the paper's tables.
     asked = network.model_dump(mode="json", exclude={"latent_channels"})
@@ -190,7 +190,7 @@ def _trains_as(run: RunRecord, row: Row) -> bool:
 
 
 def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any] | None) -> bool:
-    """Is there just the one term of the row (or none), with the paper's projector, constant in time?"""
+    """Whether the run has only the term of the row (or none), with the paper's projector and a constant weight."""
     if asked is None:
         return not found
     whole = AlignmentConfig(**asked).model_dump(mode="json")
@@ -224,8 +224,8 @@ def write_markdown(
 
 
 def write_csv(out: Path, tables: Sequence[Table]) -> None:
-    """One row a line of the tables, every figure with its spread and the settings that it was measured by; what was not
-    measured is empty."""
+    """One row per line of the tables, every value with its spread and its protocol; unmeasured
+    values are empty."""
     rows = [_csv_row(table, line) for table in tables for line in table.lines]
     columns = dict.fromkeys(
         ["name", "source", "iterations", "images", "num_runs", *(key for row in rows for key in row)]
@@ -239,7 +239,7 @@ def has_seeds(table: Table) -> bool:
 
 
 def cell_text(line: Line, key: str) -> str:
-    """A figure as a table has it: the paper's with its own decimals, over seeds with the standard deviation; else empty."""
+    """A value as table text: the paper's with its own decimals, values over seeds with the standard deviation; else empty."""
     found = line.values.get(key)
     if found is None:
         return ""
@@ -250,7 +250,7 @@ def cell_text(line: Line, key: str) -> str:
 
 
 def speedup_cells(found: SeedSpeedup) -> dict[str, str]:
-    """Heading -> cell: factors are means over pairs with their range, and only there when every run got there."""
+    """Heading -> cell: factors are means over pairs with their range, and present only if every run reached the distance."""
     pairs = found.pairs
     target = sum(pair.target for pair in pairs) / len(pairs)
     return {

@@ -1,6 +1,6 @@
-"""Run folders read back as plain values: configuration, data, metrics, and what `repa evaluate` found.
+"""Run folders as plain values: configuration, data, metrics, and results of `repa evaluate`.
 
-How an evaluation was made is a `Protocol`; two distances are compared only where theirs agree.
+The settings of an evaluation are its protocol; two distances are compared only if their protocols are equal.
 """
 
 import json
@@ -19,14 +19,14 @@ from repa.runs import layout
 from repa.runs.checkpoint import recorded_settings
 from repa.runs.log import lost_rows, read_metrics
 
-# The settings that make a Fréchet distance: two numbers are compared only when all of these agree.
+# The settings that determine a Fréchet distance: two numbers are compared only if all of them agree.
 PROTOCOL = (
     "features", "feature_weights", "features_precision", "reference", "reference_sha256", "num_samples", "labels",
     "sampler", "steps", "nfe", "guidance", "decoder", "weak_sha256", "guide_image_sha256", "weights",
     "neighbours",
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
-DISTANCE = "frechet_distance"  # in whatever features; called FID in Inception's
+DISTANCE = "frechet_distance"  # in any features; FID in Inception's
 DISTANCE_KEYS = {"fid": DISTANCE, "fd": DISTANCE}
 # of a results file: part -> key -> type; "" is the file itself
 FIELD_TYPES: dict[str, dict[str, type]] = {
@@ -48,16 +48,16 @@ Protocol = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report needs to know of one run; pictures stay on disk until they are drawn."""
+    """All values of one run for the report; pictures stay on disk until they are needed."""
 
     path: Path
     name: str
     config: dict[str, Any]
     data: dict[str, Any]
     train: list[dict[str, Any]]
-    evals: list[dict[str, Any]]  # by step; of repeated evaluations (same step and protocol) the last
+    evals: list[dict[str, Any]]  # by step; the last of repeated evaluations (same step and protocol)
     events: list[dict[str, Any]]
-    lost: str = ""  # a sentence when rows of its metrics are gone
+    lost: str = ""  # a sentence if log entries are missing
 
     @property
     def seed(self) -> Any:
@@ -65,12 +65,12 @@ class RunRecord:
 
     @property
     def batch_size(self) -> int | None:
-        """Images of a step."""
+        """Number of images per step."""
         return self.config.get("batch_size") if is_number(self.config.get("batch_size")) else None
 
     @property
     def alignments(self) -> list[dict[str, Any]]:
-        """The alignment settings that reached the network: not those of weight 0 or those that only measure."""
+        """The alignments that affect the network: without those of weight 0 and those that only measure."""
         items = self.config.get("alignments") or []
         return [item for item in items if item.get("weight") != 0 and not item.get("measure_only")]
 
@@ -80,28 +80,28 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """The last step that left a row (0 when none did)."""
+        """The last logged step, or 0."""
         return max((row["step"] for row in [*self.train, *self.evals]), default=0)
 
     def images_at(self, step: int) -> dict[str, int]:
-        """{"images": how many were seen by a step}, with repetitions; empty where the batch size is not known."""
+        """{"images": number of images up to a step}, with repetitions; empty if the batch size is not known."""
         return {} if self.batch_size is None else {"images": step * self.batch_size}
 
     @cached_property
     def seconds_at(self) -> dict[int, float]:
-        """Training time at every step that left a row."""
+        """Training time at every logged step."""
         rows = [*self.evals, *self.train]
         return {row["step"]: row["seconds"] for row in rows if is_number(row.get("seconds"))}
 
     @cached_property
     def alignment_names(self) -> list[str]:
-        """The alignments that were measured, e.g. 'dinov2-b@8', trained on or not."""
+        """The logged alignments, e.g. 'dinov2-b@8', whether trained or only measured."""
         return list(dict.fromkeys(name for row in self.train for name in row.get("alignment") or {}))
 
     def series(self, key: str, against: str = "step") -> tuple[list[float], list[float]]:
-        """(positions, values) of one quantity over the training rows; 'alignment/NAME' is the negative of its loss.
+        """(positions, values) of one quantity over the log entries; 'alignment/NAME' is the negative of its loss.
 
-        Rows without the quantity, or where it is not finite, are left out.
+        Entries without the quantity, or with a value that is not finite, are left out.
         """
         group, _, name = key.partition("/")
         values = [(row.get(group) or {}).get(name) if name else row.get(group) for row in self.train]
@@ -111,22 +111,22 @@ class RunRecord:
         return [x for x, _ in pairs], [value for _, value in pairs]
 
     def distances(self, protocol: Protocol | None) -> list[dict[str, Any]]:
-        """The evaluations with a finite Fréchet distance made by `protocol`, by step; none for None."""
+        """The evaluations with this protocol and a finite Fréchet distance, by step; empty for None."""
         return [row for row in self.evals if is_number(row.get(DISTANCE)) and protocol_of(row) == protocol]
 
     @property
     def protocols(self) -> list[Protocol]:
-        """The ways this run's Fréchet distances were made: the one of most evaluations first, of equals the latest."""
+        """The protocols of this run's Fréchet distances: the one with the most evaluations first, in a tie the latest."""
         found = Counter(protocol_of(row) for row in reversed(self.evals) if is_number(row.get(DISTANCE)))
         return [protocol for protocol, _ in found.most_common()]
 
 
 def read_run(path: str | Path, name: str | None = None) -> RunRecord:
-    """Read a run folder. Raises UserError, naming the folder or the file, when it is none or damaged.
+    """Read a run folder. Raises UserError with the name of the folder or file if it is not a run or is damaged.
 
     Args:
-        path: what `repa train --out` wrote; metrics, data.json and previews may be missing, the configuration may not.
-        name: how the report calls it; the folder's name when None.
+        path: folder of `repa train --out`; metrics, data.json and previews are optional, the configuration is not.
+        name: name of the run in the report; None: the name of the folder.
     """
     path = Path(path)
     config = layout.read_config(path)
@@ -135,13 +135,13 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
         layout.require_settings(path, steps[-1], recorded_settings(path, steps[-1]), config)
     data = read_object(path / layout.DATA) if (path / layout.DATA).is_file() else {}
     _require_types(path / layout.DATA, "data", data, "Restore it from a copy.")
-    # Read after the checkpoints are listed: training writes a row first.
+    # Read after listing the checkpoints, because training writes a log entry before its checkpoint.
     rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
     lost = lost_rows(path, rows, steps)
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events, lost)
-    # The number of images at a step follows from the configuration, which the record reads.
+    # The number of images per step comes from the configuration, which the record reads.
     train, evals = [[{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval")]
     for row in (*train, *evals):
         _require_types(path / layout.METRICS, "", row, "Remove that line.")
@@ -149,13 +149,13 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
 
 
 def with_evaluations(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
-    """The run with the rows of results files in addition to those of its metrics."""
+    """The run with the evaluations of results files in addition to those of its log."""
     timed = [{**row, "seconds": run.seconds_at.get(row["step"]), **run.images_at(row["step"])} for row in rows]
     return replace(run, evals=merged_by_step([*run.evals, *timed]))
 
 
 def merged_by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By step; of repeated evaluations (same step and protocol) the last, with what only earlier ones measured."""
+    """By step; the last of repeated evaluations (same step and protocol), with metrics that only earlier ones have."""
     latest: dict[tuple[int, Protocol], dict[str, Any]] = {}
     for row in rows:
         key = row["step"], protocol_of(row)
@@ -164,7 +164,7 @@ def merged_by_step(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | None = None) -> list[RunRecord]:
-    """Read several run folders (records pass through) under names that differ."""
+    """Read several run folders (records are returned unchanged), with unique names."""
     if not runs:
         raise UserError("A report needs at least one run folder.")
     if names is not None and len(names) != len(runs):
@@ -183,23 +183,23 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
 
 
 def common_protocol(records: Sequence[RunRecord]) -> Protocol | None:
-    """The way of measuring that most runs share, of equals the one of most evaluations: what stands in one column."""
+    """The protocol that most runs share, in a tie the one with the most evaluations; it defines the shared column."""
     found = dict.fromkeys(protocol for run in records for protocol in run.protocols)
     shared = {p: [len(run.distances(p)) for run in records if p in run.protocols] for p in found}
     return max(found, key=lambda protocol: (len(shared[protocol]), sum(shared[protocol])), default=None)
 
 
 def _short_names(runs: Sequence[str | Path]) -> list[str]:
-    """The folders' names, with as many parents before them as tell them apart."""
+    """The names of the folders, with as many parents as needed to make them unique."""
     parts = [Path(run).resolve().parts for run in runs]
     most = max(map(len, parts))
-    # A folder given twice is told apart by nothing: `read_runs` refuses the name.
+    # A folder that is given twice has no unique name: `read_runs` refuses it.
     length = next((n for n in range(1, most + 1) if len({path[-n:] for path in parts}) == len(parts)), 1)
     return ["/".join(path[-length:]) for path in parts]
 
 
 class OtherSamples(NamedTuple):
-    """An evaluation of samples that are of none of the runs: published ones, or of a run that is not in the report."""
+    """An evaluation of samples from none of the runs: published ones, or from a run that is not in the report."""
 
     name: str
     row: dict[str, Any]
@@ -208,10 +208,10 @@ class OtherSamples(NamedTuple):
 def add_evaluations(
     records: Sequence[RunRecord], results: Sequence[str | Path] = ()
 ) -> tuple[list[RunRecord], list[OtherSamples]]:
-    """The runs with the evaluations in their folders and in the files given, and what those files hold of other samples.
+    """The runs with the evaluations from their folders and the given files, and the files' evaluations of other samples.
 
     Raises:
-        UserError: a file is damaged or no results; one in a run's folder does not say which step it is of.
+        UserError: a file is damaged or has no results, or a file in a run's folder does not record its step.
     """
     known = {run.path.resolve(): run for run in records}
     found: dict[Path, list[dict[str, Any]]] = {path: [] for path in known}
@@ -237,15 +237,15 @@ def add_evaluations(
 
 
 def evaluation_row(file: Path) -> dict[str, Any]:
-    """A results file as a row of metrics: its figures, the step, and how they were made; `step` and `run` may be None."""
+    """A results file as a log entry: metrics, step and protocol; `step` and `run` may be None."""
     results = read_json(file)
     metrics = results.get("metrics") if isinstance(results, dict) else None
     if not isinstance(metrics, dict) or "features" not in results:
         raise UserError(
-            f"{file} holds no results of `repa evaluate`: it has no metrics, or not whose features they are in."
+            f"{file} is not a result of `repa evaluate`: it has no metrics, or no extractor. Remove it, or run the evaluation again."
         )
     for part in FIELD_TYPES:
-        _require_types(file, part, results.get(part) if part else results, "Make it again by `repa evaluate`.")
+        _require_types(file, part, results.get(part) if part else results, "Run `repa evaluate` again.")
     made = results.get("made") or {}
     arithmetic = (results.get("arithmetic") or {}).get("neighbours")
     return {
@@ -269,14 +269,14 @@ def evaluation_row(file: Path) -> dict[str, Any]:
 
 
 def _require_types(file: Path, part: str, given: Any, remedy: str) -> None:
-    """A file may come from anyone: a number where text is expected would end the report in the middle of its page."""
+    """Check types in an untrusted file: a number in place of a text would stop the report in the middle of its page."""
     for key, kind in FIELD_TYPES[part].items():
         if isinstance(given, dict) and not isinstance(given.get(key), kind | None):
             raise UserError(f"{file} is damaged: {f'{part}.{key}' if part else key} is {given[key]!r:.60}. {remedy}")
 
 
 def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a feature: the network, its weights and its arithmetic. None stands for the usual: published, float32."""
+    """The identity of features: network, weights and precision. None is the default: published weights, float32."""
     published = identity.get("published")
     return {
         "features": OTHER_WEIGHTS if features == INCEPTION and published is False else features,
@@ -286,19 +286,19 @@ def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str,
 
 
 def _with_decoder(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
-    """Samples whose file names no decoder were decoded by the run's own autoencoder."""
+    """Without a recorded decoder, samples were decoded by the run's autoencoder."""
     return {**row, "decoder": row["decoder"] or run.config.get("autoencoder") or None}
 
 
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
     """The settings of an evaluation."""
     found = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
-    # The number of evaluations of an adaptive sampler is a result and not a setting: with it no two networks would compare.
+    # The NFE of an adaptive sampler is a result, not a setting: included, it would make any two networks incomparable.
     if str(found.get("sampler")).partition(":")[0] in ADAPTIVE:
         found.pop("nfe", None)
     if found.get("guidance") == []:
         found["guidance"] = "off"
-    # As JSON, because a protocol is the key of dictionaries and guidance is a list.
+    # As JSON, because a protocol is a dictionary key and guidance is a list.
     return tuple((key, json.dumps(value, sort_keys=True)) for key, value in found.items())
 
 
@@ -308,7 +308,7 @@ def settings_of(protocol: Protocol) -> dict[str, Any]:
 
 
 def distance_name(protocol: Protocol) -> str:
-    """FID is the Fréchet distance in features of Inception, and no other is."""
+    """Whether the distance is the FID: only the Fréchet distance in Inception's features is."""
     return "FID" if settings_of(protocol).get("features") == INCEPTION else "Fréchet distance"
 
 
@@ -321,7 +321,7 @@ def _preview_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def renamed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of metrics with its distance under one name; the features tell which it is."""
+    """A log entry with its distance under one name; the extractor shows which distance it is."""
     return {DISTANCE_KEYS.get(key, key): value for key, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""How much sooner an aligned run was as good as the baseline: for a pair of runs, and over runs that differ in the seed only."""
+"""Speed-up of an aligned run over the baseline: for a pair of runs, and over runs that differ only in the seed."""
 
 import json
 import re
@@ -16,17 +16,17 @@ from repa.report.runs import DISTANCE, Protocol, RunRecord, is_number, read_runs
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a run first had a Fréchet distance."""
+    """The point at which a run first reached a Fréchet distance."""
 
     step: float
     seconds: float | None
-    between: tuple[int, int]  # the evaluations it was interpolated between; equal where an evaluation itself had it
-    is_bound: bool = False  # the very first evaluation was there already: it may have happened earlier
+    between: tuple[int, int]  # the evaluations before and after; equal if an evaluation has exactly this distance
+    is_bound: bool = False  # the first evaluation had already reached it, so it may have happened earlier
     stays: bool = True  # no later evaluation is above it again
 
 
 class Overlap(NamedTuple):
-    """Two curves at every step at which either was evaluated, within the range that both cover."""
+    """Two curves at every step at which either was evaluated, within their common range."""
 
     steps: list[int]
     baseline: list[float]
@@ -34,7 +34,7 @@ class Overlap(NamedTuple):
 
     @property
     def num_lower(self) -> int:
-        """At how many steps the aligned run has the lower distance."""
+        """Number of steps at which the aligned run has the lower distance."""
         return sum(ours < theirs for ours, theirs in zip(self.aligned, self.baseline, strict=True))
 
     @property
@@ -53,33 +53,33 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True)
 class Speedup:
-    """How soon an aligned run had the baseline's final Fréchet distance, linearly interpolated between evaluations."""
+    """When an aligned run reached the baseline's final Fréchet distance, linearly interpolated between evaluations."""
 
     target: float  # the baseline's final Fréchet distance
     protocol: Protocol
     baseline_final: dict[str, Any]  # the evaluation it is from
-    baseline: Reached  # where the baseline itself FIRST had it: earlier than its end when its curve is not monotone
+    baseline: Reached  # where the baseline FIRST reached it: before its end if its curve is not monotone
     aligned: Reached | None  # None: not reached
     aligned_best: dict[str, Any]  # the aligned run's lowest evaluation
     aligned_final: dict[str, Any]
-    overlap: Overlap  # without steps where the evaluations of the two runs do not overlap
+    overlap: Overlap  # without steps if the evaluations of the two runs do not overlap
 
     @property
     def is_supported(self) -> bool:
-        """Does the whole curve support a factor? Not where the aligned run lost the distance again or ends behind a
-        baseline that it seems to have overtaken: one early point is then all that there is."""
+        """Whether the complete curve supports a factor. It does not if the aligned run later rises above the distance again
+        or ends above the baseline: the factor would then depend on one early point."""
         if self.aligned is None or self.is_too_coarse or not self.aligned.stays or not self.overlap.steps:
             return False
         return self.overlap.difference < 0 or (self.times_steps or 0.0) <= 1
 
     @property
     def is_too_coarse(self) -> bool:
-        """Was the aligned run there at its first evaluation, and the baseline no later? When it got there is then unknown."""
+        """Whether the aligned run had reached the distance by its first evaluation, and the baseline no later: no factor then."""
         return self.aligned is not None and self.aligned.is_bound and (self.times_steps or 0.0) <= 1
 
     @property
     def times_steps(self) -> float | None:
-        """Baseline's steps over the aligned run's, both to the first time; above 1 means fewer. None when undefined."""
+        """The baseline's steps over the aligned run's, each to the first time; above 1 means fewer. None if undefined."""
         return _ratio(self.baseline.step, self.aligned.step) if self.aligned else None
 
     @property
@@ -89,17 +89,17 @@ class Speedup:
 
 
 def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | None:
-    """When the aligned run first had the baseline's final Fréchet distance, linearly interpolated between evaluations.
+    """When the aligned run first reached the baseline's final Fréchet distance, linearly interpolated between evaluations.
 
     Returns:
-        None when the two share no way of evaluating (features, number of samples, sampler, NFE, weights, ...); of several
-        the one of most evaluations is taken. Otherwise a `Speedup`, whose `aligned` is None when the distance was not reached.
+        None if the two share no protocol (features, number of samples, sampler, NFE, weights, ...); of several, the one with
+        the most evaluations is used. Otherwise a `Speedup`; its `aligned` is None if the distance was not reached.
     """
     baseline, aligned = read_runs([baseline, aligned])
     common = [protocol for protocol in baseline.protocols if protocol in aligned.protocols]
     if not common:
         return None
-    # Of several ways the one by which both have a curve: a single evaluation says little.
+    # Of several protocols, the one with which both have a curve: a single evaluation has little meaning.
     protocol = max(common, key=lambda p: min(len(run.distances(p)) for run in (baseline, aligned)))
     rows, aligned_rows = baseline.distances(protocol), aligned.distances(protocol)
     target = rows[-1][DISTANCE]
@@ -111,7 +111,7 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
 
 
 def _overlap(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, Any]]) -> Overlap:
-    """Linear between evaluations, never beyond the first or the last."""
+    """Linear interpolation between evaluations, without extrapolation."""
     places, values = zip(*(([r["step"] for r in each], [r[DISTANCE] for r in each]) for each in (rows, aligned_rows)),
                          strict=True)  # fmt: skip
     first, last = max(place[0] for place in places), min(place[-1] for place in places)
@@ -121,11 +121,11 @@ def _overlap(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, An
 
 
 def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:
-    """Where the piecewise linear curve through evaluations (by step) first is at or below `target`, if anywhere."""
+    """The first point of the piecewise linear curve (by step) at or below `target`, if any."""
     previous = None
     for number, row in enumerate(rows):
         if row[DISTANCE] <= target:
-            # A distance that is lost again supports no factor: see `Speedup.is_supported`.
+            # A curve that rises above the target again supports no factor: see `Speedup.is_supported`.
             stays = all(later[DISTANCE] <= target for later in rows[number:])
             if previous is None:
                 return Reached(row["step"], row.get("seconds"), (row["step"], row["step"]), True, stays)
@@ -139,7 +139,7 @@ def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | No
 
 
 def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> RunRecord | None:
-    """The first run trained without alignment; for `run` its like of the same seed, where there is one."""
+    """The first run trained without alignment; for `run`, the baseline of the same seed if there is one."""
     first = next((each for each in records if not each.is_aligned), None)
     if first is None or run is None or run.seed == first.seed:
         return first
@@ -149,7 +149,7 @@ def baseline_of(records: Sequence[RunRecord], run: RunRecord | None = None) -> R
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """Runs of one configuration and one data set, each with another seed; often just one."""
+    """Runs with the same configuration and data set and different seeds; often only one."""
 
     name: str
     runs: tuple[RunRecord, ...]
@@ -164,10 +164,10 @@ class SeedGroup:
 
 
 class Spread(NamedTuple):
-    """Several values of one quantity, one a seed."""
+    """Several values of one quantity, one per seed."""
 
     mean: float
-    deviation: float | None  # standard deviation over seeds, n - 1; None of one value
+    deviation: float | None  # standard deviation over seeds, n - 1; None for one value
     low: float
     high: float
     num: int
@@ -179,7 +179,7 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def group_seeds(records: Sequence[RunRecord]) -> list[SeedGroup]:
-    """Groups in the order of their first runs. Runs of the same seed are not a sample over seeds and stay separate."""
+    """Groups in the order of their first runs. Runs with the same seed are not a sample over seeds, so they stay separate."""
     members: list[tuple[str, list[RunRecord]]] = []
     for run in records:
         key = _all_but_the_seed(run)
@@ -199,19 +199,19 @@ def group_seeds(records: Sequence[RunRecord]) -> list[SeedGroup]:
 
 
 def group_indices(records: Sequence[RunRecord], groups: Sequence[SeedGroup]) -> list[int]:
-    """For each run the number of its group."""
+    """The group index of each run."""
     places = {run.name: number for number, group in enumerate(groups) for run in group.runs}
     return [places[run.name] for run in records]
 
 
 @dataclass(frozen=True)
 class SeedSpeedup:
-    """How soon the runs of a group had the final distance of baselines: a `Speedup` for each pair."""
+    """When the runs of a group reached the final distance of the baselines: one `Speedup` per pair."""
 
     baseline: SeedGroup
     aligned: SeedGroup
     pairs: tuple[Speedup, ...]
-    by_seed: bool  # each run with the baseline of its seed; else every run with every baseline
+    by_seed: bool  # pairs of equal seeds; otherwise every run with every baseline
 
     @property
     def reached(self) -> list[Speedup]:
@@ -219,7 +219,7 @@ class SeedSpeedup:
 
     @property
     def is_bound(self) -> bool:
-        """Some run was there at its first evaluation already: its factor is a least one."""
+        """Whether a run had reached the distance by its first evaluation: its factor is then a lower bound."""
         return any(pair.aligned is not None and pair.aligned.is_bound for pair in self.pairs)
 
     def factors(self, of: str) -> Spread | None:
@@ -241,7 +241,7 @@ class SeedSpeedup:
 
 
 def speedups_of_groups(groups: Sequence[SeedGroup]) -> list[SeedSpeedup]:
-    """Every aligned group against the first group trained without alignment, where evaluations can be compared."""
+    """Every aligned group against the first group without alignment, if their evaluations are comparable."""
     baseline = next((group for group in groups if not group.is_aligned), None)
     if baseline is None:
         return []
@@ -250,7 +250,7 @@ def speedups_of_groups(groups: Sequence[SeedGroup]) -> list[SeedSpeedup]:
 
 
 def _speedup_of_groups(baseline: SeedGroup, aligned: SeedGroup) -> SeedSpeedup | None:
-    """Pairs of the same seed start from the same network and see the same data; other seeds pair all with all."""
+    """Runs with the same seed start from the same network and see the same data; without equal seeds, all pairs are formed."""
     seeds = [{run.seed: run for run in group.runs} for group in (baseline, aligned)]
     by_seed = seeds[0].keys() == seeds[1].keys()
     if by_seed:
@@ -258,7 +258,7 @@ def _speedup_of_groups(baseline: SeedGroup, aligned: SeedGroup) -> SeedSpeedup |
     else:
         pairs = [(ours, theirs) for theirs in aligned.runs for ours in baseline.runs]
     found = [each for pair in pairs if (each := speedup(*pair)) is not None]
-    # Factors of pairs that were measured in different ways have no common mean.
+    # Factors of pairs with different protocols have no common mean.
     if len(found) < len(pairs) or len({pair.protocol for pair in found}) > 1:
         return None
     return SeedSpeedup(baseline, aligned, tuple(found), by_seed)

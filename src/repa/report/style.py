@@ -1,4 +1,4 @@
-"""How every picture of the report looks, one colour and marker per run in all of them; pictures as SVG and as PNG."""
+"""Style of the report's pictures, with one colour and marker per run in all of them; output as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # after Okabe and Ito, for colour-blind eyes
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b07d00", "#56b4e9")
-MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue besides colour, and for grey print
+MARKERS = ("o", "s", "^", "D", "v", "P")  # a second cue besides colour, also for grey print
 DPI = 160
 LINES = ("-", "--", "-.", ":")
 TEXT, RULE = "#1b1b1d", "#c9c9ce"  # the page turns these two and COLOURS into variables of its colour scheme
@@ -32,12 +32,12 @@ def line_style(style: int) -> str:
 
 
 def main_line(run: int) -> dict[str, Any]:
-    """The look of a run's main line."""
+    """The style of a run's main line."""
     return {"color": colour(run), "linewidth": 1.9, "marker": MARKERS[run % len(MARKERS)], "markersize": 5}
 
 
 def legend_label(name: str) -> str:
-    """matplotlib keeps labels that start with an underscore out of the legend: a space before it brings them in."""
+    """A label for the legend: matplotlib omits labels that start with an underscore, so a space is prepended."""
     return f" {name}" if name.startswith("_") else name
 
 
@@ -59,7 +59,7 @@ def draw_legend(axes: Axes, **settings: Any) -> None:
 
 
 def new_figure(**settings: Any) -> Figure:
-    """matplotlib's Figure(**settings); raises UserError where matplotlib is not installed."""
+    """matplotlib's Figure(**settings); raises UserError if matplotlib is not installed."""
     return extras.need("matplotlib.figure", "A picture of a report").Figure(**settings)
 
 
@@ -67,24 +67,24 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
     """The `<svg>` element, for a page whose CSS defines --rule, --run-0, --run-1, ... and the font of svg text.
 
     Args:
-        figure: what to draw; the same figure gives the same text.
-        name: prefix of every id inside; unique on the page.
-        alt: the description for a reader who cannot see it.
+        figure: the figure; the same figure gives the same text.
+        name: prefix of all ids inside; unique on the page.
+        alt: the text alternative.
     """
     import matplotlib
 
     buffer = io.StringIO()
-    # Text stays text, in the font of the page; without date and with a fixed salt a figure is the same text each time.
+    # Text stays text, in the font of the page. Without a date and with a fixed salt, the output is deterministic.
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # A style would rule the whole page, and ids of several figures on it must differ.
+    # A <style> would affect the entire page, and ids of several figures must be unique.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", text)
-    # Colours become variables, so that the page can show them in a dark scheme and in print.
+    # Colours become variables, which the page adapts to a dark scheme and to print.
     for index, colour in enumerate(COLOURS):
         text = text.replace(colour, f"var(--run-{index})")
     text = text.replace(TEXT, "currentColor").replace("#000000", "currentColor").replace(RULE, "var(--rule)")
@@ -96,7 +96,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def write_png(picture: Figure, out: str | Path) -> Path:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with atomic_path(out) as temporary:
         picture.savefig(temporary, format="png", dpi=DPI)
     return Path(out)

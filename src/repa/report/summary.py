@@ -1,4 +1,4 @@
-"""The tables next to the curves: a row for each run, the settings that differ, facts of data and machine."""
+"""The tables next to the curves: one row per run, settings that differ, facts on data and machine."""
 
 import os
 import platform
@@ -18,11 +18,11 @@ from repa.report.text import count, short_number
 from repa.runs import layout
 
 DASH = "–"
-TAIL = 0.1  # final training figures are means over this last part of the logged rows
+TAIL = 0.1  # final training values are means over this last share of the log entries
 
 
 def summary_rows(runs: Sequence[Path | RunRecord]) -> list[dict[str, Any]]:
-    """One dictionary per run, the columns of the summary table; None where a run has no such figure.
+    """One dictionary per run, with the columns of the summary table; None for a missing value.
 
     `frechet_distance` is the last that was made as most runs' were (`protocol`), None where a run has none such. Final
     `denoising` and `alignment` (negative loss per alignment) are means over the last tenth of the logged rows,
@@ -77,10 +77,10 @@ def summary_table(runs: Sequence[Path | RunRecord]) -> list[dict[str, str]]:
 
 
 def reached_text(found: Speedup | None) -> str:
-    """'566', '≤ 200' when the first evaluation was there already, 'not reached', or a dash when nothing is compared.
+    """'566', '≤ 200' if the first evaluation had already reached it, 'not reached', or a dash without a comparison.
 
-    A distance that was lost again or is followed by a worse end says so: one early point is no speed-up. So does a run that
-    was measured too seldom.
+    The text also says if the curve rises above the distance again, ends above the baseline, or has too few evaluations: one
+    early point is not a speed-up.
     """
     if found is None:
         return DASH
@@ -104,7 +104,7 @@ def alignment_text(item: dict[str, Any]) -> str:
 
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """(setting, its value in each run) for every leaf of the configurations that is not the same in all."""
+    """(setting, its value in each run) for every setting that differs between runs."""
     configs = [leaves(run.config) for run in records]
     names = dict.fromkeys(name for each in configs for name in each)
     table = [(name, [_setting_text(each.get(name)) for each in configs]) for name in names]
@@ -130,7 +130,7 @@ def machine_facts() -> dict[str, str]:
 
 
 def data_facts(records: Sequence[RunRecord]) -> dict[str, str]:
-    """What the runs were trained on, from data.json; where runs differ, each one's with its name."""
+    """The training data of the runs, from data.json; if runs differ, one entry per run with its name."""
     described = {run.name: _describe_data(run.data) for run in records if run.data}
     keys = dict.fromkeys(key for each in described.values() for key in each)
     facts = {}
@@ -162,7 +162,7 @@ def _describe_data(data: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _identity_text(value: Any) -> str:
-    # An identity: the name, and the checksum that tells it from others of that name.
+    # An identity: the name, and a checksum that distinguishes it from others of that name.
     if isinstance(value, Mapping) and "name" in value:
         checksums = [str(item)[:12] for key, item in value.items() if key.endswith("sha256") and item]
         seed = f", seed {value['seed']}" if "seed" in value else ""
@@ -177,7 +177,7 @@ def _identity_text(value: Any) -> str:
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it (Linux), else its architecture."""
+    """The processor's name on Linux, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -185,13 +185,13 @@ def _processor() -> str:
 
 
 def num_parameters(run: Path) -> int | None:
-    """How many numbers the newest checkpoint's network holds, from the file's header; None without a checkpoint."""
+    """Number of parameters of the newest checkpoint's network, from the file's header; None without a checkpoint."""
     from safetensors import safe_open
 
     steps = layout.checkpoint_steps(run)
     found = layout.part_files(layout.checkpoint_folder(run, steps[-1]), layout.MODEL_FILE) if steps else []
     num = 0
-    # Headers alone are read: a page of large runs takes no longer for it.
+    # Reads only headers, so large runs do not slow the page down.
     for file in found:
         damaged = faults.reading(file, "a safetensors file", f"Remove {file.parent}, or leave this run out.")
         with damaged, safe_open(file, "numpy") as tensors:

@@ -1,4 +1,4 @@
-"""Numbers and settings in words, as a reader wants them."""
+"""Numbers and settings as readable text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +37,7 @@ def short_count(value: float) -> str:
 
 
 def short_number(value: float) -> str:
-    """A measured figure with about three or four digits that mean something: 240.1, 10.75, 0.0123."""
+    """A measured value with three or four significant digits: 240.1, 10.75, 0.0123."""
     size = abs(value)
     if size >= 100:
         return f"{value:,.1f}"
@@ -45,7 +45,7 @@ def short_number(value: float) -> str:
 
 
 def with_deviation(found: Spread, words: Callable[[float], str]) -> str:
-    """'8.51 ± 0.54', with the decimals of the mean; the value alone of one run."""
+    """'8.51 ± 0.54', with the decimals of the mean; only the value for one run."""
     mean = words(found.mean)
     if found.deviation is None:
         return mean
@@ -54,7 +54,7 @@ def with_deviation(found: Spread, words: Callable[[float], str]) -> str:
 
 
 def how_made(protocol: Protocol) -> str:
-    """The sentence that stands near a Fréchet distance: features, reference, samples and labels, sampler, NFE, weights."""
+    """The protocol of a Fréchet distance as text: features, reference, samples and labels, sampler, NFE, weights."""
     given = settings_of(protocol)
     if "guidance" in given:
         given["guidance"] = _guidance(given["guidance"])

@@ -1,4 +1,4 @@
-"""Sampling: seeds to images, from a run folder alone; sharded over processes and resumable."""
+"""Sampling: from seeds to images with only a run folder; sharded over processes and resumable."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What samples are of: classes that have training images, by name or number; or texts, encoded as the run's captions were."""
+"""Conditions of samples: classes with training images, by name or number; or texts, encoded like the run's captions."""
 
 import hashlib
 import json
@@ -26,27 +26,28 @@ NUMBER = re.compile(r"#?[0-9]{1,9}")
 
 
 def draw_labels(protocol: str, indices: Sequence[int], streams: SampleStreams, run: LoadedRun) -> Tensor:
-    """(N,) class labels on the device of `streams`: "uniform", "balanced" (index modulo classes), or given classes in turn.
+    """(N,) class labels on the device of `streams`: "uniform", "balanced" (index modulo classes), or the given classes in turn.
 
-    Only classes with training images are drawn: the vector of another one never trained.
+    Only classes with training images are used: the embedding of any other class was never trained.
     """
     classes = torch.tensor(drawn_classes(protocol, run), device=streams.device)
-    if protocol == "uniform":  # from each image's own stream, so that company does not change its class
+    if protocol == "uniform":  # from each image's stream, so that the class does not depend on the batch
         return classes[streams.randint(len(classes))]
     return classes[[index % len(classes) for index in indices]]
 
 
 def drawn_classes(protocol: str, run: LoadedRun) -> tuple[int, ...]:
-    """The classes that are drawn: all that have training images, or those that are named."""
+    """The classes in use: all with training images, or the named ones."""
     if protocol in DRAWN:
         return run.trained_classes or (run.model.null_label,)
     return tuple(label for _, label in classes_named(protocol, run))
 
 
 def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
-    """The classes that a text names, by name or number, with commas between them: each as it is named, and its number.
+    """The classes in a comma-separated text of names or numbers: each as written, and its number.
 
-    A name comes first where both fit; #3 is always number 3. Raises UserError for unknown classes, and for those without images.
+    If a name and a number match, the name wins; #3 is always number 3. Raises UserError for unknown classes, and for classes
+    without images.
     """
     by_name = {name: label for label, name in enumerate(run.class_names)}
     text = unicodedata.normalize("NFC", text).strip()  # as `prepare` writes names
@@ -55,7 +56,7 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
     for part in parts:
         number = int(part.removeprefix("#")) if NUMBER.fullmatch(part) else -1
         label = by_name.get(part, number)
-        # WordNet's names, which ImageNet's classes are called by, name two kinds of crane alike.
+        # ImageNet's class names come from WordNet, which has two classes named crane.
         if run.class_names.count(part) > 1:
             numbers = [f"#{number}" for number, name in enumerate(run.class_names) if name == part]
             raise UserError(f"{len(numbers)} classes have the name {part}: choose by number, {listed(numbers)}.")
@@ -72,7 +73,7 @@ def classes_named(text: str, run: LoadedRun) -> list[tuple[str, int]]:
 
 
 def about_classes(protocol: str, run: LoadedRun) -> str:
-    """A sentence about what was decided and a user may not expect; empty when there is nothing to tell."""
+    """A sentence on a choice of classes that a user may not expect; otherwise empty."""
     num = run.model.num_classes
     if protocol in DRAWN:
         missing = num - len(drawn_classes(protocol, run))
@@ -87,10 +88,10 @@ def about_classes(protocol: str, run: LoadedRun) -> str:
 
 
 def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -> Prompts | None:
-    """What `config` asks a run for; None for a run that reads no text.
+    """The encoded prompts of `config`; None for a run that reads no text.
 
     Raises:
-        UserError: prompts and run do not go together, a file cannot be read, or the text encoder is not that of the run.
+        UserError: prompts do not fit the run, a file cannot be read, or the text encoder is not the run's.
     """
     asked = bool(config.prompt or config.prompt_file or config.prompt_data)
     if not run.text:
@@ -106,10 +107,10 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
         raise UserError(f"{run.folder} was trained on captions, not on labels: leave --labels out.")
     if config.negative_prompt and not config.guidance:
         raise UserError("A negative prompt needs guidance: give --guidance cfg:scale=4 too.")
-    # Texts first: a file that cannot be read is reported before gigabytes of weights are.
+    # Texts first: an unreadable file is reported before gigabytes of weights are loaded.
     texts = read_prompts(config)
     encoder = load_text_encoder(run.text, weights=config.text_weights or run.text_weights or None, device=device)
-    # Another encoder's vectors would be conditions that the network never saw.
+    # The network was never trained with another encoder's vectors.
     changed = [key for key, value in encoder.identity.items() if (run.text_identity or {}).get(key) != value]
     if run.text_identity and changed:
         raise UserError(
@@ -121,7 +122,7 @@ def prompts_of(run: LoadedRun, config: SampleConfig, device: torch.device | str)
 
 
 def prompts_record(run: LoadedRun) -> dict[str, Any]:
-    """Of which texts samples are, for their record; nothing for a run that reads none."""
+    """The prompts for the record of the samples; empty for a run that reads no text."""
     if run.prompts is None:
         return {}
     checksum = hashlib.sha256(json.dumps(list(run.prompts.texts)).encode()).hexdigest()
@@ -129,7 +130,7 @@ def prompts_record(run: LoadedRun) -> dict[str, Any]:
 
 
 def read_prompts(config: SampleConfig) -> Sequence[str]:
-    """The texts that are asked for, in order."""
+    """The requested texts, in order."""
     if config.prompt:
         return tuple(map(files.well_formed, config.prompt))
     if config.prompt_file:

@@ -98,9 +98,9 @@ class SampleConfig(Config):
         return super().idle() | unread
 
     def as_origin_of(self, run: str | Path) -> tuple[Self, str]:
-        """Of a converted run: what nobody set is as its own code samples. Also a sentence that says so, or an empty one."""
+        """For a converted run, the sampling defaults of the original code. Also a sentence on them, or an empty text."""
         kind = kind_of(Path(run))
-        # What was set wins, even where it equals a default.
+        # Explicit settings win, even if they equal a default.
         given, recorded = self.model_dump(exclude_unset=True), dict(SAMPLING.get(kind, {}))
         channels = recorded.pop("channels", 0)
         used: dict[str, Any] = {name: value for name, value in recorded.items() if name not in given}
@@ -118,6 +118,6 @@ class SampleConfig(Config):
 
 
 def _of_channels(spec: str, channels: int) -> str:
-    """The spec, where it is cfg and does not say how many channels it guides with that number."""
+    """The spec; with this number of channels if it is cfg without `channels`."""
     name, settings = parse_spec(spec)
     return f"{spec},channels={channels}" if channels and name == "cfg" and "channels" not in settings else spec

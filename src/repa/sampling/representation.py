@@ -23,7 +23,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     """The alignment term that `--guidance representation` names, its trained projector, and the features of `--guide-image`.
 
     Raises:
-        UserError: a run without a folder, without such a term or without its projector; an image that cannot be read.
+        UserError: the run has no folder, no such term or no projector for it, or the image cannot be read.
     """
     if run.folder is None:
         raise UserError("The guidance representation needs a run folder, which holds the projectors.")
@@ -34,7 +34,7 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
     recorded = layout.read_config(run.folder).get("feature_weights", ())
     weights = config.guide_weights or weights_for(encoder_name, recorded)
     encoder = load_encoder(encoder_name, weights=weights or None, device=device)
-    # Cropped as training images were: the features must be of the same framing as the targets.
+    # Cropped like training images: the features must have the same framing as the targets.
     path = Path(config.guide_image)
     side = run.latent_shape[1] * run.autoencoder.factor
     image = to_tensor(adm_centre_crop(open_image(path), side))[None].to(device)  # (1, 3, H, W)
@@ -58,22 +58,22 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         student = output.taps[alignment.tap]  # (N, P + T, D)
         if not alignment.target.prefix:
             student = student[:, alignment.prefix_tokens :]  # (N, T, D)
-        same = target.expand(len(student), -1, -1)  # (N, M, F), one image for all
+        same = target.expand(len(student), -1, -1)  # (N, M, F), the same image for all samples
         return alignment.compare(student, same, context=ProjectorContext(t, condition))  # (N,)
 
     return Guide((alignment.tap,), loss, files.sha256(path))
 
 
 def _term(folder: Path, settings: dict[str, object]) -> AlignmentConfig:
-    """The term called `term`, or the only one, among those that compare tokens with an encoder."""
+    """The term named `term`, or the only one, among terms that compare tokens with an encoder."""
     given, where = layout.read_config(folder).get("alignments", ()), str(folder / layout.CONFIG)
     parsed = [AlignmentConfig.parse(values, where=where) for values in given]
     terms = {term.key: term for term in parsed if term.encoder[0] and term.tap == "hidden"}
     asked = str(settings.get("term", ""))
     if asked in terms or (not asked and len(terms) == 1):
         return terms[asked] if asked else next(iter(terms.values()))
-    has = f"there are {', '.join(terms)}" if terms else "it has none"
+    has = f"it has {', '.join(terms)}" if terms else "it has none"
     raise UserError(
-        f"The guidance representation follows an alignment of {folder} to an encoder, and {has}: name one as term=NAME, or "
+        f"The guidance representation needs exactly one alignment of {folder} to an encoder, but {has}: choose one with term=NAME, or "
         "choose a run that was trained with one."
     )

@@ -1,7 +1,7 @@
-"""Seeds to images. Image i depends on (seed, i) alone: not on its companions, process count, or restarts.
+"""From seeds to images. Image i depends only on (seed, i), not on the batch, the number of processes, or restarts.
 
-All draws are each image's own. What is left is arithmetic: matrix products of another batch size may round differently,
-which shows as single grey levels (on a CPU only for a batch of one).
+Each image has its own random stream. Only rounding remains: matrix products of another batch size may round differently,
+which changes pixels by single grey levels (on a CPU only for a batch of one).
 """
 
 import inspect
@@ -29,15 +29,15 @@ from repa.sampling.sharing import with_shared_encoder
 
 
 class Samples(NamedTuple):
-    """Images uint8 (N, 3, H, W) on the CPU, and how often the sampler asked the network for each (a guided call counts once)."""
+    """Images uint8 (N, 3, H, W) on the CPU, and the NFE (a guided evaluation counts once)."""
 
     images: Tensor
     nfe: int
 
 
 def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = "cpu") -> LoadedRun:
-    """The run with what else sampling needs: prompts, another decoder, a weaker run and an image to guide it."""
-    own = run.autoencoder  # the weak network works on the same latents, whoever decodes them
+    """The run with all inputs of sampling: prompts, another decoder, a weaker run and a guide image."""
+    own = run.autoencoder  # the weak network uses the same latents, whichever decoder is chosen
     if config.decoder:
         decoder = load_decoder(config.decoder, own, weights=config.decoder_weights or None, device=device)
         run = replace(run, autoencoder=decoder)
@@ -51,7 +51,7 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
     if any(parse_spec(spec)[0] == "representation" for spec in config.guidance):
         run = replace(run, guide=guide_of(run, config, device))
     run = replace(run, prompts=prompts_of(run, config, device))
-    # Last: it samples a few images, with everything else in its place.
+    # Last: it samples a few images, so everything else must be ready.
     if config.encoder_steps:
         run = with_shared_encoder(run, config, draw)
     if torch.device(device).type == "cuda":
@@ -61,18 +61,18 @@ def prepared(run: LoadedRun, config: SampleConfig, device: torch.device | str = 
 
 
 def generate(run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None) -> Samples:
-    """Images `indices` of the endless sequence that (run, config) defines; `run` as `prepared` gives it.
+    """Images `indices` of the infinite sequence that (run, config) defines; `run` comes from `prepared`.
 
-    `callback` is called at every step, with the state as `run.layout` packs it; a private sampler without such an argument tells nothing.
+    `callback` is called at every step, with the state packed by `run.layout`; not by a private sampler without this argument.
     """
     return decode(run, config, draw(run, config, indices, callback))
 
 
 class SampledState(NamedTuple):
-    """What a sampler made of the noise of images `indices`."""
+    """The sampler's result for images `indices`."""
 
     indices: Sequence[int]
-    state: Tensor  # as `run.layout` packs it
+    state: Tensor  # packed by `run.layout`
     calls: "Watched"
 
 
@@ -81,10 +81,10 @@ class SampledState(NamedTuple):
 def draw(
     run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None
 ) -> SampledState:
-    """The sampler's part of `generate`; on CUDA nothing waits for it."""
+    """The sampler's part of `generate`; on CUDA it does not synchronise."""
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
-    # The order of the draws is part of what a seed means: noise, then labels, then the sampler's own.
+    # The order of random numbers is part of the meaning of a seed: noise, then labels, then the sampler's.
     streams = SampleStreams(config.seed, indices, device)
     shapes = run.layout.shapes
     noise = {name: streams.randn(*shape) for name, shape in shapes.items()}  # (N, C, h, w); (N, F)
@@ -95,14 +95,14 @@ def draw(
     calls = Watched(denoiser.predict)
     told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
     denoiser = replace(denoiser, predict=calls)
-    # The network's products alone: the sampler's state is float64, which autocast leaves alone.
+    # Only the network's products: autocast does not change the sampler's float64 state.
     with autocast(device, config.precision):
         start = run.layout.pack(noise)
         state = sampler(denoiser, start, config.steps, randn_like=streams.randn_like, **told)
     given = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
     if given != tuple(start.shape):
         raise UserError(
-            f"The sampler {config.sampler!r} must return latents of the shape of its noise, {tuple(start.shape)}, but gave {given}."
+            f"The sampler {config.sampler!r} must return latents of its noise's shape, {tuple(start.shape)}, but returned {given}."
         )
     return SampledState(indices, state, calls)
 
@@ -118,7 +118,7 @@ def decode(run: LoadedRun, config: SampleConfig, drawn: SampledState) -> Samples
 
 
 class Watched(CountedCalls):
-    """A counted network that remembers, on its device and without waiting for it, at which call each image was no longer finite."""
+    """A counted network that records at which call each image stopped being finite, on its device and without synchronisation."""
 
     def __init__(self, predict: Callable[..., Tensor]):
         super().__init__(predict)
@@ -126,19 +126,19 @@ class Watched(CountedCalls):
 
     def __call__(self, *arguments: object) -> Tensor:
         output = super().__call__(*arguments)
-        # All on the device: to read one number here would wait for the network at every step.
+        # All on the device: reading a number here would synchronise at every step.
         bad = ~output.isfinite().flatten(1).all(1)  # (N,)
         first = torch.zeros_like(bad, dtype=torch.int32) if self.first is None else self.first
         self.first = torch.where((first == 0) & bad, self.calls, first)
         return output
 
     def require_finite(self, latents: Tensor, indices: Sequence[int], what: str) -> None:
-        """Raises UserError that names the first image of latents (N, C, h, w) that is not finite, and when that began."""
+        """Raises UserError with the first image of latents (N, C, h, w) that is not finite, and the call at which it began."""
         if not (bad := not_finite(latents)):
             return
         call = int(self.first[bad[0]]) if self.first is not None else 0
-        when = f"from call {call} of {self.calls} of the network on" if call else "in the sampler's own arithmetic"
+        when = f"from network call {call} of {self.calls} on" if call else "in the sampler's own arithmetic"
         raise UserError(
             f"Image {indices[bad[0]]} of {what} is not finite, {when}: {len(bad)} of {len(indices)} images are lost. Choose a smaller "
-            "scale of guidance, another sampler or precision fp32. If that does not help, the weights are damaged."
+            "guidance scale, another sampler or precision fp32. If that does not help, the weights are damaged."
         )

@@ -1,4 +1,4 @@
-"""On which evaluations of a sampler the encoder of a DDT runs (arXiv 2504.05741): those whose output serves the following ones best."""
+"""Choice of the sampler's evaluations at which a DDT's encoder runs; the others reuse its last output (arXiv 2504.05741)."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,20 +16,20 @@ from repa.runs import LoadedRun
 from repa.runs.predictions import Sharing
 from repa.sampling.config import SampleConfig
 
-PROBES = 4  # images from whose sampling the evaluations are chosen
+PROBES = 4  # images that are sampled for the choice
 
 
 def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
-    """The `count` evaluations, 0 among them, of which each serves itself and those up to the next at the smallest sum of errors.
+    """The `count` evaluations, including 0, that minimise the sum of errors if each output is reused until the next one.
 
     Args:
-        errors: (K, K) what it costs to use at evaluation j what was found at i <= j.
+        errors: (K, K) error at evaluation j of reusing the output of evaluation i <= j.
 
-    By dynamic programming: best[c, j], the least cost of the first j evaluations served by c of them.
+    By dynamic programming: best[c, j] is the lowest error of the first j evaluations with c encoder runs.
     """
     num = len(errors)
-    # Infinite where j <= i: an evaluation serves at least itself, so those combinations are never the least.
-    serves = np.full((num + 1, num + 1), np.inf)  # [i, j]: i serves i ... j - 1
+    # Infinite for j <= i: an output serves at least its own evaluation, so these combinations are never chosen.
+    serves = np.full((num + 1, num + 1), np.inf)  # [i, j]: the output of i is used for i ... j - 1
     for i in range(num):
         serves[i, i + 1 :] = np.cumsum(errors[i, i:])
     best, before = serves[0], []
@@ -37,7 +37,7 @@ def shared_evaluations(errors: np.ndarray, count: int) -> list[int]:
         costs = best[:, None] + serves  # the last one is i, and those before it end there
         before.append(costs.argmin(0))
         best = costs.min(0)
-    # Backwards from the end: the last of the chosen ones first.
+    # Backtrack from the end.
     chosen, end = [], num
     for places in reversed(before):
         end = int(places[end])
@@ -57,13 +57,13 @@ def differences(features: list[Tensor]) -> np.ndarray:
 
 
 def with_shared_encoder(run: LoadedRun, config: SampleConfig, draw: Callable[..., object]) -> LoadedRun:
-    """The run with the evaluations on which its encoder runs, chosen by sampling a few images with the encoder always on.
+    """The run with the chosen evaluations of its encoder, from sampling a few images with the encoder at every evaluation.
 
     Args:
-        draw: of `sampling/samples.py`.
+        draw: the function of `sampling/samples.py`.
 
     Raises:
-        UserError: the network is no DDT, or sampler or guidance do not fit.
+        UserError: the network is not a DDT, or the sampler or the guidance is not supported.
     """
     if not isinstance(run.model, DDT):
         raise UserError(
@@ -73,15 +73,15 @@ def with_shared_encoder(run: LoadedRun, config: SampleConfig, draw: Callable[...
     if parse_spec(config.sampler)[0] == "dopri5" or "internal" in names:
         head, steps = "internal guidance, whose head is in the encoder", "dopri5, whose steps are not known in advance"
         raise UserError(
-            f"encoder_steps does not go with {head if 'internal' in names else steps}: leave one of them out."
+            f"encoder_steps does not work with {head if 'internal' in names else steps}: leave one of them out."
         )
-    recording = Sharing()  # which keeps the encoder's tokens of every evaluation
+    recording = Sharing()  # records the encoder's tokens of every evaluation
     draw(replace(run, sharing=recording), config, range(PROBES))
     errors = differences(recording.self_conditions)
     if config.encoder_steps > len(errors):
         raise UserError(
-            f"encoder_steps is {config.encoder_steps}, but the sampler evaluates the network {len(errors)} times: choose fewer."
+            f"encoder_steps is {config.encoder_steps}, but the sampler makes only {len(errors)} evaluations: choose fewer."
         )
     chosen = shared_evaluations(errors, config.encoder_steps)
-    chosen = dist.gather_objects(chosen)[0]  # of rank 0, whose arithmetic may differ in the last digits
+    chosen = dist.gather_objects(chosen)[0]  # of rank 0, because the last digits may differ between processes
     return replace(run, sharing=Sharing(frozenset(chosen)))

@@ -1,12 +1,12 @@
-"""Samples to files: an .npz in ADM's format, PNG files in a folder, or the folders that scorers of prompts read.
+"""Samples to files: an .npz in ADM's format, PNG files in a folder, or the folders of prompt benchmarks.
 
-Every process writes its batches to OUT.parts, where a restart finds them; the main one makes the file of them. Batches are the
-same for any number of processes and any restart, so the file is the same to the byte.
+Every process writes its batches to OUT.parts, where a restart finds them; the main process assembles the file. Batches do
+not depend on the number of processes or on restarts, so the file is identical to the byte.
 
-Of scorers of prompts, GenEval's among them:
+Layout for prompt benchmarks such as GenEval:
 
 OUT/00000/metadata.jsonl       the prompt's line of the file of prompts, or {"prompt": ...}
-OUT/00000/samples/00000.png    samples of it, in the order of their seeds
+OUT/00000/samples/00000.png    its samples, in the order of their seeds
 """
 
 import contextlib
@@ -39,20 +39,20 @@ from repa.sampling.conditions import drawn_classes, prompts_record
 from repa.sampling.config import SampleConfig
 from repa.sampling.samples import SampledState, decode, draw
 
-GRID_IMAGES = 64  # in the picture next to the npz
-PART = re.compile(r"\d{9,}-\d{1,9}-[0-9a-f]{8}\.npy")  # first image, calls of the network for each, checksum
-LIMIT = 2**36  # bytes of samples that are held at a time
+GRID_IMAGES = 64  # in the overview picture next to the npz
+PART = re.compile(r"\d{9,}-\d{1,9}-[0-9a-f]{8}\.npy")  # first image, NFE, checksum
+LIMIT = 2**36  # largest size in bytes of samples in memory
 
 
 class BackgroundWorker:
-    """A thread that does one piece of work at a time; a second piece waits for the first, so memory holds two batches at most.
+    """A thread that runs one task at a time; a second task waits for the first, so memory holds at most two batches.
 
-    On CUDA the thread has its own stream, which begins after what the caller had queued. Elsewhere the work is done at
-    once, as it would take the cores from the sampler.
+    On CUDA the thread has its own stream, which starts after the caller's queued work. Elsewhere tasks run immediately,
+    because a thread would compete with the sampler for cores.
 
     Args:
-        device: of the sampler.
-        threaded: None: on CUDA alone.
+        device: the sampler's device.
+        threaded: None: only on CUDA.
     """
 
     def __init__(self, device: torch.device, *, threaded: bool | None = None):
@@ -62,17 +62,17 @@ class BackgroundWorker:
         self._last: Future[None] | None = None
 
     def __call__(self, work: Callable[[], None]) -> None:
-        """Do `work`; what an earlier piece raised is raised here."""
+        """Run `work`; raises the exception of an earlier task."""
         if self._pool is None:
             work()
             return
-        # The thread's stream may begin once all that the sampler has queued so far is done.
+        # The thread's stream may start once the sampler's queued work is done.
         ready = torch.cuda.current_stream().record_event() if self._stream else None
         self.wait()
         self._last = self._pool.submit(self._run, work, ready)
 
     def wait(self) -> None:
-        """Until all work is done."""
+        """Wait until all tasks are done."""
         if self._last is not None:
             last, self._last = self._last, None
             last.result()
@@ -94,7 +94,7 @@ class BackgroundWorker:
                 self.wait()
         finally:
             if self._pool is not None:
-                self._pool.shutdown()  # of an interrupted command too: the batch that is being written is kept
+                self._pool.shutdown()  # also after an interrupt: the current batch is still written
 
 
 def write_samples(
@@ -106,24 +106,23 @@ def write_samples(
     count: Callable[[int, int], None] = silent,
     callback: Callback | None = None,
 ) -> Path:
-    """Write `num` samples as `out` (.npz, arr_0 uint8 NHWC, ADM's format; a name without an ending: a folder of PNG files)
-    and a PNG grid next to it.
+    """Write `num` samples to `out` (.npz, arr_0 uint8 NHWC, ADM's format; without a suffix: a folder of PNG files), and a PNG
+    grid next to it.
 
-    Finished batches lie in `out`.parts until all are there: the same command continues. Batches are shared over processes.
-    `out` with suffix .json says how it was made, .jsonl of which prompt each image is. The same job is not done twice, and
-    samples of another are not overwritten.
-    `count` is told the network calls per image, and the images, of every batch that this process makes; `callback` each
-    of its steps.
+    Finished batches are kept in `out`.parts until all are complete, so the same command resumes. Processes share the batches.
+    `out` with suffix .json records how the samples were made, .jsonl the prompt of each image. A finished job is not repeated,
+    and samples of another job are not overwritten.
+    `count` receives the NFE and the images of every batch of this process; `callback` receives each of its steps.
     """
     out = Path(out)
-    if out.name in ("", ".."):  # the current folder and those above, which have no name to put another ending to
+    if out.name in ("", ".."):  # the current folder and its parents, which have no name for another suffix
         out = out.resolve()
     if out.suffix not in (".npz", "") or not out.name:
         raise UserError(
             f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "
             "samples.npz, or samples for a folder."
         )
-    with dist.locked(out, "repa sample"):  # two commands would write the same parts
+    with dist.locked(out, "repa sample"):  # two commands would write to the same parts
         beside = [out.with_suffix(ending).name for ending in (".json", ".jsonl", ".png")]
         dist.on_main(lambda: files.remove_leftovers(out.parent, beside.__contains__))
         return _write_samples(run, config, num, out, progress, count, callback)
@@ -134,22 +133,22 @@ def _write_samples(
     count: Callable[[int, int], None], callback: Callback | None,
 ) -> Path:  # fmt: skip
     parts, device = out.with_suffix(".parts"), next(run.model.parameters()).device
-    # Before the job is compared: its record names the precision that "auto" stood for.
+    # Before comparing jobs: the record has the precision that "auto" resolved to.
     config = config.override(precision=dist.on_main(lambda: _precision(config, out, parts, device)))
     job = _job(run, config, num)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         _require_same(job, out.with_suffix(".json"), f"{out} exists and belongs to another job")
         dist.on_main(lambda: _require_intact(out, num))
-        dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # of a process that was killed at its last step
+        dist.on_main(lambda: shutil.rmtree(parts, ignore_errors=True))  # left by a killed process
         return out
     other = out.with_suffix("" if out.suffix else ".npz")
-    if other.exists() and out.with_suffix(".json").exists():  # which says how both were made
+    if other.exists() and out.with_suffix(".json").exists():  # the record of both
         _require_same(job, out.with_suffix(".json"), f"{other} is beside {out} and belongs to another job")
     if dist.is_main():
         _claim(job, run, num, out, parts)
     dist.barrier()
     starts = range(0, num, config.batch_size)
-    # Whole batches are shared and never cut otherwise: rounding depends on the size of a batch.
+    # Processes share complete batches of fixed size, because rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
     before = _found(parts)
     with BackgroundWorker(device) as behind:
@@ -166,17 +165,17 @@ def _write_samples(
 
 
 def _finish(run: LoadedRun, job: dict[str, Any], starts: Sequence[int], parts: Path, out: Path) -> None:
-    """Make the samples of their parts, which go, and what lies next to them."""
+    """Assemble the samples and the files next to them from the parts, then delete the parts."""
     found, num = _found(parts), job["num"]
     paths = [found[start] for start in starts if start in found]
-    if len(paths) < len(starts):  # processes on machines without a common file system
+    if len(paths) < len(starts):  # machines without a shared file system
         raise UserError(
-            f"{parts} holds {len(paths)} of {len(starts)} parts: let all processes write to one folder, and run the command again."
+            f"{parts} contains {len(paths)} of {len(starts)} parts: let all processes write to a shared folder, and run the command again."
         )
-    # dopri5 asks the network a different number of times for each batch.
+    # The NFE of dopri5 differs between batches.
     nfe = max(int(path.name.split("-")[1]) for path in paths)
     files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
-    if run.prompts:  # a line for each image, for those who score them
+    if run.prompts:  # one line per image, for scoring
         texts = enumerate(run.prompts.texts_of(range(num)))
         lines = [json.dumps({"index": index, "prompt": text}, ensure_ascii=False) + "\n" for index, text in texts]
         files.write_text(out.with_suffix(".jsonl"), "".join(lines))
@@ -193,13 +192,13 @@ def _decode_and_save(
 ) -> None:
     images, nfe = decode(run, config, drawn)
     count(nfe, len(images))
-    # the calls are part of the name, so that whoever assembles the parts knows those of all; and a checksum
+    # the name has the NFE, for the process that assembles the parts, and a checksum
     array = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())  # (n, H, W, 3)
     save_npy(parts / f"{drawn.indices[0]:09d}-{nfe}-{zlib.crc32(array.data):08x}.npy", array)
 
 
 def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
-    """What the samples are a function of."""
+    """All inputs that determine the samples."""
     return {
         **run.identity,
         "num": num,
@@ -211,7 +210,7 @@ def _job(run: LoadedRun, config: SampleConfig, num: int) -> dict[str, Any]:
 
 
 def _precision(config: SampleConfig, out: Path, parts: Path, device: torch.device) -> str:
-    """That of the samples that are there, where the choice is the machine's: another time it may choose otherwise."""
+    """The precision of existing samples if it is auto, because the machine may choose another one now."""
     record = out.with_suffix(".json") if out.exists() else parts / "job.json"
     if config.precision != "auto" or not record.is_file():
         return resolved(config.precision, device)
@@ -228,18 +227,18 @@ def _require_same(job: dict[str, Any], record: Path, what: str) -> None:
 
 
 def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path) -> None:
-    """Refuse to mix the parts of two different jobs; a job that has no part yet may change."""
+    """Refuse to mix parts of two jobs; a job without parts may change."""
     marker = parts / "job.json"
     if marker.exists() and any(parts.glob("*.npy")):
         _require_same(job, marker, f"{parts} belongs to another job")
     side = run.latent_shape[1] * run.autoencoder.factor
-    # Twice: the parts lie beside the file until it is whole.
+    # Twice: the parts exist next to the file until it is complete.
     files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
     files.write_sealed(marker, job)
 
 
 def _found(parts: Path) -> dict[int, Path]:
-    """The parts that are there, by their first image."""
+    """The existing parts, by their first image."""
     return {int(path.name.partition("-")[0]): path for path in parts.glob("*.npy") if PART.fullmatch(path.name)}
 
 
