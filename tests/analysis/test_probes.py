@@ -147,9 +147,7 @@ def test_a_real_network(data):
 def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
     config = ProbeConfig(times=(0.0,), depths=(1,), epochs=1)
     zeros, ones = (Rearranged(data, fields={"labels": np.full(40, label)}) for label in (0, 1))
-    with pytest.raises(
-        UserError, match="1 of 2 classes occur in the 40 test images but not in the 40 training images"
-    ):
+    with pytest.raises(UserError, match="1 of 2 classes occur in the 40 test images but not in the 40 training images"):
         probe_of_run(run, zeros, config, ones)
     rows = spaced_rows(data, 0)
     lone = [Rearranged(data, fields={"labels": (rows == row).astype(np.int64)}) for row in rows]  # a class of one image

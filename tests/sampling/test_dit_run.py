@@ -142,7 +142,9 @@ def test_other_samplers_see_the_velocity_of_the_discrete_process(run):
 
 def test_its_own_samplers_are_refused_to_a_flow(random_run):
     for sampler in ("ddpm", "ddim:eta=0.5"):
-        with pytest.raises(UserError, match="needs a network trained with the objective ddpm, but this network .* flow"):
+        with pytest.raises(
+            UserError, match="needs a network trained with the objective ddpm, but this network .* flow"
+        ):
             generate(load_run(random_run), CONFIG.override(sampler=sampler), range(2))
 
 

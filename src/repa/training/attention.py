@@ -1,4 +1,4 @@
-"""Measure which of PyTorch's fused attention kernels is the fastest at a run's shape; it differs by release and device."""
+"""Choice of PyTorch's fastest fused attention kernel for a run's shape; it depends on release and device."""
 
 import contextlib
 import functools
@@ -41,10 +41,10 @@ def kernel_seconds(shape: tuple[int, int, int, int], dtype: torch.dtype, device:
     qkv = torch.randn(num, tokens, 3 * heads * width, device=device, dtype=dtype, requires_grad=True)
     found = {}
     for name, backend in KERNELS.items():
-        # A kernel that cannot take this shape or type says so by an error, and is left out.
+        # A kernel that does not support this shape or type raises an error, and is left out.
         with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
             once = functools.partial(_forward_and_backward, qkv, heads)
-            # The first call loads and builds the kernel: it is not counted.
+            # The first call loads and builds the kernel, so it is not timed.
             seconds = [timed(once, device) for _ in range(ROUNDS + 1)][1:]
             found[name] = statistics.median(seconds)
     return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -62,7 +62,7 @@ def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> It
         yield {}
         return
     found = kernel_seconds(attention_shape(config, world), DTYPES[config.precision], device)
-    # The others follow, for calls with a mask or another width: without them such a call would find no kernel.
+    # The other kernels follow, for calls with a mask or another width that the first does not support.
     rest = [name for name in KERNELS if name not in found]
     with sdpa_kernel([KERNELS[name] for name in (*found, *rest)], set_priority=True):
         yield found

@@ -1,4 +1,4 @@
-"""Linear layers whose three products run in 8 bits, with one scale per tensor, recomputed in every step.
+"""Linear layers with all three products in 8 bits and one scale per tensor, recomputed in every step.
 
 Inputs and weights are rounded to e4m3 (3 bits of mantissa, up to 448), gradients to e5m2 (2 bits, up to 57,344), as
 arXiv 2209.05433 proposes; products accumulate in float32 and come out in bfloat16. Weights stay float32, biases and their
@@ -14,12 +14,12 @@ from repa.base.errors import UserError
 from repa.models import Backbone
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
-MULTIPLE = 16  # of both sides of a matrix, which the kernels demand
-CAPABILITY = (8, 9)  # of the first CUDA devices that multiply 8 bits
+MULTIPLE = 16  # the kernels need both sides of a matrix to be multiples of this
+CAPABILITY = (8, 9)  # the first CUDA devices with 8-bit products
 
 
 class Float8Linear(nn.Linear):
-    """A linear layer in 8 bits: (..., K) -> (..., N) in bfloat16. `use_fp8` makes it of a plain one, in place."""
+    """A linear layer in 8 bits: (..., K) -> (..., N) in bfloat16. `use_fp8` converts a plain one in place."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = _Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])

@@ -1,7 +1,7 @@
 """AdamW and the first average in one pass over the weights: a Triton kernel for all tensors together on CUDA.
 
-The two calls that it replaces read the weights twice, and the average takes a kernel for each tensor. They are its twin.
-Chosen by `fused_update`; off by default, as nobody has timed it on a GPU yet.
+The two calls that it replaces read the weights twice, and the average needs one kernel per tensor. Both give the same result.
+Enabled by `fused_update`; off by default, because it has not been timed on a GPU yet.
 """
 
 import functools
@@ -18,7 +18,7 @@ BLOCK = 4096  # numbers of one program
 
 
 class ParameterRow(NamedTuple):
-    """What belongs to one parameter, all float32 and of one shape but the step."""
+    """The tensors of one parameter, float32 and of equal shape except for the step."""
 
     parameter: Tensor
     gradient: Tensor
@@ -27,17 +27,17 @@ class ParameterRow(NamedTuple):
     second: Tensor
     """Mean of their squares."""
     step: Tensor
-    """() steps that changed it."""
+    """() number of steps that changed it."""
     average: Tensor | None
-    """None: nothing follows it."""
+    """None: no average."""
 
 
 def update_by_triton(
     rows: Sequence[ParameterRow], skip: Tensor, grad_scale: Tensor, share: float, *, rate: float, betas: tuple[float, float],
     eps: float, decay: float,
 ) -> None:  # fmt: skip
-    """One launch for all rows. Everything that depends on the device's numbers is computed there: nothing waits."""
-    # A skipped step is none: the bias corrections below count the steps that changed a parameter.
+    """One launch for all rows. Values on the device are used only there, without synchronisation."""
+    # A skipped step does not count: the bias corrections below use the number of steps that changed a parameter.
     steps = [row.step for row in rows]
     torch._foreach_add_(steps, [1.0 - skip] * len(steps))
     beta1, beta2 = betas
@@ -47,7 +47,7 @@ def update_by_triton(
     keep = torch.full_like(skip, 1 - rate * decay)
     of_all = torch.stack([keep, 1 / grad_scale, 1 - skip, torch.full_like(skip, share)])
     tensors = [(row.parameter, row.gradient, row.first, row.second, row.average) for row in rows]
-    # A launch takes no list of tensors, so their addresses are data: one launch then serves hundreds of parameters.
+    # A launch does not accept a list of tensors, so their addresses are data: one launch then updates hundreds of parameters.
     addresses = torch.tensor([[0 if x is None else x.data_ptr() for x in row] for row in tensors])  # (rows, 5)
     if skip.device.type == "cuda":
         addresses = addresses.pin_memory().to(skip.device, non_blocking=True)
@@ -70,7 +70,7 @@ def programs(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
 
 @functools.cache
 def update_kernel() -> "JITFunction":
-    """The Triton kernel, made when it is first needed: PyTorch for a CPU comes without Triton."""
+    """The Triton kernel, built at its first use: PyTorch for a CPU has no Triton."""
     import triton
     import triton.language as tl
 

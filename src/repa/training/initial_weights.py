@@ -26,7 +26,7 @@ from repa.training.objective import Objective
 
 LABELS = "y_embedder.embedding_table.weight"
 POSITIONS = ("pos_embed", "rotation.cos", "rotation.sin")  # formulas of the grid
-# sizes that must agree, as a sentence calls them; latent size and classes may differ
+# sizes that must agree, with their names in messages; latent size and classes may differ
 SIZES = {
     "hidden_dim": "width", "depth": "depth", "num_heads": "heads", "patch_size": "patch", "latent_channels": "channels",
     "learn_sigma": "learned variance", "mlp_ratio": "MLP ratio",
@@ -35,7 +35,7 @@ SIZES = {
 
 
 class InitialWeights(NamedTuple):
-    """EMA weights of a network, its attention heads (None: not known), and its projectors by their alignments."""
+    """EMA weights of a network, its number of attention heads (None: unknown), and its projectors by alignment."""
 
     state: dict[str, Tensor]
     num_heads: int | None
@@ -43,23 +43,23 @@ class InitialWeights(NamedTuple):
 
 
 def is_new_run(run: Path) -> bool:
-    """Has this run no checkpoint to continue from? UserError for a folder of `repa convert`, which nothing continues."""
+    """Whether this run has no checkpoint to resume. Raises UserError for a folder of `repa convert`, which cannot be resumed."""
     refuse_converted(run)
     return not layout.checkpoint_steps(run)
 
 
 def start_from(source: str, objective: Objective, num_heads: int) -> None:
-    """Overwrite a new objective's weights by those of `source`, as far as they mean the same.
+    """Overwrite a new objective's weights with those of `source` that have the same meaning.
 
-    Labels: all rows when the number of classes is the same, else the null row alone. Positions: the network's own, which
-    are a formula of the grid, when the grids differ. Projectors: those with the same target, depth and kind; others stay new.
+    Labels: the complete table if the number of classes is equal, otherwise only the null label. Positions: computed from the
+    grid if the grids differ. Projectors: those with the same target, depth and kind; others stay new.
 
     Args:
         source: run folder (its EMA), folder of `repa export`, or KIND:FILE with a kind of KINDS.
         num_heads: of the objective's network.
 
     Raises:
-        UserError: nothing to start from there, or a network of other sizes.
+        UserError: `source` has no usable weights, or a network of other sizes.
     """
     if not isinstance(objective.model, DiT):
         raise UserError(
@@ -68,14 +68,14 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     start, own = _read_source(source, num_heads), objective.model.state_dict()
     _check_sizes(source, start, objective.model, num_heads)
     state = dict(start.state)
-    # Classes of other data mean something else. The null row means the same everywhere, and guidance rests on it.
+    # Classes of other data have another meaning. The null label has the same meaning everywhere, and guidance needs it.
     if state[LABELS].shape != own[LABELS].shape:
         state[LABELS] = own[LABELS].clone()
         state[LABELS][-1] = start.state[LABELS][-1]
     state |= {name: own[name] for name in POSITIONS if name in own and state[name].shape != own[name].shape}
     objective.model.load_state_dict(state)
     for alignment in objective.terms():
-        # The key holds target and depth: another block's states would not fit a projector that was trained for this one.
+        # The key has target and depth: a projector does not fit the hidden states of another block.
         new = start.projectors.get((alignment.key, alignment.config.projector))
         shapes = {key: value.shape for key, value in alignment.state_dict().items()}
         if new is not None and {key: value.shape for key, value in new.items()} == shapes:
@@ -83,10 +83,10 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
 
 
 def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -> Backbone | None:
-    """The averaged network of the run that a target "run:path=..." names, in evaluation mode; None where there is no such target.
+    """The averaged network of a target "run:path=...", in evaluation mode; None without such a target.
 
     Raises:
-        UserError: no such run, or one of another width, depth, latents, classes, path or objective than `model` is trained with.
+        UserError: no such run, or its width, depth, latents, classes, path or objective differ from those of `model`.
     """
     named = [settings for name, settings in (parse_spec(a.target) for a in config.alignments) if name == "run"]
     if not named:
@@ -101,13 +101,13 @@ def frozen_network(config: TrainConfig, model: Backbone, device: torch.device) -
     for name in ("hidden_dim", "depth", "state_shapes", "num_classes", "prefix_tokens"):
         if (theirs := getattr(network, name)) != (own := getattr(model, name)):
             raise UserError(
-                f"The target run {run} has the {name} {theirs}, but this run has {own}: both need the same."
+                f"The target run {run} has the {name} {theirs}, but this run has {own}: use the same for both."
             )
-    # Its taps are compared at the same noised images: under another path they would not be what it was trained to see.
+    # Both networks see the same noised images, so both must be trained with the same path.
     for name in ("objective", "path"):
         if (theirs := getattr(diffusion, name)) != (own := getattr(config.diffusion, name)):
             raise UserError(
-                f"The target run {run} has the {name} {theirs!r}, but this run has {own!r}: both need the same."
+                f"The target run {run} has the {name} {theirs!r}, but this run has {own!r}: use the same for both."
             )
     return network.to(device).eval().requires_grad_(False)
 
@@ -118,7 +118,7 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
     if (path / layout.CONFIG).is_file():
         config, checkpoint = layout.read_config(path), load_checkpoint(path)
         if checkpoint is None:
-            raise UserError(f"----init is {path}, which has no checkpoint yet: train it first, or give another run.")
+            raise UserError(f"--init is {path}, which has no checkpoint yet: train it first, or give another run.")
         where = str(path / layout.CONFIG)
         heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
         projectors = _projectors_by_term(config.get("alignments", ()), checkpoint.projectors, where)
@@ -130,7 +130,7 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
         imported = read_checkpoint(Path(file), kind, num_heads=num_heads)
         ema = imported.checkpoint.ema
         arguments = constructor_arguments(ema, num_heads)
-        # An unnamed size has the heads that the configuration gives, as nothing else tells them.
+        # Without a named size, only the configuration has the number of heads.
         named = heads_of_named(arguments["hidden_dim"], arguments["depth"])
         projectors = _projectors_by_term(imported.settings["alignments"], imported.checkpoint.projectors, file)
         return InitialWeights(ema, named, projectors)
@@ -144,7 +144,7 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
 def _projectors_by_term(
     alignments: Iterable[dict[str, Any]], state: Mapping[str, Tensor], where: str
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
-    """Each alignment's state dict out of that of all."""
+    """The state dict of each alignment, from the combined one."""
     found = {}
     for alignment in (AlignmentConfig.parse(values, where=where) for values in alignments):
         prefix = f"{alignment.module}."
@@ -163,6 +163,6 @@ def _check_sizes(source: str, start: InitialWeights, model: DiT, num_heads: int)
         differences.append("the merge fuse" if FUSION in start.state else "no merge fuse")
     if differences:
         raise UserError(
-            f"----init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
+            f"--init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
             "or another network to start from."
         )

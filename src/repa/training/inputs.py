@@ -23,7 +23,7 @@ from repa.models.config import reads_text
 from repa.training.config import TrainConfig
 
 Item = TypeVar("Item")
-Wanted = Callable[[int], Sequence[Need]]  # step -> what it wants of encoders
+Wanted = Callable[[int], Sequence[Need]]  # step -> encoder features that it needs
 
 
 class EncoderFeatures:
@@ -51,11 +51,11 @@ class EncoderFeatures:
         self.device, self.precision, self.latents_of_images = device, config.precision, not data.has_moments
         self.encoders = {need.encoder: _load(need.encoder, config, data, device) for need in missing}
         for name, encoder in self.encoders.items():
-            # Patches may be read while attention is computed: both must be by the same weights.
+            # Stored patches may be combined with computed attention: both need the same weights.
             require_same_encoder(data, name, encoder)
             if config.precision in HALF:
                 encoder.round_weights(DTYPES[config.precision])
-            # The network in it, not the encoder: what surrounds it copies images to the device and checks their shape.
+            # Compiles the inner network, because the encoder around it copies images to the device and checks their shape.
             if config.compile:
                 encoder.net.compile()
         self.dims = {name: data.features[name].dim for name in self.cached} | {
@@ -64,7 +64,7 @@ class EncoderFeatures:
         self.stream = torch.cuda.Stream(device) if self.encoders and device.type == "cuda" else None
 
     def stored(self, needs: Sequence[Need]) -> tuple[str, ...]:
-        """Encoders among `needs` whose features are to be read with the batch."""
+        """Encoders among `needs` with stored features, which are read with the batch."""
         return tuple(need.encoder for need in needs if need.encoder in self.cached)
 
     def reads_images(self, needs: Sequence[Need]) -> bool:
@@ -93,8 +93,8 @@ class EncoderFeatures:
         for batch, features, computed in prefetched(started) if self.stream else started:
             if computed is not None:
                 torch.cuda.current_stream(self.device).wait_event(computed)
-            # Once for each encoder, as this waits for the device; later the guards skip a step that is not finite. An encoder
-            # whose weight warms up from 0 comes later than the first step.
+            # Once per encoder, because it synchronises; later the guard skips a step that is not finite. An encoder whose weight
+            # warms up from 0 is checked after the first step.
             for name in sorted(features.keys() - checked):
                 self._require_finite(name, features[name])
             checked |= features.keys()
@@ -114,17 +114,17 @@ class EncoderFeatures:
     def _start_features(
         self, batch: Batch, needs: Sequence[Need]
     ) -> tuple[Batch, dict[str, Features], "torch.cuda.Event | None"]:
-        """The features of a batch, or on CUDA the promise of them: the event tells when they are there."""
+        """The features of a batch; on CUDA they are being computed, and the event marks their completion."""
         if self.stream is None or not self._runs_encoder(needs):
             return batch, self(batch, needs), None
         main = torch.cuda.current_stream(self.device)
-        # The images are copied to the device on the main stream, and must have arrived.
+        # The images are copied to the device on the main stream, so this stream must wait for the copy.
         self.stream.wait_stream(main)
         with torch.cuda.stream(self.stream):
             features = self(batch, needs)
         assert batch.images is not None  # which the encoders just saw
-        # The allocator knows the stream that a tensor was made on alone: told of the other, it does not hand its memory out
-        # again before both are done with it.
+        # The allocator knows only the stream that created a tensor: recording the other one keeps it from reusing the memory
+        # before both are done.
         batch.images.record_stream(self.stream)
         for found in features.values():
             for x in (found.patches, found.pooled, *(found.attention or {}).values()):
@@ -134,7 +134,7 @@ class EncoderFeatures:
 
 
 def prefetched(items: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each asked for before the one in front of it is handed out."""
+    """The same items, each requested before the previous one is returned."""
     items = iter(items)
     for front in items:
         for following in items:
@@ -144,12 +144,12 @@ def prefetched(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def encoder_needs(config: TrainConfig) -> tuple[Need, ...]:
-    """All that a run wants of encoders."""
+    """All encoder features that a run needs."""
     return merged_needs([*needs_of(config.alignments), *(Need(s.source, pooled=True) for s in config.streams)])
 
 
 def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
-    """`config.idle` of what only the data tell: local weights of encoders that this run never computes."""
+    """`config.idle` for settings that depend on the data: local weights of encoders that this run never computes."""
     running = [need.encoder for need in encoder_needs(config) if not _has_stored(data, need)]
     running += [config.preview.features] * bool(config.preview.scored_every)
     for name in (canonical(pair.rpartition("=")[0]) for pair in config.feature_weights):
@@ -160,7 +160,7 @@ def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
 
 
 def _has_stored(data: DataSet, need: Need) -> bool:
-    """Whether the data has all that is wanted of an encoder; attention is never stored."""
+    """Whether the data has all needed features of an encoder; attention is never stored."""
     facts = data.features.get(need.encoder)
     return facts is not None and not need.attention and (facts.pooled or not need.pooled)
 
@@ -183,45 +183,45 @@ def _missing_sentence(data: DataSet, need: Need, names: str) -> str:
     if need.encoder in data.features:
         what = "attention" if need.attention else "vectors of whole images"
         return (
-            f"A term needs {what} of {need.encoder!r}, but the data in {data.folder} store neither them nor images: "
+            f"A term needs {what} of {need.encoder!r}, but the data in {data.folder} has neither these nor images: "
             "run `repa prepare` with --store-images true."
         )
     return (
-        f"The data in {data.folder} have neither tokens of {need.encoder!r} nor images: "
+        f"The data in {data.folder} has neither tokens of {need.encoder!r} nor images: "
         f"run `repa prepare` with --features {names}."
     )
 
 
 def text_encoder_of(config: TrainConfig, data: DataSet) -> str:
-    """The text encoder of a run: the one asked for, else that of the stored tokens; "" for a network that reads none.
+    """The text encoder of a run: the requested one, or else that of the stored tokens; "" for a network that reads no text.
 
     Raises:
-        UserError: the network reads text, and the data has none; or another one does not, and is given a text encoder.
+        UserError: the network reads text but the data has none, or it reads no text but a text encoder is given.
     """
     stored = data.manifest.config.text if data.text else ""
     if not reads_text(config.model.backbone) and not config.text:
         return ""
     if not data.has_captions:
         raise UserError(
-            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} have no captions: prepare data "
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has no captions: prepare data "
             "with captions and --text NAME."
         )
     if not (config.text or stored):
         raise UserError(
-            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} have captions without tokens: run "
+            f"The backbone {config.model.backbone!r} reads text, but the data in {data.folder} has captions without tokens: run "
             f"`repa prepare {data.folder} --only text --text NAME`, or give --text NAME to encode them while training."
         )
     return config.text or stored
 
 
 class TextConditions:
-    """Conditions of batches. Tokens are read with the batch where the data has them of this encoder; else it runs on the captions.
+    """Conditions of batches. Tokens are read with the batch if the data has this encoder's; otherwise it encodes the captions.
 
     Attributes:
-        reads: what the loader is to read: "" nothing, "tokens", or "captions".
-        identity: of the text encoder, which the run records; None where no text is read.
-        empty: the tokens of the empty text, which stands for "no text"; None as above, or where only targets read text.
-        width: of the tokens; 0 where no text is read.
+        reads: input from the loader: "" nothing, "tokens", or "captions".
+        identity: identity of the text encoder, which the run records; None without text.
+        empty: tokens of the empty text, the null condition; None without text, or if only targets read text.
+        width: width of the tokens; 0 without text.
     """
 
     def __init__(self, config: TrainConfig, data: DataSet, device: torch.device):
@@ -246,7 +246,7 @@ class TextConditions:
         self.width = self.empty.tokens.shape[2]
 
     def completed(self, config: TrainConfig) -> TrainConfig:
-        """With the shape of the text, which the network and terms with the target text are built for."""
+        """The configuration with the shape of the text, for the network and for terms with the target text."""
         if self.width:
             config = config.override(alignments=[_with_text_width(term, self.width) for term in config.alignments])
         if self.empty is None:
@@ -260,7 +260,7 @@ class TextConditions:
         """Stored tokens, for terms whose target is text, of a network that reads none."""
         if not data.text:
             raise UserError(
-                f"A term has the target text, but the data in {data.folder} have no text tokens: run "
+                f"A term has the target text, but the data in {data.folder} has no text tokens: run "
                 f"`repa prepare {data.folder} --only text --text NAME`, or prepare data with captions."
             )
         self.reads, self.width = "tokens", data.texts.empty().text().tokens.shape[2]
@@ -279,7 +279,7 @@ class TextConditions:
 
 
 def _with_text_width(term: AlignmentConfig, width: int) -> AlignmentConfig:
-    """A target text that says how wide the tokens of the data are."""
+    """The target text with the width of the data's tokens."""
     name, settings = parse_spec(term.target)
     return term if name != "text" or "width" in settings else term.override(target=f"text:width={width}")
 

@@ -41,7 +41,7 @@ from repa.training.resolve import (
 from repa.training.state import TrainState, build_state
 from repa.training.update import update
 
-ASK_EVERY = 10  # steps, of several processes: to ask each other whether to stop costs a wait
+ASK_EVERY = 10  # steps between decisions of several processes to stop, because each decision synchronises
 
 
 class Hook(NamedTuple):
@@ -91,7 +91,7 @@ def train(
             )
         autoencoder, loader = _open_autoencoder_and_loader(state, data, encoders, texts, device)
         hooks = make_hooks(state.config, autoencoder)
-        # Stored moments need scale and shift alone, and only previews decode.
+        # Stored moments need only scale and shift, and only previews decode.
         if data.has_moments and not hooks:
             autoencoder.release_networks()
         # TF32 for float32 products that remain in half precision; fp32 means true float32, even after another run in
@@ -105,7 +105,7 @@ def _open_run(
 ) -> tuple[TrainState, EncoderFeatures, TextConditions]:
     """The state of the newest checkpoint, or of step 0; reports every mismatch with the folder."""
     first = dist.on_main(lambda: first_choices(config, run, device))
-    # Applied to each process's own configuration, so that those that were given another command are found below.
+    # Applied to each process's own configuration, so that different commands are detected below.
     config = first.applied(config)
     with dist.together():
         config = resolve(config, data, device)
@@ -115,12 +115,12 @@ def _open_run(
         texts = TextConditions(config, data, device)
         config = texts.completed(with_streams(config, encoders.dims))
         config = config.override(parallel=strategy(config, device))
-    # Built before the folder is claimed: a configuration that no network can be built of must leave no run behind.
+    # Built before the folder is claimed: an invalid configuration must not leave a run behind.
     state = build_state(config, encoders.dims, device, is_new_run=is_new, empty_text=texts.empty)
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     state.resume(run)
     require_agreement(run, config, data, state.step)
-    # A complete run is left as it is; else what a kill left half written goes, and snapshots of steps to be done again.
+    # A complete run stays unchanged; otherwise partial files of a kill, and snapshots of later steps, are removed.
     if state.step < config.num_steps:
         dist.on_main(lambda: layout.tidy(run))
         dist.on_main(lambda: drop_snapshots(run, state.step))
@@ -130,7 +130,7 @@ def _open_run(
 def _open_autoencoder_and_loader(
     state: TrainState, data: DataSet, encoders: EncoderFeatures, texts: TextConditions, device: torch.device
 ) -> tuple[Autoencoder, Loader]:
-    """Where latents and batches come from. Where a weight is 0, its encoder is not run, and nothing is read for it."""
+    """Sources of latents and batches. An encoder with weight 0 does not run, and its features are not read."""
     config, needs = state.config, state.objective.needs
     with dist.together():
         autoencoder = load_autoencoder(config.autoencoder, weights=config.autoencoder_weights or None, device=device)
@@ -171,7 +171,7 @@ def _train(
             norms = update(state, groups)
             objective.observe(state.step, losses)
 
-            # A signal reaches one process, and its clock is its own: what they decide together, they ask each other.
+            # Signals and clocks differ between processes, so common decisions need communication.
             stop = time_is_up = False
             if not dist.active() or state.step % ASK_EVERY == 0:
                 time_is_up = dist.is_main() and 0 < 60 * config.save_minutes <= time.monotonic() - saved
@@ -179,7 +179,7 @@ def _train(
                 if config.async_save:
                     writer.settle(device)
             last = state.step == config.num_steps
-            # Row, previews, checkpoint, in this order: a kill in between repeats what it cut short, as nothing claims it was done.
+            # Log entry, previews, checkpoint, in this order: after a kill in between, the interrupted part is repeated.
             hooks_due = [hook for hook in hooks if _is_due(hook.every, state.step) or last]
             save_due = (
                 last
@@ -204,7 +204,7 @@ def _train(
             if last or stop:
                 writer.wait()
                 break
-            # Previews and checkpoints take no part in the rate of training.
+            # Previews and checkpoints do not count in the training rate.
             if hooks_due or save_due or snapshot_due:
                 training_log.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
@@ -215,8 +215,8 @@ def backward(
 ) -> Losses:
     """Add the gradient of a step's mean loss over N samples to the parameters; returns the detached losses of all of them.
 
-    They are taken in `accumulate` equal micro-batches, to need less memory. Each adds its share of the mean, so the gradient is
-    that of all samples.
+    The samples are split into `accumulate` equal micro-batches to save memory. Each adds its share of the mean, so the gradient
+    is that of all samples.
 
     Args:
         module: the objective as it runs, see `wrapped`.
@@ -224,7 +224,7 @@ def backward(
     """
     objective, config, device = state.objective, state.config, clean["x"].device
     draws, weights = objective.draw(clean, state.step), objective.weights(state.step, device)
-    # What a term reads in addition to the trained network; outside of DDP and torch.compile, which know the trained one alone.
+    # Outputs of other networks that terms read; computed outside of DDP and torch.compile, which wrap only the trained network.
     network = (state.frozen or state.ema.model) if objective.averages(state.step) else None
     whole, size = (clean, condition, features, draws), len(clean["x"]) // config.accumulate
     parts = [slice(i * size, (i + 1) * size) for i in range(config.accumulate)]
@@ -237,7 +237,7 @@ def backward(
                 averaged = None if network is None else objective.averaged(network, clean, condition, draws)
                 losses = module(clean, condition, features, draws, weights, averaged)
             state.guard.scaled(losses.total.mean() / config.accumulate).backward()
-        # Detached, or the graphs of all micro-batches would be alive at once.
+        # Detached; otherwise the graphs of all micro-batches would stay in memory.
         found.append(Losses(losses.total.detach(), losses.terms))
     return Losses(
         torch.cat([losses.total for losses in found]),
@@ -254,7 +254,7 @@ def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Te
         moments = autoencoder.encode(batch.images)
     if not autoencoder.stochastic:
         return autoencoder.sample(moments)
-    # Drawn for the global batch, of which each process takes its part: the number of processes changes nothing.
+    # Sampled for the global batch; each process uses its part, so the result does not depend on the number of processes.
     num, shape = len(moments), (autoencoder.channels, *moments.shape[2:])
     stream = generator(seed, "posterior", step, device=moments.device)
     noise = torch.randn((dist.world() * num, *shape), generator=stream, device=moments.device)

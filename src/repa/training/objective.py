@@ -35,13 +35,13 @@ class Draws(NamedTuple):
 
     t: Times  # (N,), or two an image
     noise: State
-    dropped: Tensor  # (N,) bool: condition replaced by the null condition
-    t_averaged: Times | None = None  # times at which the averaged network sees the images; None: no term asks
+    dropped: Tensor  # (N,) bool: images with the null condition
+    t_averaged: Times | None = None  # times of the averaged network's input; None: no term reads it
     keep: Tensor | None = None  # (N, K) ids of the tokens that are not routed around the middle blocks
     visible: State | None = None  # term -> (N, T) bool: tokens that its projector sees, where it masks some
     # velocities of the images before these in the global batch, for contrastive flow matching
     other: State | None = None
-    path_dropped: Tensor | None = None  # (N,) bool: what the route's blocks give is thrown away; None: nobody's
+    path_dropped: Tensor | None = None  # (N,) bool: images that skip the routed blocks; None: no image
 
 
 class Objective(nn.Module):
@@ -71,7 +71,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.denoising_schedule = SCHEDULES.build(denoising_schedule)
-        # Such a schedule stops a term for good, and a run without its denoising loss trains nothing.
+        # Such a schedule stops a term permanently, and a run without a denoising loss does not train.
         if hasattr(self.denoising_schedule, "watches"):
             raise UserError(f"The denoising schedule {denoising_schedule!r} needs an alignment term: choose warmup.")
         terms = {a.key: a for a in alignments}
@@ -92,14 +92,14 @@ class Objective(nn.Module):
                 f"The projector {looking[0].projector!r} of the alignment {looking[0].key!r} needs one time per image, but "
                 "--diffusion.token-times gives two: leave it out, or choose the projector mlp."
             )
-        self.averaging = [a.target for a in alignments if a.target.averaged]  # they agree: see TrainConfig
+        self.averaging = [a.target for a in alignments if a.target.averaged]  # with equal settings: see TrainConfig
 
     def terms(self) -> list[Alignment]:
         """The alignments, in order."""
         return [term for term in self.alignments.values() if isinstance(term, Alignment)]
 
     def clean(self, x: Tensor, features: Mapping[str, Features]) -> State:
-        """What is noised: the latents x (N, C, H, W), and for each stream the encoder's vector of the image (N, F)."""
+        """The clean state: the latents x (N, C, H, W), and for each stream the encoder's image vector (N, F)."""
         found = {"x": x}
         for stream in self.streams:
             vector = features[stream.source].pooled
@@ -116,7 +116,7 @@ class Objective(nn.Module):
         x = clean["x"]
         own = slice(dist.rank() * len(x), (dist.rank() + 1) * len(x))
         num = dist.world() * len(x)
-        # One generator, so the order of the draws is part of what a seed means: further ones come behind.
+        # One generator, so the order of sampling is part of the meaning of a seed: new random numbers come last.
         stream = generator(self.seed, "objective", step, device=x.device)
         drawn = self.process.draw_times(num, stream, x.device)
         noise = {"x": torch.randn((num, *x.shape[1:]), generator=stream, device=x.device)}
@@ -127,7 +127,7 @@ class Objective(nn.Module):
         averaged, visible = self._times_of_average(t, stream), self._draw_visible(num, step, x.device)
         keep, path = None, None
         if self.model.route:
-            # From a stream apart: a run with a route, and one without, draw the same times and noise.
+            # From a separate stream, so that runs with and without a route have the same times and noise.
             route = generator(self.seed, "route", step, device=x.device)
             keep, path = draw_route(self.model.route, num, self.model.grid, route)
         draws = select_samples(Draws(t, noise, dropped, averaged, keep, visible, path_dropped=path), own)
@@ -148,16 +148,16 @@ class Objective(nn.Module):
         return found
 
     def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, own: slice) -> Tensor:
-        """Velocities of the images before this process's, (N, ...): the first one's lies on the process before, in a ring."""
+        """Velocity of the previous image for each image (N, ...); the first one's is on the previous process, in a ring."""
         before = torch.cat([dist.gather(part[-1:])[dist.rank() - 1][None], part[:-1]])
         times = self._times_of(t, part).roll(1, 0)[own]
-        assert isinstance(self.process, Flow)  # as it is contrastive
+        assert isinstance(self.process, Flow)  # because it is contrastive
         return self.process.velocity(before, noise.roll(1, 0)[own], times)
 
     def _two_times(self, t: Tensor, stream: torch.Generator) -> Times:
-        """Two times an image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest a second.
+        """Two times per image (arXiv 2607.02508): a random share `token_times` of its tokens has the first, the rest the second.
 
-        Without token_times the times (N,) as they are.
+        Without token_times, the times (N,) unchanged.
         """
         if not self.token_times:
             return t
@@ -181,18 +181,18 @@ class Objective(nn.Module):
         return t._replace(values=values) if isinstance(t, TwoTimes) else values[:, 0]
 
     def weights(self, step: int, device: torch.device) -> Tensor:
-        """(1 + A,): of the denoising losses, and lambda of Eq. 9 of each alignment; filled in on the device, which nobody waits for."""
-        # A tensor and no floats: a compiled objective would be compiled again for every new weight of a schedule.
+        """(1 + A,): weight of the denoising losses, and lambda of Eq. 9 of each alignment; set on the device without synchronisation."""
+        # A tensor, not floats: otherwise torch.compile would recompile the objective for every new weight of a schedule.
         found = [self.denoising_schedule(step), *(a.weight(step) for a in self.terms())]
         return torch.stack([torch.full((), weight, device=device) for weight in found])
 
     @torch.no_grad()
     def averaged(self, network: Backbone, clean: State, condition: Condition, draws: Draws) -> Output:
-        """What the averaged or frozen network answers on the same images and noise, called outside of DDP and torch.compile."""
-        assert draws.t_averaged is not None  # a term asks for it
+        """Outputs of the averaged or frozen network for the same images and noise, computed outside of DDP and torch.compile."""
+        assert draws.t_averaged is not None  # a term reads it
         state, time = self._noised(clean, draws.noise, draws.t_averaged), self._network_time(draws.t_averaged)
         target, taps = self.averaging[0], self.averaged_taps
-        # The average sees what the network sees, labels dropped alike; another run's network is asked with all labels.
+        # The average has the same dropped labels as the network; another run's network receives all labels.
         if not target.run:
             return network(state, time, self._condition(condition, draws), taps)
         output = network(state, time, condition, taps)
@@ -214,12 +214,12 @@ class Objective(nn.Module):
         weights: Tensor,
         averaged: Output | None = None,
     ) -> Losses:
-        """Per-sample losses: a function of its arguments, with neither a generator nor a step in it (for torch.compile).
+        """Per-sample losses: a pure function of its arguments, without a generator or a step (for torch.compile).
 
         Args:
             clean: latents and vectors of N images, from `clean`.
             condition: of these images.
-            features: of the clean images by encoder name; an alignment whose encoder is not among them is left out.
+            features: features of the clean images by encoder name; an alignment without features is left out.
             draws: of these N samples, from `draw`.
             weights: (1 + A,), from `weights`.
             averaged: from `averaged`.
@@ -227,7 +227,7 @@ class Objective(nn.Module):
         state = self._noised(clean, draws.noise, draws.t)  # Eq. 1
         time = self._network_time(draws.t)
         given, condition = condition, self._condition(condition, draws)
-        # Handed over only where there is one: networks without a route, among them those of others, do not take it.
+        # Passed only if there is one: networks without a route, including private ones, do not accept it.
         path = {} if draws.path_dropped is None else {"path_dropped": draws.path_dropped}
         output = self.model(state, time, condition, self.taps, draws.keep, **path)
 
@@ -241,7 +241,7 @@ class Objective(nn.Module):
         total = of_denoising * total
         seen = Seen(output, features, averaged, clean, draws.t, condition, given, draws.visible or {})
         for alignment, scale in zip(self.terms(), lambdas, strict=True):
-            # Its weight is 0 at this step, so nobody asked its encoder.
+            # Its weight is 0 at this step, so its encoder did not run.
             if not alignment.target.ready(seen):
                 total = total + alignment.zero_loss()
                 continue
@@ -251,34 +251,34 @@ class Objective(nn.Module):
         return Losses(total, terms)
 
     def observe(self, step: int, losses: Losses) -> None:
-        """Tell schedules that ask for it how their terms stand after `step` steps; waits for the device on those steps."""
+        """Pass schedules the losses that they observe after `step` steps; synchronises only on those steps."""
         for key, schedule in self.watching_schedules.items():
             loss = losses.terms.get(f"alignment/{key}")
             if schedule.watches(step) and loss is not None:
                 schedule.observe(step, float(dist.mean_over(loss.mean())))
 
     def schedule_states(self) -> dict[str, dict[str, float]]:
-        """What those schedules know, by the key of the term."""
+        """State of these schedules, by the key of the term."""
         return {key: schedule.state() for key, schedule in self.watching_schedules.items()}
 
     def load_schedule_states(self, states: Mapping[str, Mapping[str, float]]) -> None:
-        """The way back, from a checkpoint."""
+        """Restore the state from a checkpoint."""
         for key, schedule in self.watching_schedules.items():
             schedule.load(states[key])
 
     def averages(self, step: int) -> bool:
-        """Does a term of this step look at the averaged network?"""
+        """Whether a term of this step reads the averaged network."""
         return any(a.target.averaged and a.weight(step) != 0 for a in self.terms())
 
     def needs(self, step: int) -> tuple[Need, ...]:
-        """What this step wants of encoders: for streams, and for the terms with a weight that is not 0."""
+        """Encoder features that this step needs: for streams, and for terms with a nonzero weight."""
         terms = [a.target.need for a in self.terms() if a.target.need and a.weight(step) != 0]
         return merged_needs([*terms, *(Need(s.source, pooled=True) for s in self.streams)])
 
     def clipping_groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together.
 
-        A projector that only measures is its own group: its gradient must not change the scale of the network's.
+        A projector that only measures is a separate group: its gradient must not change the scale of the network's.
         """
         alignments = self.terms()
         measuring = [p for a in alignments if a.config.measure_only for p in a.parameters()]
@@ -319,7 +319,7 @@ class Objective(nn.Module):
         return found
 
     def _times_of(self, t: Times, part: Tensor) -> Tensor:
-        """Times as a process takes them: (N,) as they are; those of tokens spread over their pixels, (N, 1, H, W)."""
+        """Times for a process: (N,) unchanged; times of tokens repeated over their pixels, (N, 1, H, W)."""
         if not isinstance(t, TwoTimes):
             return t
         rows, columns = self.model.grid
@@ -328,7 +328,7 @@ class Objective(nn.Module):
 
 
 def _as_one_pixel(vector: Tensor) -> Tensor:
-    """A vector (N, F) is an image of one pixel to the process."""
+    """A vector (N, F) as an image of one pixel, for the process."""
     return vector[:, :, None, None]
 
 

@@ -26,22 +26,22 @@ from repa.training.scaling import faster
 
 
 def strategy(config: TrainConfig, device: torch.device) -> str:
-    """What parallel "auto" is: on several GPUs the strategy that is predicted to be faster, elsewhere ddp; any other as it is.
+    """Resolve parallel "auto": on several GPUs the strategy with the faster prediction, elsewhere ddp; other values stay.
 
-    Of a configuration that is complete.
+    The configuration must be complete.
     """
     if config.parallel != "auto":
         return config.parallel
     if device.type != "cuda" or not dist.active() or config.optimizer.name == "muon":
         return "ddp"
-    # The same arithmetic in every process, of the same configuration: none need ask the others.
+    # Every process computes the same result from the same configuration, without communication.
     cost = model_cost(config.model, token_times=config.diffusion.token_times > 0)
     sides = (1, *mesh_sides(dist.world(), launch.place(strict=False).local_world))[-2:]
     return faster(cost.parameters, cost.training, config.batch_size / dist.world(), *sides)
 
 
 class FirstChoices(NamedTuple):
-    """What is left to the moment, as it was when the run began: the same command may find otherwise now."""
+    """Choices that depend on the machine or on other runs, as made at the start of the run; now they could differ."""
 
     precision: str
     """What "auto" stands for."""
@@ -49,14 +49,14 @@ class FirstChoices(NamedTuple):
     """Of a run in training, without its step -> with it."""
 
     def applied(self, config: TrainConfig) -> TrainConfig:
-        """A configuration with these choices where it leaves them open."""
+        """A configuration with its open choices filled in."""
         alignments = [term.override(target=self.targets.get(term.target, term.target)) for term in config.alignments]
         precision = self.precision if config.precision == "auto" else config.precision
         return config.override(precision=precision, alignments=alignments)
 
 
 def first_choices(config: TrainConfig, run: Path, device: torch.device) -> FirstChoices:
-    """Looked up by the main process for all, because a CPU is timed for "auto"."""
+    """Determined by the main process for all, because "auto" times a CPU."""
     if not (path := run / layout.CONFIG).is_file():
         return FirstChoices(resolved(config.precision, device), {})
     before = TrainConfig.load(path)
@@ -73,7 +73,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         asked = getattr(config.model, name)
         if asked and asked != value:
             raise UserError(
-                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} have {value}: leave it out, or prepare other data."
+                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
             )
     if config.autoencoder and config.autoencoder != data.autoencoder:
         raise UserError(
@@ -81,7 +81,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
             f"leave it out, or run `repa prepare` with --autoencoder {config.autoencoder}."
         )
     sampler, _ = parse_spec(config.preview.sampler)
-    # An impossible number of steps is reported now and not by the first preview, hours later.
+    # An invalid number of steps is reported now, not by the first preview hours later.
     if (config.preview.every or config.preview.scored_every) and sampler in DDPM_SAMPLERS:
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     alignments = [term.override(target=_with_step(term.target)) for term in config.alignments]
@@ -106,7 +106,7 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
 
 
 def steps_of_epochs(config: TrainConfig, num_images: int) -> int:
-    """Those of `epochs` passes over the data, if they are fewer than were asked for."""
+    """Number of steps of `epochs` passes over the data, if smaller than num_steps."""
     passes = math.ceil(config.epochs * num_images / config.batch_size)
     return min(config.num_steps, max(1, passes)) if config.epochs else config.num_steps
 
@@ -120,7 +120,7 @@ def _text_settings(config: TrainConfig, data: DataSet) -> dict[str, str]:
 
 
 def _with_step(target: str) -> str:
-    """A target "run:path=..." with the step that its newest checkpoint has now, so that going on later sees the same network."""
+    """A target "run:path=..." with the current step of its newest checkpoint, so that a resumed run uses the same network."""
     name, settings = parse_spec(target)
     if name != "run" or settings.get("step", -1) >= 0:
         return target
@@ -134,7 +134,7 @@ def _with_step(target: str) -> str:
 
 
 def with_streams(config: TrainConfig, dims: Mapping[str, int]) -> TrainConfig:
-    """Fill in how wide the network's streams are; `dims`: encoder -> width of its features."""
+    """Fill in the widths of the network's streams; `dims`: encoder -> width of its features."""
     streams = tuple((stream.name, dims[stream.source]) for stream in config.streams)
     return config.override(model=config.model.override(streams=streams))
 
@@ -163,22 +163,22 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
             "choose another --out, or give its original data."
         )
-    # The data first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_is_leftover`).
+    # data.json first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_is_leftover`).
     files.write_sealed(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
 
 
 def _changed_settings(run: Path, config: TrainConfig) -> list[str]:
-    """What a run's own configuration says otherwise, of that which may not change."""
+    """Differences from the run's configuration in settings that must not change."""
     before = TrainConfig.load(run / layout.CONFIG)
     same = config.override(**{name: before.model_dump()[name] for name in layout.CHANGEABLE})
     return difference(before, same)
 
 
 def is_finished(config: TrainConfig, data: DataSet, run: Path, device: torch.device) -> bool:
-    """Has the run in this folder all steps that are asked for? Told from small files, without building its network.
+    """Whether the run in this folder has all requested steps, from small files without building its network.
 
-    False also where the folder is of another configuration or of other data, which `claim_folder` reports.
+    Also False if the folder has another configuration or other data, which `claim_folder` reports.
     """
     if not (run / layout.CONFIG).is_file() or not (steps := layout.checkpoint_steps(run)):
         return False
@@ -188,14 +188,14 @@ def is_finished(config: TrainConfig, data: DataSet, run: Path, device: torch.dev
 
 
 def _is_leftover(name: str) -> bool:
-    """Whether a file is what a kill amid `claim_folder` leaves behind."""
+    """Whether a file was left by a kill during `claim_folder`."""
     return name == layout.DATA or (
         name.startswith((f".{layout.DATA}.", f".{layout.CONFIG}.")) and name.endswith(".tmp")
     )
 
 
 def require_equal_parts(batch_size: int, world: int, accumulate: int) -> None:
-    """Raises UserError unless every process can cut its share of the batch into equal parts."""
+    """Raises UserError unless every process can split its share of the batch into equal parts."""
     parts = world * accumulate
     if batch_size % parts:
         raise UserError(
@@ -205,12 +205,12 @@ def require_equal_parts(batch_size: int, world: int, accumulate: int) -> None:
 
 
 def require_agreement(run: Path, config: TrainConfig, data: DataSet, step: int) -> None:
-    """All processes do one thing: the same step, configuration and data; or all stop before the first step."""
+    """Require the same step, configuration and data on all processes; otherwise all stop before the first step."""
     mine = {"step": str(step), "configuration": config.to_yaml(), "data": json.dumps(data.summary(), sort_keys=True)}
     of_all = dist.gather_objects({name: hashlib.sha256(text.encode()).hexdigest() for name, text in mine.items()})
     different = [name for name in mine if len({each[name] for each in of_all}) > 1]
     if different:
-        # All know of the difference by the hashes, so all come to this second gathering.
+        # All processes see the difference of the hashes, so all reach this second gather.
         steps = ", ".join(map(str, dist.gather_objects(step)))
         raise dist.SharedError(
             f"The processes differ in {', '.join(different)} (their steps: {steps}): give all of them the same command, and "

@@ -1,33 +1,33 @@
-"""What a step costs on several GPUs: bytes, what overlaps, and which strategy is the faster one. Arithmetic, not measured.
+"""Predicted cost of a step on several GPUs: communication, overlap, and the faster strategy. Calculated, not measured.
 
 P parameters, each float32 with AdamW's two moments and one average. Reductions and gathers are rings: each of n processes
-sends and receives (n - 1) / n of what is gathered or reduced, and twice that of an all-reduce. Between machines a ring is as
-fast as their network, within one as its links. The backward takes two thirds of the computing time.
+sends and receives (n - 1) / n of the gathered or reduced bytes, and twice that for an all-reduce. Between machines a ring has
+the speed of their network, within one that of its links. The backward pass has two thirds of the computing time.
 """
 
 from dataclasses import dataclass
 
 STRATEGIES = ("ddp", "fsdp")
-TRAFFIC = 64  # bytes of memory traffic for each parameter and step: casts, clipping, AdamW, average
-WORTH = 1.02  # times as fast that fsdp must be predicted to be chosen
+TRAFFIC = 64  # bytes of memory traffic per parameter and step: casts, clipping, AdamW, average
+WORTH = 1.02  # smallest predicted speed-up for which fsdp is chosen
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one GPU and what lies between several; those of an H200 in machines of eight, unless measured."""
+    """Rates of one GPU and of the links between several; by default those of an H200 in machines of eight."""
 
     seconds_per_tflop: float = 449e-3 / 256 / 0.773
     """Of training: SiT-XL/2 with an online DINOv2-B, 0.773 TFLOP an image, in bf16, compiled; predicted (docs/speed.md)."""
     memory: float = 4.0e12
-    """Bytes a second that pointwise kernels move."""
+    """Bytes per second of pointwise kernels."""
     links: float = 400e9
-    """Bytes a second of a ring within a machine."""
+    """Bytes per second of a ring within a machine."""
     network: float = 350e9
-    """Bytes a second of a ring between machines, all their GPUs together."""
+    """Bytes per second of a ring between machines, for all GPUs of a machine together."""
     latency: float = 30e-6
-    """Seconds before a collective within a machine moves anything; between machines it grows with the logarithm of their number."""
+    """Latency in seconds of a collective within a machine; between machines it grows with the logarithm of their number."""
     contention: float = 0.1
-    """Part of overlapped communication that computing loses, as both use the device's memory and processors."""
+    """Share of overlapped communication time by which computing slows down, because both use the device's memory and processors."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class StepSeconds:
 
     compute: float
     communication: float
-    """Of all collectives, if nothing overlapped."""
+    """Seconds of all collectives without overlap."""
     exposed: float
-    """Of them what computing does not hide, and what it loses to the rest."""
+    """Seconds of communication that are not hidden by computing, plus the slowdown of computing."""
     update: float
     """Casts, clipping, AdamW, average."""
     sent: float
@@ -84,7 +84,7 @@ def step(
 
 
 def faster(parameters: float, flops: float, images: float, machines: int, gpus: int) -> str:
-    """The strategy of the shorter predicted step; ddp where they are alike, and for one process."""
+    """The strategy with the shorter predicted step; ddp if both are similar, and for one process."""
     if machines * gpus == 1:
         return "ddp"
     ddp, fsdp = (step(name, parameters, flops, images, machines, gpus).seconds for name in STRATEGIES)

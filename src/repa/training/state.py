@@ -1,4 +1,4 @@
-"""What a training run is made of, how it is built from a configuration, and what of it goes into a checkpoint."""
+"""The state of a training run, its construction from a configuration, and its contents in a checkpoint."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,13 +34,13 @@ class TrainState:
 
     config: TrainConfig
     objective: Objective
-    averages: dict[str, EMA]  # by the stem of their file; "ema" is the one that previews and terms look at
+    averages: dict[str, EMA]  # by the stem of their file; previews and terms use "ema"
     optimizer: torch.optim.Optimizer
     guard: Guard
-    frozen: Backbone | None = None  # another run's network, where a term looks at one
+    frozen: Backbone | None = None  # another run's network, if a term reads one
     step: int = 0
     rate: float = 0.0  # learning rate of the last step
-    seconds: float = 0.0  # spent in training steps, previews and checkpoints not counted
+    seconds: float = 0.0  # time in training steps, without previews and checkpoints
     metrics: dict[str, float] = field(default_factory=dict)  # of the last logged step
 
     @property
@@ -52,11 +52,11 @@ class TrainState:
         return self.averages["ema"]
 
     def snapshot(self, writers: Sequence[int] = (0,), *, copy: bool = False) -> Checkpoint:
-        """This process's share of everything that must survive a restart, whole tensors on the CPU; all processes must ask.
+        """This process's share of everything that must survive a restart, as full tensors on the CPU; a collective call.
 
         Args:
-            writers: ranks of the processes among which it is divided.
-            copy: it owns its tensors, so that training may go on while it is written.
+            writers: ranks of the processes that share it.
+            copy: copy all tensors, so that training may continue during the write.
         """
         files = {
             layout.MODEL_FILE: self.model.state_dict(),
@@ -78,9 +78,9 @@ class TrainState:
         return Checkpoint(self.step, counters, parts)
 
     def keep_snapshot(self, run: Path) -> None:
-        """The averages of ema_widths as they are now, for `repa ema`; every process must ask."""
+        """The current averages of ema_widths, for `repa ema`; a collective call."""
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        # Of what is trained alone: `repa ema` takes the rest, such as positions, from a checkpoint.
+        # Only trained tensors: `repa ema` reads the rest, such as positions, from a checkpoint.
         averages = {}
         for width in self.config.ema_widths:
             average = self.averages[weights_name(width)].model
@@ -89,9 +89,9 @@ class TrainState:
         dist.on_main(lambda: save_snapshot(run, self.step, averages))
 
     def resume(self, run: Path) -> None:
-        """Continue from the newest checkpoint, when there is one: made by any number of processes, whatever the strategy.
+        """Resume from the newest checkpoint, if there is one, from any number of processes and any strategy.
 
-        Each process reads a part of it and deals that out tensor by tensor; all must ask.
+        Each process reads a part of it and distributes it tensor by tensor; a collective call.
         """
         if (found := load_owned(run)) is None:
             return
@@ -104,7 +104,7 @@ class TrainState:
         with dist.together():
             layout.require_settings(run, step, counters.get(SETTINGS), self.config.model_dump(mode="json"))
         folder = layout.checkpoint_folder(run, step)
-        # Whole by their checksums, the tensors can only be of another configuration: an error here is the folder's.
+        # The checksums match, so an error here means that the tensors belong to another configuration.
         with faults.reading(folder, "the state of this configuration", f"Restore {run / layout.CONFIG}."):
             load(self.model, files[layout.MODEL_FILE])
             for name, average in self.averages.items():
@@ -117,7 +117,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def full_average(self) -> Iterator[Backbone]:
-        """The average as a network that any process can run without the others; all processes must enter together."""
+        """The average as a network that each process can run alone; entering the context is collective."""
         if not dist.is_sharded(next(self.ema.model.parameters())):
             yield self.ema.model
             return
@@ -133,15 +133,15 @@ def build_state(
 ) -> TrainState:  # fmt: skip
     """A state at step 0. `config` is resolved (no field left to the data); feature_dims: encoder -> width of its tokens.
 
-    `empty_text` (1, S, E) is what stands for "no text" in a network that reads text.
-    `config.init` is read for a new run; later a checkpoint takes its place, and it need not exist any more.
+    `empty_text` (1, S, E) is the null condition of a network that reads text.
+    `config.init` is read only for a new run; later the checkpoint replaces it, and it need not exist any more.
 
-    Network and projectors are initialised from separate streams: a run with another alignment, or none, starts from
+    Network and projectors are initialised from separate random streams: runs with other alignments, or without, start from
     the same network.
     """
-    # The order below matters: initial weights, then LoRA, then the averages, which copy both; after them what changes how the
-    # network computes and not what it is; sharding next to last, as what is sharded cannot be copied; last the optimizer, which
-    # must hold the parameters that sharding has put in place.
+    # The order matters: initial weights, then LoRA, then the averages, which copy both; then changes of the implementation that
+    # keep the parameters; sharding next to last, because a sharded network cannot be copied; the optimizer last, because it
+    # must hold the sharded parameters.
     with seeded(config.seed, "model"):
         model = build(config.model)
     model.checkpoint_activations = config.checkpoint_activations
@@ -167,7 +167,7 @@ def build_state(
     fused = [block.fuse_norm() for block in model.blocks if config.fused_norm and isinstance(block, Block)]
     if config.fused_norm and not any(fused):
         raise UserError("--fused-norm needs blocks with LayerNorm and adaLN, which this network lacks: leave it out.")
-    # Not the averages: they are sampled from, in the precision of the sampler.
+    # Not for the averages: sampling uses them in its own precision.
     if config.fp8:
         use_fp8(objective.model, config.precision, device)
     if config.parallel == "fsdp" and dist.active():
@@ -187,8 +187,8 @@ def build_averages(model: Backbone, config: TrainConfig) -> dict[str, EMA]:
 def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of network and projectors.
 
-    Muon takes the matrices that the network names, those of attention and MLP. The adaLN projections, which start at zero
-    as gates, the embeddings, the final layer, the projectors and all vectors stay with AdamW.
+    Muon optimises the matrices that the network lists, those of attention and MLP. AdamW optimises the adaLN projections (which
+    start at zero as gates), the embeddings, the final layer, the projectors and all vectors.
     """
     settings = config.optimizer
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
@@ -197,12 +197,12 @@ def build_optimizer(objective: Objective, config: TrainConfig) -> torch.optim.Op
     hidden = {id(p) for p in objective.model.matrices()}
     matrices, others = ([p for _, p in named if (id(p) in hidden) == wanted] for wanted in (True, False))
     if not matrices:
-        raise UserError("The optimizer muon needs matrices, but this network names none: choose adamw.")
+        raise UserError("The optimizer muon needs matrices, but this network lists none: choose adamw.")
     return MuonAdamW(matrices, others, settings, resolved(config.precision, matrices[0].device))
 
 
 def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """An optimizer's tensors by the parameters they belong to, "PARAMETER/WHAT"; its settings are the configuration's."""
+    """An optimizer's tensors by parameter, "PARAMETER/WHAT"; its settings come from the configuration."""
     return {
         f"{name}/{what}": value
         for name, p in module.named_parameters()
@@ -211,20 +211,20 @@ def named_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, module: nn.Module, saved: Mapping[str, OwnedTensor]) -> None:
-    """The way back: whole tensors into an optimizer whose parameters may be in parts."""
+    """Load full tensors into an optimizer whose parameters may be sharded."""
     names = {p: name for name, p in module.named_parameters()}
     tensors: dict[str, dict[str, OwnedTensor]] = {}
     for key, value in saved.items():
         name, _, what = key.rpartition("/")
         tensors.setdefault(name, {})[what] = value
-    # load_state_dict knows parameters by their number alone, in the order of the groups.
+    # load_state_dict identifies parameters only by their index, in the order of the groups.
     order = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: {what: distribute_like(v, p) for what, v in tensors[names[p]].items()} for i, p in enumerate(order)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class seeded:
-    """Draw module initialisations from the stream (seed, *keys) and leave the global generator as it was."""
+    """Initialise modules from the random stream (seed, *keys), without changing the global generator."""
 
     def __init__(self, seed: int, *keys: int | str):
         self.seed = fold(seed, *keys)

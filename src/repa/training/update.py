@@ -1,6 +1,6 @@
-"""What a step does with its gradients: the guard that may skip it, AdamW or Muon at a learning rate, and the averages.
+"""Update after the backward pass: the guard that may skip it, AdamW or Muon with a learning rate, and the averages.
 
-All of it is decided on the device, so that nothing waits for it.
+All decisions are made on the device, without synchronisation.
 """
 
 import copy
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from repa.training.state import TrainState
 
 SPIKE = 10.0  # times the running median
-MEDIAN_ROWS, LEAST_ROWS = 100, 10  # rows of the median; rows before it says anything
-# The rule of torch.amp.GradScaler: halve after a skipped step, double after so many good ones in a row
+MEDIAN_ROWS, LEAST_ROWS = 100, 10  # log entries in the median; the fewest for a valid median
+# The rule of torch.amp.GradScaler: halve after a skipped step, double after this many consecutive good steps
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
-AverageShare = Callable[[int], float]  # of the network in its average at step t = 1, 2, ...
+AverageShare = Callable[[int], float]  # share of the network in its average at step t = 1, 2, ...
 
 
 def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> list[Tensor]:
-    """A step of optimizer and averages with the gradients that are there; returns the norm of each group's gradients.
+    """A step of optimizer and averages with the current gradients; returns the norm of each group's gradients.
 
-    Where a norm is not finite nothing changes but its count.
+    If a norm is not finite, only the counters change.
     """
-    # The loss scale comes out before anything looks at the size of gradients; the guard checks the norms that clipping found
-    # anyway; and the averages follow last, by the weights of this step.
+    # First the loss scale is removed, so that later code sees true gradients; the guard checks the norms from clipping; the
+    # averages come last, with the weights of this step.
     settings = state.config.optimizer
     state.guard.unscale(state.objective.parameters())
     norms = clip(state.optimizer, groups, settings.max_grad_norm)
@@ -54,7 +54,7 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
         step_and_average(state.optimizer, averages.pop(0), state.step, skip)
     else:
         step_unless_skipped(skip, state.optimizer)
-    # None and not zeros: the next backward writes gradients instead of adding to them.
+    # None, not zeros: the next backward pass writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
     for average in averages:
         average.update(state.step, skip)
@@ -64,29 +64,30 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
 class Guard:
     """Skips steps with non-finite gradients, counts them, and scales the fp16 loss.
 
-    Every process sees the same averaged gradients, so all decide alike. Only `row`, `require_progress` and `state` wait for the device.
+    Every process has the same averaged gradients, so all make the same decision. Only `row`, `require_progress` and `state`
+    synchronise.
 
-    Args:
-        precision: of the run; fp16 scales the loss, so that small gradients do not vanish.
-        device: where gradients are.
+        Args:
+        precision: precision of the run; fp16 scales the loss, so that small gradients do not underflow.
+        device: device of the gradients.
     """
 
     def __init__(self, precision: str, device: torch.device):
         self.scales = precision == "fp16"
-        # On the device, as what is decided on them: skipped steps in all and in a row, the largest finite norm since the last
-        # row, good steps since the loss scale changed, and that scale.
+        # On the device: total and consecutive skipped steps, the largest finite norm since the last log entry, good steps since
+        # the last change of the loss scale, and the loss scale.
         self.skipped, self.in_row, self.largest, self.good = (torch.zeros((), device=device) for _ in range(4))
         self.scale = torch.full((), FIRST_SCALE if self.scales else 1.0, device=device)
         self._reported = 0.0
         self._norms: deque[float] = deque(maxlen=MEDIAN_ROWS)
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What to call backward on."""
+        """The scaled loss for the backward pass."""
         return loss * self.scale if self.scales else loss
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Take the loss scale out of the gradients, before they are clipped."""
+        """Remove the loss scale from the gradients, before clipping."""
         if self.scales:
             gradients = [local(p.grad) for p in parameters if p.grad is not None]
             # Exact, because the scale is a power of two.
@@ -94,11 +95,11 @@ class Guard:
 
     @torch.no_grad()
     def check(self, norms: Sequence[Tensor]) -> Tensor:
-        """1.0 on the device when a gradient norm is not finite, so that the step must be skipped; else 0.0."""
+        """1.0 on the device if a gradient norm is not finite and the step must be skipped, else 0.0."""
         finite = torch.isfinite(torch.stack(list(norms)))
         skip = 1.0 - finite.all().float()
         self.skipped = self.skipped + skip
-        # Arithmetic in place of branches: a branch would wait for the device in every step.
+        # Arithmetic instead of branches: a branch would synchronise at every step.
         self.in_row = (self.in_row + 1.0) * skip
         self.largest = torch.where(finite[0], torch.maximum(self.largest, norms[0]), self.largest)
         if self.scales:
@@ -109,14 +110,14 @@ class Guard:
         return skip
 
     def row(self) -> dict[str, float]:
-        """Values for the row of metrics (waits for the device); the largest norm starts again."""
+        """Values for the log entry (synchronises); resets the largest norm."""
         skipped, largest, scale = torch.stack([self.skipped, self.largest, self.scale]).tolist()
         self.largest = torch.zeros_like(self.largest)
         values = {"skipped_steps": skipped, "grad_norm_max": largest}
         return {**values, "loss_scale": scale} if self.scales else values
 
     def notes(self, row: dict[str, float], step: int) -> list[str]:
-        """Sentences about what happened since the last row: skipped steps, and a gradient norm far above its median."""
+        """Warnings on events since the last log entry: skipped steps, and a gradient norm far above its median."""
         notes, new = [], int(row["skipped_steps"] - self._reported)
         self._reported = row["skipped_steps"]
         if new:
@@ -133,10 +134,10 @@ class Guard:
         return notes
 
     def require_progress(self, allowed: int, step: int, loss: float, run: Path) -> None:
-        """UserError after more than `allowed` skipped steps in a row (waits for the device); it names the newest checkpoint of `run`."""
+        """Raises UserError after more than `allowed` consecutive skipped steps (synchronises); it names the newest checkpoint of `run`."""
         if (in_row := int(self.in_row)) <= allowed:
             return
-        # Every process sees the same averaged gradients, so all come here or none, without asking each other.
+        # Every process has the same averaged gradients, so all reach this line or none, without communication.
         with dist.together():
             steps = layout.checkpoint_steps(run)
             good = f"The checkpoint of step {steps[-1]} is good. " if steps else ""
@@ -147,12 +148,12 @@ class Guard:
             )
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps (waits for the device)."""
+        """The state for a checkpoint (synchronises)."""
         names = ("skipped", "in_row", *(("scale", "good") if self.scales else ()))
         return {f"guard_{name}": float(getattr(self, name)) for name in names}
 
     def load(self, counters: dict[str, float]) -> None:
-        """Take up the state of a checkpoint; one that was written before there were guards has none."""
+        """Restore the state of a checkpoint; older checkpoints have none."""
         for name in ("skipped", "in_row", "scale", "good"):
             if f"guard_{name}" in counters:
                 setattr(self, name, torch.full_like(getattr(self, name), counters[f"guard_{name}"]))
@@ -160,14 +161,14 @@ class Guard:
 
 
 def clip(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[nn.Parameter]], limit: float) -> list[Tensor]:
-    """The norm of each group's gradients, which count for no more than `limit` in the step that follows.
+    """Clip each group's gradients to the norm `limit` for the next step; returns the norms before clipping.
 
-    The fused AdamW scales gradients while it reads them, which spares a pass over them. Where groups have scales of
-    their own, or another optimizer takes part, they are scaled here.
+    The fused AdamW scales gradients while it reads them, which saves a pass over them. With separate scales per group, or
+    another optimizer, they are scaled here.
     """
     if len(groups) > 1 or not isinstance(optimizer, torch.optim.AdamW):
         return [dist.full_tensor(nn.utils.clip_grad_norm_(group, limit)) for group in groups]
-    # Sharded gradients give a sharded norm, which is whole only once all processes have added their parts.
+    # Sharded gradients give a partial norm, which is complete only after a sum over processes.
     norm = dist.full_tensor(nn.utils.get_total_norm([p.grad for p in groups[0] if p.grad is not None]))
     vars(optimizer)["grad_scale"] = ((norm + CLIP_EPS) / limit).clamp(min=1.0)  # what gradients are divided by
     return [norm]
@@ -180,7 +181,7 @@ def adamw(parameters: list[nn.Parameter], settings: OptimizerConfig) -> torch.op
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
-        fused=True,  # also what makes `found_inf` skip a step without a wait
+        fused=True,  # also needed to skip a step by `found_inf` without synchronisation
     )
 
 
@@ -206,10 +207,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([muon, *self.adamw.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # it takes no closure
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         muon, adamw = self.param_groups
         skip: Tensor | None = getattr(self, "found_inf", None)
-        # Set again in each step, because load_state_dict replaces them.
+        # Set again at each step, because load_state_dict replaces them.
         self.adamw.state, self.adamw.param_groups = self.state, [adamw]
         vars(self.adamw)["found_inf"] = skip
         self.adamw.step()
@@ -218,11 +219,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._muon(p, p.grad, muon["lr"], muon["weight_decay"], skip)
 
     def _muon(self, p: Tensor, grad: Tensor, rate: float, decay: float, skip: Tensor | None) -> None:
-        """One matrix; where `skip`, momentum and matrix stay what they are."""
+        """Update one matrix; if `skip`, momentum and matrix stay unchanged."""
         if "momentum_buffer" not in self.state[p]:
             self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momentum = self.state[p]["momentum_buffer"]
-        # In a skipped step the momentum is averaged with itself: multiplied by 0, a gradient that is NaN would stay NaN.
+        # In a skipped step the momentum is averaged with itself, because a NaN gradient multiplied by 0 would stay NaN.
         if skip is not None:
             grad = torch.where(skip > 0, momentum, grad)
         momentum.lerp_(grad, 1 - self.MOMENTUM)
@@ -232,7 +233,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix with its singular values put near 1, between about 0.7 and 1.2: five Newton-Schulz steps, as Muon takes them."""
+    """The matrix with singular values near 1, between about 0.7 and 1.2, after Muon's five Newton-Schulz steps."""
     # The Gram matrix of the shorter side is the smaller one.
     wide = matrix.shape[0] <= matrix.shape[1]
     x = (matrix if wide else matrix.T).to(dtype)
@@ -245,11 +246,11 @@ def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def step_unless_skipped(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """A step of the optimizer, or none where `skip` (a float on the device) is 1: decided there, nothing waits.
+    """A step of the optimizer, unless `skip` (a float on the device) is 1; without synchronisation.
 
-    Gradients are divided by the attribute `grad_scale`, where there is one; it serves one step.
+    Gradients are divided by the attribute `grad_scale`, if it is set; it applies to one step.
     """
-    # The protocol between torch.amp.GradScaler and fused optimizers: attributes, which serve one step and are no state.
+    # The protocol between torch.amp.GradScaler and fused optimizers: attributes that apply to one step and are not state.
     vars(optimizer)["found_inf"] = skip
     optimizer.step()
     for name in ("found_inf", "grad_scale"):
@@ -257,7 +258,7 @@ def step_unless_skipped(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def learning_rate(settings: OptimizerConfig, num_steps: int, step: int) -> float:
-    """Of the step that follows `step` finished ones: a straight rise over warmup_steps, then the schedule to 0 at num_steps."""
+    """Learning rate of the step after `step` completed ones: linear over warmup_steps, then the schedule to 0 at num_steps."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -293,16 +294,16 @@ class EMA:
 
     @cached_property
     def pairs(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """(averages, what they follow), looked up at the first update: sharding replaces parameters before it."""
+        """(averages, their source tensors), looked up at the first update, because sharding replaces parameters before it."""
         own = dict(self.model.named_parameters())
         trained = [(own[name], p) for name, p in self._followed.named_parameters() if p.requires_grad]
         return [mine for mine, _ in trained], [p for _, p in trained]
 
     @torch.no_grad()
     def update(self, t: int, skip: Tensor) -> None:
-        """Follow the weights after step t. Nothing changes, bit for bit, where `skip` (a float on the device) is 1."""
+        """Update the average after step t. Bit-identical if `skip` (a float on the device) is 1."""
         averages, followed = ([local(p) for p in side] for side in self.pairs)
-        # A tensor, so that nothing waits for `skip`; the price on CUDA is a kernel for each parameter.
+        # A tensor, so that `skip` needs no synchronisation; on CUDA this costs one kernel per parameter.
         share = self.share(t) * (1.0 - skip)
         torch._foreach_lerp_(averages, followed, [share] * len(averages))
 
@@ -311,12 +312,12 @@ class EMA:
 def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: Tensor) -> None:
     """`step_unless_skipped` and `ema.update` after step t, on CUDA in one pass.
 
-    The first step makes the optimizer's state, so it takes the two calls, as does one in which a parameter has no gradient.
+    The first step creates the optimizer's state, so it uses the two calls, as does a step in which a parameter has no gradient.
     """
     (group,) = optimizer.param_groups
     averages = dict(zip(*reversed(ema.pairs), strict=True))
     has_all = all(p.grad is not None and optimizer.state[p] for p in group["params"])
-    # What is averaged and not optimised would be left behind by the kernel, which goes through the optimizer's parameters.
+    # The kernel covers only the optimizer's parameters, so averaged tensors that are not optimised would be missed.
     whole = has_all and averages.keys() <= {*group["params"]}
     if skip.device.type != "cuda" or not whole:
         step_unless_skipped(skip, optimizer)
@@ -336,5 +337,5 @@ def step_and_average(optimizer: torch.optim.Optimizer, ema: EMA, t: int, skip: T
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other as it is."""
+    """This process's shard of a sharded tensor; other tensors unchanged."""
     return tensor.to_local() if dist.is_sharded(tensor) else tensor
