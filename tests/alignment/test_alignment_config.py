@@ -45,9 +45,9 @@ def test_defaults_are_the_papers():
         ({"depth": 0}, "setting 'depth' is 0"),
         ({"weight": -0.5}, "setting 'weight' is -0.5"),
         ({"weight": float("nan")}, "setting 'weight'"),
-        ({"target": " "}, "needs a target"),
-        ({"target": "dinov2-b:part=attention,layer=nine", "tap": "attention"}, "the layer 'nine'"),
-        ({"target": "dinov2-b:part=attention,layer=0", "tap": "attention"}, "the layer 0"),
+        ({"target": " "}, "the target is empty"),
+        ({"target": "dinov2-b:part=attention,layer=nine", "tap": "attention"}, "has layer='nine'"),
+        ({"target": "dinov2-b:part=attention,layer=0", "tap": "attention"}, "has layer=0"),
         ({"lambda": 1}, "unknown setting 'lambda'"),
     ],
 )

@@ -328,7 +328,7 @@ def test_crepa_compares_the_frames_of_a_video_with_each_other():
     assert float(aligner.values["crepa"]) == pytest.approx(total, abs=1e-6)
     other = repa.attach(net, "blocks.1", loss="crepa:frames=2", **settings)  # which would divide a frame's four tokens
     net(x)
-    with pytest.raises(UserError, match="give crepa:frames=3"):
+    with pytest.raises(UserError, match="use crepa:frames=3"):
         other(features)
 
 
@@ -367,7 +367,7 @@ def test_only_images_of_some_times_count():
     losses = aligner._term_called("blocks.1").term.compare(tokens, features)
     torch.testing.assert_close(aligner(features, t=t), 0.5 * (losses[0] + losses[2]) / 4)
     net(x)
-    with pytest.raises(UserError, match="give t"):
+    with pytest.raises(UserError, match="pass t"):
         aligner(features)
 
 

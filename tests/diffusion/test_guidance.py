@@ -151,7 +151,7 @@ def test_through_a_denoiser_the_decision_sees_the_samplers_float():
 
 
 def test_more_channels_than_there_are():
-    with pytest.raises(UserError, match="there are 4"):
+    with pytest.raises(UserError, match="there are only 4"):
         of(Network(), "cfg:scale=2,channels=5")(X, 0.5)
 
 

@@ -98,7 +98,7 @@ def test_the_command_on_prepared_data_samples_and_runs(captioned_data, text_run,
     assert repa(["evaluate", str(path), "--reference", data, *words, "--clip-weights", str(clip)]) == 0
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     assert repa(["evaluate", str(path), "--reference", data, *words, "--prompts", str(tmp_path / "few.txt")]) == 2
-    assert "needs the prompt of each of 6" in capsys.readouterr().err
+    assert "needs the prompts of all 6" in capsys.readouterr().err
 
 
 def test_what_is_refused(captioned_data, data_folder, tmp_path):
@@ -107,7 +107,7 @@ def test_what_is_refused(captioned_data, data_folder, tmp_path):
     with pytest.raises(UserError, match="prompt"):
         evaluate_file(tmp_path / "plain.npz", captioned_data / "stored", config, device=CPU)
     (tmp_path / "plain.jsonl").write_text('{"prompt": "a"}\n' * 5)
-    with pytest.raises(UserError, match="no captions"):
+    with pytest.raises(UserError, match="but the reference has none"):
         evaluate_file(tmp_path / "plain.npz", data_folder, config, device=CPU)
     with pytest.raises(UserError, match="have the same prompt"):
         evaluate_file(tmp_path / "plain.npz", captioned_data / "stored", config, device=CPU)

@@ -93,4 +93,4 @@ def test_the_summary_is_of_the_row():
     row = {"profile": profile, "products_of_the_rate": {"qkv forward": 0.8, "qkv input": 0.6}}
     said = summary(json.loads(json.dumps(row)))
     assert "Kernels: product 75%, copy 25%; 1,234 per step; the device is busy 50%" in said
-    assert "at 70% of the rate" in said
+    assert "reach 70% of the rate" in said

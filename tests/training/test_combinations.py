@@ -157,7 +157,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
     "0 tokens before its grid": [("reg", "hooked")],
     "learned variance, but the network outputs 3": [("ddpm", "hooked")],
     "does not support checkpoint_activations": [("hooked", "recomputed")],
-    "names none": [("hooked", "muon")],
+    "lists none": [("hooked", "muon")],
 }  # fmt: skip
 REFUSED = {frozenset(pair): words for words, pairs in REASONS.items() for pair in pairs}
 

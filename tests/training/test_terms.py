@@ -66,7 +66,7 @@ def test_two_terms_have_one_projector():
 
 @pytest.mark.parametrize(
     ("changes", "told"),
-    [({"projector": "mlp:width=8"}, "another projector"), ({"measure_only": True}, "another measure_only"),
+    [({"projector": "mlp:width=8"}, "their projector differs"), ({"measure_only": True}, "their measure_only differs"),
      ({"target": "tiny-classifier"}, "a separate projector")],
 )  # fmt: skip
 def test_projectors_that_cannot_be_shared(changes, told):
