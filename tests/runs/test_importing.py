@@ -54,7 +54,7 @@ def test_repa(form, tmp_path):
     checkpoint = load_checkpoint(run)
     if form in ("bare", "safetensors"):
         assert (checkpoint.step, checkpoint.projectors, config.alignments) == (0, {}, ())
-        with pytest.raises(UserError, match="has no weights 'model' at step 0: there are ema"):
+        with pytest.raises(UserError, match="has no weights 'model' at step 0: choose ema"):
             load_run(run, "model")
     else:
         (alignment,) = config.alignments

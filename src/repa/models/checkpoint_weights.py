@@ -53,7 +53,7 @@ def choose_weights(content: Any, where: str, kind: str, wanted: str = "") -> tup
         (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
         None,
     )
-    reason = f"{empty!r} has no named tensors, so the raw weights are used" if empty else "its only weights are used"
+    reason = f"{empty!r} has no named tensors, so the raw weights are used" if empty else "the only ones in the file"
     return raw, None, reason
 
 
