@@ -76,7 +76,7 @@ def test_mistakes_are_sentences(runs, capsys):
         (("ema", snapshots, "--width", 0.4), "width"),
         (("ema", snapshots, "--width", 0.1, "--step", 5), "has no snapshot of step 5: there are 4, 8"),
         (("sample", snapshots, "--weights", "emma", "--out", "x.npz"),
-         "has no weights 'emma' at step 60: there are ema, ema-0.5, ema-width-0.05, ema-width-0.1, model"),
+         "has no weights 'emma' at step 60: choose ema, ema-0.5, ema-width-0.05, ema-width-0.1, model"),
         (("sample", snapshots, "--weights", "optimizer", "--out", "x.npz"), "has no weights 'optimizer'"),
     ):  # fmt: skip
         assert command(*words) == 2

@@ -210,7 +210,7 @@ def test_what_is_not_there_is_said(tmp_path):
     save_checkpoint(tmp_path, make(5))
     with pytest.raises(UserError, match="no checkpoint of step 6: there are 5"):
         load_checkpoint(tmp_path, 6)
-    with pytest.raises(UserError, match="has no weights 'best' at step 5: there are ema, ema-0.5, model,"):
+    with pytest.raises(UserError, match="has no weights 'best' at step 5: choose ema, ema-0.5, model,"):
         load_weights(tmp_path, "best")
 
 

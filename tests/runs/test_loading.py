@@ -87,7 +87,7 @@ def test_loading_changes_nothing(random_run):
 
 
 def test_unknown_weights_and_steps(random_run):
-    with pytest.raises(UserError, match="has no weights 'best' at step 20: there are ema, model,"):
+    with pytest.raises(UserError, match="has no weights 'best' at step 20: choose ema, model,"):
         load_run(random_run, "best")
     with pytest.raises(UserError, match="no checkpoint of step 15: there are 10, 20"):
         load_run(random_run, step=15)
