@@ -361,3 +361,13 @@ def test_a_typed_source_is_code_that_the_user_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with trust.command(["check", f"{__name__}.shapes"]), pytest.raises(UserError, match="--trust tests"):
         trust.require_trusted("source", f"{__name__}.shapes")
+
+
+def test_a_mistyped_file_imports_no_module(tmp_path, monkeypatch):
+    (tmp_path / "images.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        trust.command(["prepare", "images.zip", "DATA"]),
+        pytest.raises(UserError, match=r"There is no source 'images\.zip'"),
+    ):
+        open_source("images.zip")

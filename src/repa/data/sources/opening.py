@@ -33,6 +33,8 @@ KINDS = (
     "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
     "COCO's captions (.json), 'hf:OWNER/NAME', 'photographs', or a function of your own by its dotted name"
 )
+COMPRESSED, PICKLES = (".gz", ".tgz", ".bz2", ".xz", ".zst"), (".pkl", ".pickle", ".pt", ".pth")
+FILES = (".zip", ".tar", ".parquet", ".arrow", ".json", ".npz", ".npy", *COMPRESSED, *PICKLES, *EXTENSIONS)
 SOURCES = Registry("source", {})  # of the user's own: f(labels, *, settings) -> Source
 
 
@@ -94,7 +96,8 @@ def _kind(name: str, labels: str) -> partial[Any]:
     if path.is_file() or is_remote(name) or is_pattern(name):
         return _file_kind(name, labels)
     why = ""
-    if DOTTED.fullmatch(name):
+    # images.zip, mistyped, must not import a module images that lies in the current folder
+    if DOTTED.fullmatch(name) and path.suffix.lower() not in FILES:
         try:
             return partial(SOURCES.load(name), labels)
         except UserError as error:
@@ -134,9 +137,9 @@ def _file_kind(name: str, labels: str) -> partial[Any]:
         return partial(CocoSource, Path(name))
     if ending in (".npz", ".npy"):
         return partial(ArraySource, Path(name), labels)
-    if ending in (".gz", ".tgz", ".bz2", ".xz", ".zst"):
+    if ending in COMPRESSED:
         raise UserError(f"{name} is compressed as a whole, so that no image in it can be read alone: unpack it first.")
-    if ending in (".pkl", ".pickle", ".pt", ".pth"):
+    if ending in PICKLES:
         raise UserError(f"{name} is a pickle, which can run any program when it is read: save it as .npz or .npy.")
     if ending in EXTENSIONS:
         raise UserError(f"{name} is one image: give the folder that holds it, or a zip of images.")
