@@ -202,8 +202,8 @@ def test_figures_have_a_column_for_each_way_of_drawing_labels():
         ("reg", "SiT-XL/2", "FID 5.0 at 200K, 1.8 at 4M"),
         ("reg", "SiT-B/2", "FID 15.2 at 400K"),
         ("dispersive", "SiT-B/2", "FID 32.35 at 400K"),
-        ("dispersive", "SiT-XL/2", "no unguided figure known"),
-        ("internal-guidance", "SiT-XL/2", "no unguided figure known"),
+        ("dispersive", "SiT-XL/2", "no unguided result known"),
+        ("internal-guidance", "SiT-XL/2", "no unguided result known"),
     ],
 )
 def test_headlines(key, model, line):

@@ -108,7 +108,7 @@ def test_training_the_projector_aligns():
 
 def test_features_of_another_encoder_are_refused():
     hidden, target = inputs()
-    with pytest.raises(UserError, match=r"'tiny' gave 5 channels, but the projector was built for 6"):
+    with pytest.raises(UserError, match=r"'tiny' has 5 channels, but the projector was built for 6"):
         build().compare(hidden, target[..., :5])
 
 
@@ -172,5 +172,5 @@ def test_a_loss_that_is_not_one_number_an_image_is_refused(loss, shape):
 def test_a_target_that_tells_no_width_must_have_that_of_the_tap():
     hidden, target = inputs()
     term = Alignment(AlignmentConfig(target="features", depth=2, projector="none"), hidden_dim=8, feature_dim=0)
-    with pytest.raises(UserError, match="gave 6 channels, but the projector was built for 8: .* must set dim"):
+    with pytest.raises(UserError, match="has 6 channels, but the projector was built for 8: .* must set dim"):
         term.compare(hidden, target)

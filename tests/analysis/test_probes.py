@@ -126,7 +126,7 @@ def test_mistakes_are_sentences(run, data):
         probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
     with pytest.raises(UserError, match="has one class, but a linear probe needs several"):
         probe_of_run(run, Rearranged(data, num_classes=1), ProbeConfig())
-    with pytest.raises(UserError, match="2 classes at 16 pixels, .* Give data with the same class names"):
+    with pytest.raises(UserError, match="2 classes at 16 pixels .* Give data with the same class names"):
         probe_of_run(run, data, ProbeConfig(), Rearranged(data, class_names=("light", "dark")))
     with pytest.raises(UserError, match="greater than 0"):
         ProbeConfig.parse({"learning_rates": (0.0,)})

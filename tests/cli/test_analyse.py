@@ -183,7 +183,7 @@ def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
         assert not (tmp_path / "runs").exists()
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(capsys, "encoders", data, "--out", "file/e.json")
-    assert "no checkpoint of step 15: there are 10, 20" in refused(
+    assert "no checkpoint of step 15: choose one of 10, 20" in refused(
         capsys, "cknna", run_, "--data", data, "--checkpoints", 15
     )
     assert "encoder 'tinny'" in refused(capsys, "cknna", run_, "--data", data, "--encoder", "tinny")

@@ -155,7 +155,7 @@ def test_features_in_half_precision_are_recorded_and_compared_with_such(data, im
     own = ReferenceConfig(features="tiny-classifier", features_precision="bf16")
     make_reference(data.folder, tmp_path / "bf16.npz", own, device=CPU)
     assert evaluate_file(path, tmp_path / "bf16.npz", config, device=CPU)["metrics"] == half["metrics"]
-    with pytest.raises(UserError, match=r"weights [0-9a-f]{12}, bf16\), but samples .*weights [0-9a-f]{12}\)"):
+    with pytest.raises(UserError, match=r"weights [0-9a-f]{12}, bf16\), but the samples .*weights [0-9a-f]{12}\)"):
         evaluate_file(path, tmp_path / "bf16.npz", exact, device=CPU)
 
 
@@ -174,7 +174,7 @@ def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize("num", [0, 1])
 def test_too_few_images(num, data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:num])
-    with pytest.raises(UserError, match=f"holds {num} image"):
+    with pytest.raises(UserError, match=f"has {num} image"):
         evaluate_file(path, data.folder, EvaluateConfig(), device=CPU)
 
 

@@ -255,7 +255,7 @@ def test_mistakes_are_said():
         estimated(aligned("SiT-S/2"), num_devices=7)
     config = aligned("SiT-S/2")
     config = config.override(model=config.model.override(latent_size=64))
-    with pytest.raises(UserError, match=r"model\.latent.size is 64, but sd-vae-ft-mse makes 32 of 256 pixels"):
+    with pytest.raises(UserError, match=r"model\.latent.size is 64, but sd-vae-ft-mse encodes 256 pixels to 32"):
         estimated(config)
     with pytest.raises(UserError, match=r"latents of 33 .*patch|33 cannot be cut into patches of 2"):
         estimated(aligned("SiT-S/2"), resolution=264)

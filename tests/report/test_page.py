@@ -162,7 +162,7 @@ def test_settings_that_did_not_make_the_results_are_refused(random_run, tmp_path
     path.write_text(path.read_text().replace("batch_size: 8", "batch_size: 256"))
     for command in (["report", str(run), "--out", str(tmp_path / "r.html")], ["show", str(run)]):
         assert main.run(command) == 2
-    with pytest.raises(UserError, match="says batch_size: 256, but the checkpoint of step 20 is of batch_size: 8"):
+    with pytest.raises(UserError, match="has batch_size: 256, but the checkpoint of step 20 has batch_size: 8"):
         write_report([run], tmp_path / "r.html")
 
 

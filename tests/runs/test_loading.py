@@ -125,14 +125,14 @@ def test_a_damaged_checkpoint(copy):
         # no shape of a tensor tells these
         (
             lambda config: config["model"].update(num_heads=4),
-            "says model.num_heads: 4, but the checkpoint of step 20 is of model.num_heads: 2",
+            "has model.num_heads: 4, but the checkpoint of step 20 has model.num_heads: 2",
         ),
-        (lambda config: config.update(label_dropout=0.5), "says label_dropout: 0.5"),
+        (lambda config: config.update(label_dropout=0.5), "has label_dropout: 0.5"),
         # what is read as it stands, without a class of settings
-        (lambda config: config.update(label_dropout=2), "its 'label_dropout' is '2'"),
-        (lambda config: config.update(feature_weights={"tiny": "w"}), "its 'feature_weights' is"),
-        (lambda config: config.update(alignments=[3]), "its 'alignments' is"),
-        (lambda config: config["diffusion"].update(path="trigonometric"), "says diffusion.path: 'trigonometric'"),
+        (lambda config: config.update(label_dropout=2), "'label_dropout' has the impossible value '2'"),
+        (lambda config: config.update(feature_weights={"tiny": "w"}), "'feature_weights' has the impossible value"),
+        (lambda config: config.update(alignments=[3]), "'alignments' has the impossible value"),
+        (lambda config: config["diffusion"].update(path="trigonometric"), "has diffusion.path: 'trigonometric'"),
     ],
 )
 def test_a_configuration_of_something_else(change, sentence, copy):

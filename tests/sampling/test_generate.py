@@ -103,7 +103,9 @@ def half_the_latents(denoiser, noise, num_steps, randn_like):
 @pytest.mark.parametrize(("name", "given"), [("no_latents", "NoneType"), ("half_the_latents", r"\(1, 3, 16, 16\)")])
 def test_a_sampler_gives_the_latents_of_all_images(run, name, given):
     config = SampleConfig(sampler=f"{__name__}.{name}", steps=1, precision="fp32")
-    with pytest.raises(UserError, match=rf"{name}' must return .* noise, \(2, 3, 16, 16\), but gave {given}"):
+    with pytest.raises(
+        UserError, match=rf"{name}' must return .* noise's shape, \(2, 3, 16, 16\), but returned {given}"
+    ):
         generate(run, config, [0, 1])
 
 
@@ -351,7 +353,7 @@ def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path
 
 def test_parts_that_another_process_wrote_elsewhere_are_missed(run, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "world", lambda: 3)
-    with pytest.raises(UserError, match="holds 1 of 3 parts"):
+    with pytest.raises(UserError, match="contains 1 of 3 parts"):
         write_samples(run, ODE, 11, tmp_path / "samples.npz")
     assert not (tmp_path / "samples.npz").exists()
 
@@ -463,7 +465,7 @@ def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
     assert threading.main_thread() not in threads
     broken = replace(run, autoencoder=load_autoencoder("pixels"))
     monkeypatch.setattr(type(broken.autoencoder), "images", lambda self, z: z * float("nan"))
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite values"):
         write_samples(broken, SDE, 11, tmp_path / "broken.npz")
     assert not (tmp_path / "broken.npz").exists()
 

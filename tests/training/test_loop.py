@@ -194,7 +194,7 @@ def test_a_configuration_that_was_edited_is_refused_unless_it_may_change(finishe
     ):
         edited = whole.override(**change)
         (run / layout.CONFIG).write_text(edited.to_yaml())
-        with pytest.raises(UserError, match=f"says {sentence}"):
+        with pytest.raises(UserError, match=f"has {sentence}"):
             run_training(edited, run)
     edited = whole.override(log_every=2, num_steps=whole.num_steps)
     (run / layout.CONFIG).write_text(edited.to_yaml())

@@ -138,7 +138,7 @@ def second_stage(tiny_config, random_run, **settings) -> TrainConfig:
     ("edit", "why"),
     [
         ({"qk_norm": "rms"}, "do not fit the network"), ({"depth": 1_000}, "do not fit the network"),
-        ({"num_heads": 4}, "says model.num_heads: 4, but the checkpoint"),
+        ({"num_heads": 4}, "has model.num_heads: 4, but the checkpoint"),
     ],
 )  # fmt: skip
 def test_a_frozen_run_whose_configuration_was_edited(edit, why, run_training, tiny_config, random_run, tmp_path):
