@@ -95,7 +95,7 @@ def evaluate_stream(
     """
     if num < 2:
         raise UserError(
-            f"{samples} has {num} image, but metrics need at least two: give thousands for meaningful results."
+            f"{samples} has {num} image{'s' * (num != 1)}, but metrics need at least two: give thousands for meaningful results."
         )
     check_number(num, config.wanted, samples)
     opened = open_reference(reference, side)
