@@ -328,8 +328,23 @@ def test_crepa_compares_the_frames_of_a_video_with_each_other():
     assert float(aligner.values["crepa"]) == pytest.approx(total, abs=1e-6)
     other = repa.attach(net, "blocks.1", loss="crepa:frames=2", **settings)  # which would divide a frame's four tokens
     net(x)
-    with pytest.raises(UserError, match="use crepa:frames=3"):
+    with pytest.raises(UserError, match="set frames=3"):
         other(features)
+
+
+def of_frames(student, target):
+    return torch.full((len(student),), float(student.shape[1]))
+
+
+of_frames.compares_frames = True
+
+
+def test_a_private_loss_sees_all_frames_of_a_video():
+    net, _, _ = net_and_batch()
+    aligner = repa.attach(net, "blocks.1", features=8, loss=f"{__name__}.of_frames", projector="none", grid=(3, 2, 2))
+    net(torch.randn(2, 3 * 4, 8))
+    aligner(torch.randn(2, 3, 4, 8))
+    assert float(aligner.values["blocks.1"]) == 12  # tokens: three frames of four
 
 
 def test_text_behind_the_image():

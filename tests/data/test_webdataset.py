@@ -187,7 +187,7 @@ def test_compressed_shards_and_missing_ones_are_refused(tmp_path):
     for spec, message in (
         (tmp_path / "a.tar.gz", "There is no source"),
         (tmp_path / "z.tar", "cannot be read as an uncompressed tar file"),
-        (tmp_path / "{a,b}.tar", r"There is no file .*b\.tar', of"),
+        (tmp_path / "{a,b}.tar", r"There is no file .*b\.tar' \(from"),
         (f"{tmp_path}/a.tar:cache=0", r"'cache' of the source .* is 0"),
     ):
         with pytest.raises(UserError, match=message):

@@ -236,9 +236,8 @@ class TestReference:
     def test_a_subset_is_evenly_spaced(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)
         images = DataImages(copy)
-        found = kept_reference(
-            images, load_extractor("tiny-classifier"), "tiny-classifier", batch_size=7
-        )  # no multiple of 4
+        # 7: not a multiple of 4
+        found = kept_reference(images, load_extractor("tiny-classifier"), "tiny-classifier", batch_size=7)
         torch.testing.assert_close(found.subset, features[::4])
         assert found.statistics.count == 40
         assert reference.subset_of(25).tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]

@@ -315,15 +315,13 @@ class Aligner(nn.Module):
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
-        if (
-            parse_spec(term.config.loss)[0] == "crepa"
-        ):  # it compares the frames of a video; all other losses treat frames as images
-            if frames > 1 and parse_spec(term.config.loss)[1]["frames"] != frames:
+        if declared(term.loss, "compares_frames"):
+            if frames > 1 and parse_spec(term.config.loss)[1].get("frames", frames) != frames:
                 raise UserError(
-                    f"Block {attached.block} outputs {frames} frames, but the loss is {term.config.loss!r}: use crepa:frames={frames}."
+                    f"Block {attached.block} outputs {frames} frames, but the loss is {term.config.loss!r}: set frames={frames}."
                 )
             loss = term.compare(student, target, grid=rows_columns, frames=frames)  # (N,)
-        else:
+        else:  # every frame is an image
             loss = term.compare(student, target, grid=rows_columns).unflatten(0, (-1, frames)).mean(1)  # (N,)
         return term.at_times(loss, t)
 

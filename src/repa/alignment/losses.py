@@ -41,6 +41,12 @@ def compares_relations(loss: Callable) -> Callable:
     return loss
 
 
+def compares_frames(loss: Callable) -> Callable:
+    """Declare that a loss compares the frames of a video: `attach` then passes all of them, (N, frames * P, F), at once."""
+    loss.compares_frames = True  # type: ignore[attr-defined]  # a function may have any
+    return loss
+
+
 def looks_at_other_images(loss: Callable) -> bool:
     """Whether a loss with bound settings compares images (see `compares_images`)."""
     always = declared(loss, "compares_images")
@@ -132,6 +138,7 @@ def gram(
     return (excess.square() if norm == "mse" else excess).flatten(1).mean(1)
 
 
+@compares_frames
 def crepa(
     student: Tensor,
     target: Tensor,

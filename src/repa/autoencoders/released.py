@@ -24,12 +24,8 @@ from repa.base.hub import CONFIG, Repository, found_of, weights_named
 from repa.base.weights import no_larger_than
 
 WEIGHTS = weights_named("diffusion_pytorch_model", "diffusion_pytorch_model")
-STATISTICS = (
-    "_latents_mean",
-    "_latents_std",
-    "encoder_mean",
-    "encoder_std",
-)  # tensors that determine a RAE's latents besides its encoder
+# tensors that determine a RAE's latents besides its encoder
+STATISTICS = ("_latents_mean", "_latents_std", "encoder_mean", "encoder_std")
 
 
 class KLAutoencoder(Autoencoder):

@@ -83,10 +83,8 @@ class _Mapped(Dataset):
     def __getitem__(self, item: Any) -> Any:
         try:
             return self.function(item)
-        except (
-            UserError
-        ) as error:  # returned, because the loader would raise it with the worker's traceback in its text
-            return error
+        except UserError as error:
+            return error  # the loader would raise it with the worker's traceback in its text
 
 
 def _as_it_is(result: Any) -> Any:

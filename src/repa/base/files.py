@@ -17,9 +17,8 @@ from typing import Any
 from repa.base import faults
 from repa.base.errors import UserError
 
-LEFTOVER = re.compile(
-    r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp"
-)  # names of files being written or removed; tempfile's letters
+# names of files being written or removed; tempfile's letters
+LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")
 
 SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 

@@ -20,9 +20,8 @@ FORMATS = (
 # Image generators write long compressed texts into files; Pillow's limit of 1 MiB would refuse such images.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
-MAX_PIXELS = (
-    178_956_970  # Pillow's limit against bombs; other libraries disable it in Pillow, so it is checked here too
-)
+# Pillow's limit against bombs; other libraries disable it in Pillow, so it is checked here too
+MAX_PIXELS = 178_956_970
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from half of that on
 
 

@@ -52,8 +52,11 @@ def _full(folder: Path, given: CheckArguments) -> int:
         check_bytes(folder, bar)
     say("all checksums match")
     data = open_data(folder)
-    if data.has_images and (num := count_duplicates(data)):
-        say(f"images{'':<22} {num:,} of {len(data.originals):,} equal an earlier one, pixel for pixel")
+    if data.has_images:
+        with ProgressBar("comparing images", "images") as bar:
+            num = count_duplicates(data, bar)
+        if num:
+            say(f"images{'':<22} {num:,} of {len(data.originals):,} equal an earlier one, pixel for pixel")
     findings = check_models(
         folder, num=given.num_images, autoencoder_weights=given.autoencoder_weights or None,
         feature_weights=given.feature_weights, device=dist.own_device(),

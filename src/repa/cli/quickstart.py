@@ -26,9 +26,8 @@ RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the r
 PAGE = "report.html"
 PHOTOGRAPHS = "photographs"
 GRID = 8  # side of the token grid at both resolutions, for the target's features
-NUM_CROPS = (
-    4_000  # crops of the photographs: an eighth of what a run sees; the distances need the features of all of them
-)
+# crops of the photographs: an eighth of what a run sees; the distances need the features of all of them
+NUM_CROPS = 4_000
 SMALLEST = 0.8  # smallest crop relative to the photograph; with smaller crops a short training learns only texture
 
 

@@ -31,13 +31,7 @@ NAMED = {
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
 BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig for the layers of blocks
-DIT_OPTIONS = (
-    "heads",
-    "streams",
-    "separate_times",
-    "patch_overlap",
-    "route",
-)  # further fields that only a DiT supports
+DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap", "route")  # further fields, of a DiT only
 
 
 def model_names() -> list[str]:

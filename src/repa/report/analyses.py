@@ -29,12 +29,8 @@ NOT_COMPARED = {"analysis", "rows", "runs", "checkpoints", "depths", "times", "l
          "encoder_weights"}  # fmt: skip
 PANEL = 4.6, 3.5  # inches
 LEGEND = 1.3  # inches next to the curves
-BESIDE = {
-    "loc": "center left",
-    "bbox_to_anchor": (1.0, 0.5),
-    "fontsize": 8,
-    "handlelength": 3.5,
-}  # where it hides no curve
+# where the legend hides no curve
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "fontsize": 8, "handlelength": 3.5}
 MOST_IN_LEGEND = 8
 
 Rows = Sequence[dict[str, Any]]

@@ -102,7 +102,8 @@ def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         "converted_from": origin,
         "kind": kind_of(run),
         "source": data.get("source"),
-        "num_images": sum(counts_of(run, data, config["model"]["num_classes"])),  # without flipped copies
+        # without flipped copies, where data.json has the counts
+        "num_images": sum(counts_of(run, data, len(data.get("class_names", ())))) or data.get("num_images"),
         "class_names": data.get("class_names", []),
     }
 

@@ -172,9 +172,8 @@ class FileSource(Source):
             pairs: list[tuple[str, Any]] = []
             origin = ""
             for file, folder, rows in self._metadata(kind):
-                columns = list(
-                    dict.fromkeys(column for row in rows for column in row)
-                )  # of JSON lines each has its own
+                # each line of a JSONL file has its own columns
+                columns = list(dict.fromkeys(column for row in rows for column in row))
                 found = label_columns(columns)
                 if len(found) > 1:
                     raise UserError(

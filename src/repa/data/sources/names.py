@@ -11,9 +11,8 @@ from repa.base.errors import UserError
 from repa.data.sources.contract import require_image_size
 
 MAX_FILES = 1_000_000
-MAX_FOLDERS = (
-    100  # around a file: to look at each folder of a path takes memory that grows with the square of their number
-)
+# around a file: looking at each folder of a path needs memory that grows with the square of their number
+MAX_FOLDERS = 100
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or words
 # of macOS, the disks of Synology, QNAP and NetApp, Windows, ext4 and Python: none of them begins with a dot
 JUNK = (
@@ -73,7 +72,8 @@ def expand(spec: str) -> list[str]:
         # a file may have a bracket in its name, which glob would not match with itself
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not matches:
-            raise UserError(f"There is no file {name!r}{'' if name == spec else f', of {spec!r}'}: give its path.")
+            source = "" if name == spec else f" (from {spec!r})"
+            raise UserError(f"There is no file {name!r}{source}: check its path.")
         found += matches
     return _each_once(spec, found)
 

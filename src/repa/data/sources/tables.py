@@ -283,9 +283,8 @@ def _lists_texts(kind: Any) -> bool:
 def _is_text(kind: Any) -> bool:
     from pyarrow import types
 
-    return (
-        str(kind.value_type if types.is_dictionary(kind) else kind) in TEXTS
-    )  # pandas writes categories as a dictionary
+    # pandas writes categories as a dictionary
+    return str(kind.value_type if types.is_dictionary(kind) else kind) in TEXTS
 
 
 def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
