@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -239,6 +240,56 @@ def test_images_beside_the_table_are_read(tmp_path):
     np.testing.assert_array_equal(np.asarray(source.decode(0)), pixels(pictures())[0])
     with pytest.raises(UserError, match=r"^here\[1\] cannot be read"):
         source.decode(1)
+
+
+def test_files_name_no_image_outside_of_their_folder(tmp_path, monkeypatch):
+    """A stranger's table could name any image of this machine, which would be stored with the data."""
+    (tmp_path / "private.png").write_bytes(BYTES[0])
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "a.png").write_bytes(BYTES[1])
+    (saved / "link.png").symlink_to(tmp_path / "private.png")
+    paths = [str(saved / "a.png"), str(tmp_path / "private.png"), str(saved / "link.png"), f"{saved}/../private.png"]
+    table = datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image())
+    assert open_source(table).decode(1).size == (12, 12)  # the caller's own table
+
+    table.select([0]).save_to_disk(saved)
+    arrow = next(saved.glob("*.arrow"))
+    with pyarrow.OSFile(str(arrow), "wb") as file, pyarrow.ipc.new_stream(file, table.data.schema) as writer:
+        writer.write_table(table.data.table)
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: table)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", saved)
+    for spec in (saved, arrow, "hf:o/n"):
+        source = open_source(spec)
+        np.testing.assert_array_equal(np.asarray(source.decode(0)), pixels(pictures())[1])
+        for index in (1, 2, 3):
+            with pytest.raises(
+                UserError, match=rf"\[{index}\] names the file .* outside of .*: save the data set with"
+            ):
+                source.decode(index)
+
+
+def test_a_saved_data_set_takes_no_arrow_file_outside_of_its_folder(tmp_path):
+    saved = Path(as_saved(tmp_path, pictures()))
+    inside = next(saved.glob("*.arrow"))
+    outside = tmp_path / "other.arrow"
+    outside.write_bytes(inside.read_bytes())
+    state = (saved / "state.json").read_text()
+    (saved / "state.json").write_text(state.replace(inside.name, "../other.arrow"))
+    with pytest.raises(UserError, match=r"saved names the file .*other\.arrow', which is outside of .*saved"):
+        open_source(saved)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_the_format_of_a_table_does_not_matter(kind):
+    formatted = open_source(_table(pictures()).with_format(kind))
+    assert formatted.labels.tolist() == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(np.asarray(formatted.decode(4)), pixels(pictures())[4])
+
+
+def test_a_table_with_a_transform_is_refused():
+    with pytest.raises(UserError, match="the data set has a transform, .*: apply it with map"):
+        open_source(_table(pictures()).with_transform(lambda rows: rows))
 
 
 @pytest.mark.parametrize("labels", ["folders", "labels.csv"])

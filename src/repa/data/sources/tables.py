@@ -6,6 +6,7 @@ Those come from the hub, from `save_to_disk`, or as .arrow files, and are memory
 import functools
 import hashlib
 import json
+import os
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -141,16 +142,27 @@ class TableSource(Source):
 class DatasetSource(TableSource):
     """A `datasets.Dataset` with a column of images."""
 
-    def __init__(self, table: Any, where: str, labels: str = "", **columns: str):
+    def __init__(
+        self, table: Any, where: str, labels: str = "", *, folders: Sequence[str | Path] | None = None, **columns: str
+    ):
         """
         Args:
             table: the data set.
             where: what to call it.
             labels: "" for a column, or "none".
+            folders: the only folders whose files it may name, for a data set made by strangers; None for any file.
             columns: image, label, caption: the names of those columns.
         """
         datasets = _library()
         self._where = where
+        self._folders = None if folders is None else [os.path.realpath(folder) for folder in folders]
+        for file in table.cache_files:
+            self._require_inside(file["filename"], where)
+        if table.format["type"] == "custom":
+            raise UserError(
+                f"{where} has a transform, which would run on every access: apply it with map, or remove it with reset_format."
+            )
+        table = table.with_format(None)
         # a damaged file may name places outside of it, which arrow follows without a look: the process would crash
         _loading(lambda: table.data.validate(full=True), where)
         # as arrow, with what `datasets` writes beside it, so that one rule serves its tables and parquet files
@@ -169,8 +181,16 @@ class DatasetSource(TableSource):
     def contents(self, index: int) -> bytes:
         cell = self._cell(self._image, index)
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+            self._require_inside(cell["path"], self.name(index))
             return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as in `imagefolder`
         return image_bytes(cell, self.name(index))
+
+    def _require_inside(self, path: str, name: str) -> None:
+        if self._folders is not None and not any(Path(os.path.realpath(path)).is_relative_to(f) for f in self._folders):
+            raise UserError(
+                f"{name} names the file {str(path)!r:.200}, which is outside of {' and '.join(self._folders)}: save the data set "
+                "with the images in it."
+            )
 
     def _cell(self, column: str, index: int) -> Any:
         return self._tables[column][index][column]
@@ -209,10 +229,14 @@ def open_hub(
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise UserError(f"'hf:{name}' names no data set of the hub: write hf:OWNER/NAME.")
     datasets = _library()
+    import huggingface_hub
+
     table = _loading(
         lambda: datasets.load_dataset(name, config or None, split=split, revision=revision or None), f"hf:{name}"
     )
-    return DatasetSource(table, f"hf:{name}", labels, **columns)
+    places = datasets.config
+    caches = [places.HF_DATASETS_CACHE, places.DOWNLOADED_DATASETS_PATH, huggingface_hub.constants.HF_HUB_CACHE]
+    return DatasetSource(table, f"hf:{name}", labels, folders=caches, **columns)
 
 
 def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: str) -> DatasetSource:
@@ -226,7 +250,7 @@ def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: st
         table = table[split]
     elif split:
         raise UserError(f"{folder} holds one split: leave out split={split}.")
-    return DatasetSource(table, str(folder), labels, **columns)
+    return DatasetSource(table, str(folder), labels, folders=[folder], **columns)
 
 
 def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> DatasetSource:
@@ -235,7 +259,8 @@ def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> Datas
     tables = [_loading(functools.partial(datasets.Dataset.from_file, shard), shard) for shard in shards]
     where = named_by_first(shards)
     table = _loading(lambda: datasets.concatenate_datasets(tables), where)
-    return DatasetSource(table, where, labels, **columns)
+    folders = list(dict.fromkeys(Path(shard).parent for shard in shards))
+    return DatasetSource(table, where, labels, folders=folders, **columns)
 
 
 def _library() -> Any:
