@@ -9,13 +9,16 @@ INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 export PYTHONDONTWRITEBYTECODE :=
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist worksteal
 
-.PHONY: quickstart test test-slow lint docs clean
+.PHONY: quickstart test fast-tests test-slow lint docs clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/repa quickstart
 
+# all at once: while a test waits for a subprocess, its core lints
 test: $(VENV)/installed-dev
-	$(MAKE) -j 2 lint docs
+	$(MAKE) -j 3 lint docs fast-tests
+
+fast-tests: $(VENV)/installed-dev
 	$(TEST)
 
 test-slow: $(VENV)/installed-dev
