@@ -1,11 +1,12 @@
-# make quickstart   set everything up and run the main job on this machine
-# make test         set everything up and run the tests
-# make docs         the documentation as a site in build/site
+# make quickstart   install, then run `repa quickstart`
+# make test         install, then run the checks and the tests
+# make test-slow    install, then run the tests that take minutes
+# make docs         build the documentation site in build/site
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
-# pip would compile every file on one core; Python compiles what is imported, on its first import, and may keep it here
+# pip would compile every file on one core. Python compiles only imported files and, with this setting, keeps the result.
 export PYTHONDONTWRITEBYTECODE :=
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 -q --dist worksteal
 
@@ -30,7 +31,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# torch comes first and alone: later steps then find it and do not look for another build of it
+# torch is installed first, so that later steps find it and do not look for another build
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("repa needs Python 3.11 or later: make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)

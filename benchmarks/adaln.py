@@ -1,7 +1,9 @@
-"""The adaLN projections of a forward, three ways: each by itself (what the network does), their weights concatenated in every
-forward, and stored as one matrix. Forward and backward, under autocast to bf16.
+"""Time the adaLN projections of one forward and backward in three layouts, under autocast to bf16.
 
-python benchmarks/adaln.py --model SiT-B/2 --batch 8
+    python benchmarks/adaln.py --model SiT-B/2 --batch 8
+
+The layouts: one product per block (what the network does), weights concatenated in every forward, and weights stored as
+one matrix.
 """
 
 import argparse
@@ -46,7 +48,7 @@ def main() -> None:
             leaf.grad = None
 
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(args.rounds + 1):  # in turn, the first not counted
+    for _ in range(args.rounds + 1):  # the layouts take turns; the first round warms up
         for name, way in ways.items():
             seconds[name].append(timed(functools.partial(once, way), device))
     print(f"{args.model}, batch {args.batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")

@@ -1,9 +1,10 @@
-"""What `repa.attach` costs in a training step, against the same term from the network's own tap.
+"""Measure what `repa.attach` costs in a training step, compared with the same term from the network's own tap.
 
     python benchmarks/attach.py --rounds 15
 
-Three ways take turns, step by step, on one DiT: no alignment; the term as the training loop computes it, from a tap that the
-network returns; the term through an aligner. CPU time of the process, forward and backward; printed are medians and ratios.
+Three variants take turns on one DiT: no alignment; the term as the training loop computes it, from a tap that the
+network returns; the term through an aligner. Prints medians and ratios of the process's CPU time for forward and
+backward.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
     ways = {"no alignment": none, "tap of the network": tap, "repa.attach": attached}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     losses = {}
-    for number in range(args.rounds + 2):  # two to warm up
+    for number in range(args.rounds + 2):  # the first two rounds warm up
         for name, way in ways.items():
             start = time.process_time()
             loss = way()

@@ -1,4 +1,4 @@
-"""Forward and backward of the attention that `repa.models` uses, against PyTorch's fused kernel alone.
+"""Time forward and backward of the attention in `repa.models` against PyTorch's fused kernel.
 
 python benchmarks/attention.py
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from repa.models.layers import attend
 
-SHAPES = ((64, 3, 64, 64), (16, 6, 256, 64), (8, 12, 256, 64))  # images, heads, tokens, width of a head
+SHAPES = ((64, 3, 64, 64), (16, 6, 256, 64), (8, 12, 256, 64))  # images, heads, tokens, head width
 ROUNDS = 7
 
 

@@ -1,9 +1,9 @@
-"""How far rounding carries an average of weights away: float32 updates as research code writes them, and as repa does, against float64.
+"""Measure the rounding error of averaged weights: float32 as in research code and as in repa, against float64.
 
     python benchmarks/average.py
 
-Weights of the size of a layer's take small random steps; both averages start from them and follow with decay 0.9999. Printed is the
-largest error beside the root mean square of the weights, and the mean one.
+Weights the size of a typical layer take small random steps. All averages start from the same weights and follow with
+decay 0.9999. Prints the largest and the mean error, relative to the root mean square of the weights.
 """
 
 import argparse
@@ -27,8 +27,8 @@ class Weights(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40_000)
-    parser.add_argument("--num", type=int, default=4096, help="weights")
-    parser.add_argument("--step-size", type=float, default=1e-5, help="of the weights' random walk")
+    parser.add_argument("--num", type=int, default=4096, help="number of weights")
+    parser.add_argument("--step-size", type=float, default=1e-5, help="standard deviation of one step of the weights")
     args = parser.parse_args()
     stream = torch.Generator().manual_seed(0)
     model = Weights(args.num, stream)

@@ -1,11 +1,12 @@
-"""What a block of SiT-B/2 does besides its matrix products, in processor time: on any CPU, also one without bfloat16 products.
+"""Measure what a block of SiT-B/2 costs besides its matrix products, in processor time.
 
     python benchmarks/besides.py --precision bf16
 
-One thread; forward and backward of one block, of which the products are left out (their results are tensors of any
-content). The best of several rounds. Below it the operators, by the bytes that they read and write, then GELU and, in
-bfloat16, attention, each beside its slow twin, and last the update of as many weights as a block has. It hardly computes, so
-that its rate says how long the bytes of the block take at least.
+Runs forward and backward of one block on one thread, with the matrix products replaced by uninitialised tensors, so any
+CPU will do, even one without bfloat16 products. The best of several rounds is printed, followed by the operators sorted
+by the bytes they read and write. Then come GELU and, in bfloat16, attention, each next to its slow version. Last comes
+the optimizer update of as many weights as a block has: it is limited by memory bandwidth, so its GB/s gives a lower
+bound for the time that the block's bytes take.
 """
 
 import argparse
@@ -31,13 +32,13 @@ from repa.models.layers import Block, attend, by_head, gelu
 
 CPU = torch.device("cpu")
 IMAGES, TOKENS, WIDTH, HEADS = 8, 256, 768, 12
-OF_UPDATE = 4 * (1 + 7 + 3)  # bytes a weight that norm, AdamW and average read and write
+OF_UPDATE = 4 * (1 + 7 + 3)  # bytes per weight that the norm, AdamW and the average read and write
 PRODUCTS = ("mm", "addmm", "bmm")
 WITHOUT_BYTES = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", *PRODUCTS}
 
 
 class Bytes(TorchDispatchMode):
-    """Adds up what operators read and write, and counts their calls."""
+    """Adds up the bytes that operators read and write, and counts their calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,14 +56,14 @@ class Bytes(TorchDispatchMode):
 
 
 def without_products() -> torch.library.Library:
-    """Products give tensors of any content, as long as what is returned is kept."""
+    """Make matrix products return uninitialised tensors for as long as the returned library is alive."""
     library = torch.library.Library("aten", "IMPL")
     warnings.filterwarnings("ignore", message="Warning only once for all operators")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return a.new_empty(*a.shape[:-1], b.shape[-1])
 
-    def written(*factors: Tensor, out: Tensor, **_: Any) -> Tensor:  # compiled code says where
+    def written(*factors: Tensor, out: Tensor, **_: Any) -> Tensor:  # compiled code passes the output
         return out
 
     for name in ("mm", "bmm"):
@@ -75,7 +76,7 @@ def without_products() -> torch.library.Library:
 
 @contextlib.contextmanager
 def bytes_of_compiled() -> Iterator[list[int]]:
-    """What the kernels of graphs that are compiled in the block read and write, those of products left out."""
+    """The bytes that kernels of graphs compiled in this context read and write, without matrix products."""
     found: list[int] = []
     codegen = GraphLowering.codegen
 
@@ -90,13 +91,13 @@ def bytes_of_compiled() -> Iterator[list[int]]:
 
 
 def unpacked(qkv: Tensor) -> Tensor:
-    """The slow twin of attention: keys are copied column by column, and the gradients of all three written twice."""
+    """The slow version of attention: it copies keys column by column and writes the gradients of q, k and v twice."""
     q, k, v = qkv.unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
 
 
 def of_update(weights: int, rounds: int) -> tuple[float, float, float]:
-    """Milliseconds of the norm of the gradients, of AdamW and of the average."""
+    """Milliseconds for the gradient norm, AdamW and the average."""
     p, average = torch.nn.Parameter(torch.randn(weights)), torch.randn(weights)
     gradient, share = torch.randn(weights), torch.tensor(1e-4)
     p.grad = gradient
@@ -114,7 +115,7 @@ def forward_and_backward(kind: Callable[[Tensor], Tensor], x: Tensor, gradient: 
 
 
 def best(run: Callable[[], object], rounds: int) -> float:
-    """Milliseconds of processor time."""
+    """Milliseconds of processor time, the best of several rounds."""
     found = []
     for _ in range(rounds):
         begin = time.process_time()
@@ -161,14 +162,14 @@ def main() -> None:
     with Bytes() as counted:
         once()
     block.compile(dynamic=False)
-    torch._inductor.config.force_disable_caches = True  # a graph from the cache is not counted
+    torch._inductor.config.force_disable_caches = True  # graphs from the cache would not be counted
     with bytes_of_compiled() as kernels:
         once()
     compiled = best(once, args.rounds)
     qkv = torch.randn(IMAGES, TOKENS, 3 * WIDTH).to(dtype).requires_grad_()
     of_heads = torch.randn(IMAGES, HEADS, TOKENS, WIDTH // HEADS).to(dtype)
     kinds = {"ours": lambda x: attend(*by_head(x, HEADS)), "unpacked": unpacked}
-    if args.precision == "fp32":  # one fused kernel, whose products are its own
+    if args.precision == "fp32":  # one fused kernel, products included
         kinds = {}
     attentions = {
         name: best(functools.partial(forward_and_backward, kind, qkv, of_heads), args.rounds)

@@ -1,6 +1,8 @@
-"""Time and memory of CKNNA beside the plain way, which holds the n x n kernels and masks, each in a process of its own.
+"""Compare time and memory of CKNNA with a plain implementation that holds the n x n kernels and masks.
 
-python benchmarks/cknna.py [--num 10000] [--width 768] [--plain-num 4000] [--out cknna.json]
+    python benchmarks/cknna.py [--num 10000] [--width 768] [--plain-num 4000] [--out cknna.json]
+
+Every measurement runs in a separate process.
 """
 
 import argparse
@@ -20,7 +22,7 @@ K = 10
 
 
 def plain(a: Tensor, b: Tensor, k: int, variant: str) -> float:
-    """The formulas with whole matrices in float64."""
+    """The formulas on whole matrices in float64."""
     kernels, near = [], []
     for x in (a.double(), b.double()):
         if variant != "paper":
@@ -46,7 +48,7 @@ def plain(a: Tensor, b: Tensor, k: int, variant: str) -> float:
 
 
 def measure(way: str, variant: str, num: int, width: int) -> dict:
-    """One way in this process: value, seconds, and MiB that the process has grown by at its peak."""
+    """Run one implementation in this process: its value, seconds, and the MiB by which peak memory grew."""
     g = torch.Generator().manual_seed(0)
     a = torch.randn(num, width, generator=g)
     b = a @ torch.randn(width, width, generator=g) / width**0.5 + torch.randn(num, width, generator=g)
@@ -60,11 +62,11 @@ def measure(way: str, variant: str, num: int, width: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=10_000, help="images for repa alone")
-    parser.add_argument("--plain-num", type=int, default=4_000, help="images for both ways")
+    parser.add_argument("--num", type=int, default=10_000, help="images for the large run, repa only")
+    parser.add_argument("--plain-num", type=int, default=4_000, help="images for the comparison of both")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--out", default="", help="name of a .json for the rows")
-    parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # WAY,VARIANT,NUM: the process that measures
+    parser.add_argument("--out", default="", help="write the rows to this .json file")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)  # WAY,VARIANT,NUM: set in the child process
     given = parser.parse_args()
     if given.one:
         way, variant, num = given.one.split(",")

@@ -1,10 +1,11 @@
-"""A training step on a CPU in processor time, which other programs on the machine hardly lengthen: eager, compiled, its products.
+"""Time a training step on a CPU, eager and compiled, and compare it with the rate of its matrix products.
 
     python benchmarks/cpu.py --model SiT-B/2 --depth 3 --batch 8
 
-One thread. The steps and a square product are timed in turn in each round; the median is printed. A shallow network of the full width
-tells nearly as much as the whole one, and takes less; its update and its projector weigh more. Beside it each product of a block
-against the square one: what the step would reach if it did nothing else.
+Uses one thread and processor time, which other programs hardly affect. Each round times the steps and a square product
+in turn; the medians are printed. A shallow network of full width says nearly as much as the whole one and takes less
+time, but its update and projector weigh more. Then each matrix product of a block is compared with the square one.
+Together they give the rate that the step would reach if it did nothing else.
 """
 
 import argparse
@@ -24,12 +25,12 @@ from repa.performance.counts import flops_per_image, product_shapes
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 
-SIDE = 2048  # of the square product
+SIDE = 2048  # side of the square product
 ENCODER, WIDTH = "dinov2-b", 768
 
 
 def seconds(run: Callable[[], object], repeats: int = 1) -> float:
-    """Of processor time, the best of several."""
+    """Processor time, the best of several runs."""
     found = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -48,7 +49,7 @@ def products(config: TrainConfig, rate: float) -> None:
     shapes, spent, done, dtype = product_shapes(config), 0.0, 0, DTYPES[config.precision]
     for name, (m, k, n) in shapes.items():
         left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-        if name.endswith("forward"):  # as autograd lays them out
+        if name.endswith("forward"):  # use autograd's memory layout
             right = right.t().contiguous().t()
         elif name.endswith("weight"):
             left = left.t().contiguous().t()
@@ -61,7 +62,7 @@ def products(config: TrainConfig, rate: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SiT-B/2")
-    parser.add_argument("--depth", type=int, default=0, help="blocks; 0: by name")
+    parser.add_argument("--depth", type=int, default=0, help="number of blocks; 0: the model's own depth")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))

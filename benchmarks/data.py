@@ -1,18 +1,19 @@
-"""How fast images become shards, and shards become batches; beside it, what one file for each image gives.
+"""Measure how fast `prepare` turns images into shards and the loader turns shards into batches.
 
-    python benchmarks/data.py                     all of it: minutes, and about 2 GB under --work
+    python benchmarks/data.py                     everything: takes minutes and about 2 GB under --work
     python benchmarks/data.py --only loader
     python benchmarks/data.py --only loader memory
-    python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     seconds: does it run?
+    python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     a trial run: takes seconds
 
-loader    batches of stored latents (8 x 32 x 32, float16), of latents with tokens (256 x 768) and of latents with images, shuffled,
-          from files that the machine's page cache holds, against a plain copy of the same bytes; and one PNG and one float32 .npy
-          for each image, found by os.walk and read by worker processes of torch's DataLoader, and the .npy alone. "times one
-          file" compares like with like: both kinds with both, latents with latents; and, as a run aligned to stored tokens
-          needs no images, latents with both.
-memory    growth of the loader's process over batches of ten million and of ten thousand images.
-prepare   `repa prepare` with nothing to compute (decode, crop, write), with an autoencoder of Stable Diffusion's size, with an
-          encoder of DINOv2-S's size, random weights; beside the first, decoding and cropping alone on every core.
+loader    Shuffled batches of stored latents (8 x 32 x 32, float16), of latents with tokens (256 x 768) and of latents
+          with images. All come from the page cache and are compared with a plain copy of the same bytes. They are also
+          compared with one file per image: a PNG and a float32 .npy, found by os.walk and read by workers of torch's
+          DataLoader, and the .npy files alone. "times one file" compares latents and images with both files, and
+          latents with the .npy. "times PNG and .npy" compares latents with both files, because a run aligned to
+          stored tokens reads no images.
+memory    How much the loader's process grows over batches of ten thousand and of ten million images.
+prepare   Decoding and cropping alone on all cores; then `repa prepare` without a network (decode, crop, write), with an
+          autoencoder of Stable Diffusion's size, and with an encoder of DINOv2-S's size, both with random weights.
 """
 
 import argparse
@@ -55,12 +56,12 @@ def manifest_of(num: int, shards: list[Shard], features: dict[str, FeatureField]
 
 
 def write_shards(folder: Path, num: int, shard_size: int, tokens: bool, images: bool = False) -> None:
-    """Random latents, and tokens and images if asked for."""
+    """Write random latents, with tokens and images on request."""
     stream, shards = np.random.default_rng(0), []
     for number, start in enumerate(range(0, num, shard_size)):
         size = min(shard_size, num - start)
         with ShardWriter(folder, number) as writer:
-            for at in range(0, size, 64):  # as `prepare` writes; small writes leave small pieces in the page cache
+            for at in range(0, size, 64):  # like `prepare`; small writes leave small pieces in the page cache
                 num_rows = min(64, size - at)
                 rows: dict[str, np.ndarray] = {
                     "labels": np.zeros(num_rows, np.int64),
@@ -77,7 +78,7 @@ def write_shards(folder: Path, num: int, shard_size: int, tokens: bool, images: 
 
 
 def write_sparse(folder: Path, num: int, shard_size: int) -> None:
-    """Latents that are all 0 and take no room on the disk."""
+    """Write latents that are all zero, in sparse files that take no space on disk."""
     folder.mkdir(parents=True)
     shards = []
     for number, start in enumerate(range(0, num, shard_size)):
@@ -96,7 +97,7 @@ def write_sparse(folder: Path, num: int, shard_size: int) -> None:
 
 
 class OneFilePerImage(Dataset):
-    """Folders of PNGs and of .npy files, paired by their sorted paths; without `pixels` the second is read alone."""
+    """Folders of PNG and .npy files, paired by sorted path; without `pixels` only the .npy files are read."""
 
     def __init__(self, root: Path, pixels: bool = True):
         self.pixels = pixels
@@ -116,7 +117,7 @@ class OneFilePerImage(Dataset):
 
 
 def write_files(root: Path, num: int) -> None:
-    """Few pictures, each many times: drawing and packing them would take longer than reading."""
+    """Write a few pictures many times over: generating all of them would take longer than reading."""
     stream, pngs = np.random.default_rng(0), []
     for _ in range(PICTURES):
         photograph(stream, 256, 256).save(packed := io.BytesIO(), format="png")
@@ -130,7 +131,7 @@ def write_files(root: Path, num: int) -> None:
 
 
 def photograph(stream: np.random.Generator, width: int, height: int) -> Image.Image:
-    """Smooth with some noise: about as hard to decode as a photograph."""
+    """A smooth image with some noise: about as hard to decode as a photograph."""
     coarse = Image.fromarray(stream.integers(0, 256, (height // 16, width // 16, 3), np.uint8)).resize(
         (width, height), 3
     )
@@ -139,7 +140,7 @@ def photograph(stream: np.random.Generator, width: int, height: int) -> Image.Im
 
 
 def per_second(batches: Iterable, size: int, seconds: float, warm: int = 2) -> float:
-    """Images a second over about so many seconds, the first batches left out."""
+    """Images per second, measured for about `seconds` after `warm` batches."""
     iterator, num = iter(batches), 0
     for _ in itertools.islice(iterator, warm):
         pass
@@ -152,7 +153,7 @@ def per_second(batches: Iterable, size: int, seconds: float, warm: int = 2) -> f
 
 
 def copy_rate(row_bytes: int, size: int, seconds: float) -> float:
-    """Images a second that one thread copies, from memory that no cache of the processor holds."""
+    """Images per second that one thread copies from memory outside the processor's caches."""
     num = max(2, (1 << 28) // (row_bytes * size))
     source, target = np.ones((num, size * row_bytes), np.uint8), np.zeros((num, size * row_bytes), np.uint8)
 
@@ -177,7 +178,7 @@ def measure_loader(args: argparse.Namespace, work: Path) -> list[dict]:
         row_bytes = sum(file.size for shard in data.manifest.shards for file in shard.files.values()) // num
         loader = Loader(data, batch_size=size, seed=0, features=[ENCODER] if tokens else [], images=images)
         for values in data.manifest.fields:
-            list(data.reader.batches(values, size))  # into the page cache
+            list(data.reader.batches(values, size))  # fill the page cache
         turns = [
             (loader_rate(loader, size, args.seconds), copy_rate(row_bytes, size, args.seconds))
             for _ in range(args.rounds)
@@ -209,7 +210,7 @@ def measure_loader(args: argparse.Namespace, work: Path) -> list[dict]:
 
 
 def one_file_rate(files: OneFilePerImage, args: argparse.Namespace) -> float:
-    """Images a second of worker processes."""
+    """Images per second from the DataLoader's workers."""
     worker = DataLoader(files, 64, shuffle=True, num_workers=os.cpu_count() or 1, drop_last=True)
     return statistics.median(
         per_second(itertools.chain.from_iterable(itertools.repeat(worker, 100)), 64, args.seconds)
@@ -241,7 +242,7 @@ def measure_memory(args: argparse.Namespace, work: Path) -> list[dict]:
 
 
 def child(folder: Path) -> None:
-    """In a fresh process: what opening and reading adds to it."""
+    """Print how much memory opening and reading adds to this fresh process."""
 
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -331,16 +332,16 @@ PARTS = {"loader": measure_loader, "memory": measure_memory, "prepare": measure_
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rows", type=int, default=32768, help="latents, 16 KiB each")
-    parser.add_argument("--token-rows", type=int, default=2048, help="latents with tokens, 400 KiB each")
-    parser.add_argument("--file-rows", type=int, default=2000, help="images of one file each")
+    parser.add_argument("--rows", type=int, default=32768, help="number of latents, 16 KiB each")
+    parser.add_argument("--token-rows", type=int, default=2048, help="number of latents with tokens, 400 KiB each")
+    parser.add_argument("--file-rows", type=int, default=2000, help="number of images stored as one file each")
     parser.add_argument("--decode-images", type=int, default=1000)
-    parser.add_argument("--prepare-images", type=int, default=64, help="images through autoencoder and encoder")
-    parser.add_argument("--tiny", action="store_true", help="with toy networks")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement of the loader")
-    parser.add_argument("--rounds", type=int, default=3, help="of the loader; medians are shown")
+    parser.add_argument("--prepare-images", type=int, default=64, help="images for the autoencoder and the encoder")
+    parser.add_argument("--tiny", action="store_true", help="use toy networks")
+    parser.add_argument("--seconds", type=float, default=1.5, help="duration of each loader measurement")
+    parser.add_argument("--rounds", type=int, default=3, help="loader measurements per row; the table shows medians")
     parser.add_argument("--work", type=Path, help="folder for temporary files")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

@@ -1,12 +1,12 @@
-"""What layout and precision do to the network that measures samples: processor time, and the Fréchet distance of the same images.
+"""Measure how memory layout and precision change the time and the Fréchet distances of networks that evaluate samples.
 
-    python benchmarks/feature_extractors.py DATA --num 500                          Inception with random weights, and lite0
-    python benchmarks/feature_extractors.py DATA --inception FILE --device cuda     with the published ones, on a GPU
+    python benchmarks/feature_extractors.py DATA --num 500                         random Inception, and lite0
+    python benchmarks/feature_extractors.py DATA --inception FILE --device cuda    the published Inception, on a GPU
 
-The samples are images of DATA with noise, the reference its other images. Random weights are normalised on images, layer by
-layer, as training would have left them. Where the hardware has no bf16, its rounding is emulated: what autocast gives
-convolutions and norms is rounded, and so is what they give; products are summed in float32, as tensor cores do. The emulation is
-compared with PyTorch's own bf16 on two images first.
+The samples are noisy images of DATA; the reference is its other images. Random weights are normalised layer by layer on
+images, so that activations have the spread of a trained network's. Without bf16 hardware its rounding is emulated: the
+inputs and outputs that autocast would round are rounded, and products are summed in float32, as tensor cores do. The
+emulation is first compared with PyTorch's own bf16 on two images.
 """
 
 import argparse
@@ -30,17 +30,17 @@ from repa.metrics.inception_weights import LoadedInception
 
 BATCH = 20
 NOISE = 12.0  # grey levels
-ROUNDED = {F.conv2d, F.batch_norm, F.avg_pool2d, F.linear, torch.conv2d}  # what is not exact on bf16 numbers
+ROUNDED = {F.conv2d, F.batch_norm, F.avg_pool2d, F.linear, torch.conv2d}  # inexact on bf16 numbers
 
 
 class Bf16(TorchFunctionMode):
-    """Float32 in which the arguments and the result of each function of ROUNDED have the digits of bf16."""
+    """Compute in float32, with arguments and results of the functions in ROUNDED rounded to bf16."""
 
     def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function not in ROUNDED:
             return function(*args, **(kwargs or {}))
         first, *others = args
-        if function is not F.batch_norm:  # whose constants autocast leaves alone
+        if function is not F.batch_norm:  # autocast leaves its constants in float32
             others = [_rounded(x) if isinstance(x, Tensor) else x for x in others]
         return _rounded(function(_rounded(first), *others, **(kwargs or {})))
 
@@ -50,7 +50,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def random_inception(images: Tensor) -> InceptionV3:
-    """Random weights; each normalisation has the statistics of what these images give it."""
+    """Inception with random weights, each normalisation having the statistics of these images."""
     torch.manual_seed(0)
     net = InceptionV3()
     for module in net.modules():
@@ -65,7 +65,7 @@ def random_inception(images: Tensor) -> InceptionV3:
 
 
 def pooled(extractor: Extractor, images: Tensor, emulated: bool = False) -> tuple[Tensor, float]:
-    """Features (N, D) and seconds of processor time (on CUDA of the clock) for each image."""
+    """Features (N, D) and seconds per image: processor time, or wall time on CUDA."""
     clock = time.perf_counter if extractor.device.type == "cuda" else time.process_time
     begin, found = clock(), []
     for batch in images.split(BATCH):
@@ -109,12 +109,12 @@ def measure(name: str, make: Callable[[str], Extractor], real: Tensor, samples: 
 
 
 def error(x: Tensor, exact: Tensor) -> float:
-    """Of the size of the features' spread about their mean."""
+    """The error relative to the features' spread about their mean."""
     return float((x - exact).norm() / (exact - exact.mean()).norm())
 
 
 def layouts(net: InceptionV3, images: Tensor, rounds: int) -> None:
-    """Milliseconds of processor time for each image, in rounds that take turns."""
+    """Print milliseconds of processor time per image for each memory layout; the layouts take turns."""
     found: dict[str, list[float]] = {"contiguous_format": [], "channels_last": []}
     for _ in range(rounds):
         for name, seconds in found.items():
@@ -129,8 +129,8 @@ def layouts(net: InceptionV3, images: Tensor, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--num", type=int, default=500, help="images of each set")
-    parser.add_argument("--inception", help="file of its weights; without it they are random")
+    parser.add_argument("--num", type=int, default=500, help="images per set")
+    parser.add_argument("--inception", help="file of Inception's weights; default: random weights")
     parser.add_argument("--encoder", default="lite0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

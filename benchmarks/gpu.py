@@ -1,10 +1,11 @@
-"""Everything that `benchmarks/gpu.sh` measures on a GPU, in one process, the most decisive first; flushed after each row.
+"""Run all measurements of `benchmarks/gpu.sh` on a GPU, in one process, the most important first.
 
     python benchmarks/gpu.py --out results/gpu.json --seconds 380
 
-Rates sustained for three seconds, in bf16 and fp8; the products of a block; attention kernels; then training steps: eager,
-compiled by block, with fp8 linears, other sizes, the whole step as one graph. A row that cannot finish in the time that is
-left is not begun; one that fails is recorded and does not stop the others. --device cpu tries all of it with a tiny network.
+Measures the rates of bf16 and float32 products, memory bandwidth, the products of a block in bf16 and fp8, and
+attention kernels. Then come training steps: eager, compiled by block, with fp8 linear layers, with other sizes, and
+with the whole step as one graph. Results are written after each row. A row is skipped when the remaining time is too
+short; a row that fails is recorded and does not stop the others. --device cpu tries everything with a tiny network.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from train_step import configuration, source_of, teacher_folder
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A training step to measure, and the seconds that it is given at most."""
+    """A training step to measure, and its time limit in seconds."""
 
     model: str
     batch: int
@@ -55,7 +56,7 @@ TINY = (Row("SiT-S/8", 2, "cached", 60), Row("SiT-S/8", 2, "online", 60))
 
 
 class Results:
-    """A JSON file that is whole after each part."""
+    """A JSON file that is complete after each part."""
 
     def __init__(self, out: Path, seconds: float):
         self.out, self.seconds, self.began = out, seconds, time.monotonic()
@@ -66,9 +67,9 @@ class Results:
         return self.seconds - (time.monotonic() - self.began)
 
     def part(self, name: str, needs: float, run: Callable[[], Any]) -> Any:
-        """Run a part unless too little time is left for it; None when it did not finish."""
+        """Run a part if enough time is left; returns None when it did not finish."""
         if self.left < needs:
-            self.found["failed"][name] = f"not begun: {self.left:.0f} s were left and it is given {needs:.0f}"
+            self.found["failed"][name] = f"not started: {self.left:.0f} s were left, {needs:.0f} are needed"
             print(f"{name}: {self.found['failed'][name]}", flush=True)
             return None
         begin, result = time.monotonic(), None
@@ -84,14 +85,14 @@ class Results:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes a second of copying on the device, read and written."""
+    """Bytes per second of a copy on the device, counting reads and writes."""
     x = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     return 2 * len(x) / min(timed(lambda: y.copy_(x), device) for _ in range(8))
 
 
 def fp8_rates(config: Any, device: torch.device) -> dict[str, float]:
-    """FLOP/s of the forward products of a block in e4m3 with one scale a tensor."""
+    """FLOP/s of a block's forward products in e4m3 with one scale per tensor."""
     rates, one = {}, torch.ones((), device=device)
     for name, (m, k, n) in product_shapes(config).items():
         if not name.endswith("forward"):
@@ -120,8 +121,8 @@ def row_of(args: argparse.Namespace, row: Row, rates: dict[str, float], trace: s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--trace", default="", help="FILE.json.gz for the timeline of the first compiled row")
-    parser.add_argument("--seconds", type=float, default=380, help="for everything")
+    parser.add_argument("--trace", default="", help="write the timeline of the first compiled row to this FILE.json.gz")
+    parser.add_argument("--seconds", type=float, default=380, help="total time limit")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in one call of at most nine minutes: the CUDA tests, then benchmarks/gpu.py, the instrument of
-# `repa bench` at its full length, in one process.
+# Runs every check that needs a GPU in at most nine minutes: the CUDA tests, then benchmarks/gpu.py, the long form of
+# `repa bench`.
 #
 #     OUT=results bash benchmarks/gpu.sh [--wheels FOLDER] [--device cpu]
 #
-# Writes $OUT/log.txt, $OUT/tests.xml, $OUT/gpu.json (whole after each row) and $OUT/trace.json.gz. --wheels installs the .whl files of a folder
-# first, for a machine without network. --device cpu tries the script itself, with a tiny network.
+# Writes $OUT/log.txt, $OUT/tests.xml, $OUT/gpu.json (complete after each row) and $OUT/trace.json.gz.
+# --wheels first installs the .whl files of a folder, for a machine without network.
+# --device cpu tries the script with a tiny network.
 # A part that fails does not stop the others; the exit code is that of the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -22,8 +23,8 @@ out=${OUT:-results}
 mkdir -p "$out"
 exec > >(tee "$out/log.txt") 2>&1
 started=$SECONDS
-left() { echo $((530 - (SECONDS - started))); }  # seconds, of nine minutes
-within() {  # run a command for as long as time is left
+left() { echo $((530 - (SECONDS - started))); }  # seconds left of nine minutes
+within() {  # run a command in the time that is left
   if [ "$(left)" -lt 15 ]; then echo "no time left for: $*"; return; fi
   timeout --kill-after=5 "$(left)" "$@" || echo "failed ($?): $*"
 }

@@ -1,11 +1,12 @@
-"""A LoRA of a small pretrained network on a second data set, without and with alignment through `repa.attach`.
+"""Train LoRAs of a small pretrained network on new classes, with and without alignment through `repa.attach`.
 
     python benchmarks/lora.py cifar10-train.zip OUT --seeds 2 > table.md
 
-A SiT learns five classes of CIFAR-10; then peft's LoRA (rank 16, the network frozen) learns the other five from 500 images. Each seed
-trains one LoRA without alignment, one with the default term for pretrained networks (gram), one with REPA's cosine and its MLP. Printed are
-the denoising loss on images that nobody trained on, at noise that is the same for all, and the Fréchet distance of samples in the features
-of tiny-classifier. OUT keeps the network and the samples of each (`lora.png`), and a second call goes on where the first one stopped.
+A SiT learns five classes of CIFAR-10. Then peft's LoRA (rank 16, network frozen) learns the other five from 500 images.
+Each seed trains three LoRAs: without alignment, with the default term for pretrained networks (gram), and with REPA's
+cosine and MLP. The table shows the denoising loss on held-out images with the same noise for all, and the Fréchet
+distance of samples in the features of tiny-classifier. OUT keeps the pretrained network, which a second call reuses,
+and the samples (`lora.png`).
 """
 
 import argparse
@@ -39,7 +40,7 @@ def network() -> DiT:
 
 
 def images_of(source: str, classes: range, per_class: int, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 (n, 3, 32, 32) and labels (n,): `per_class` of each class after the first `skip`."""
+    """uint8 (n, 3, 32, 32) and labels (n,): `per_class` images of each class, after skipping the first `skip`."""
     opened = open_source(source)
     images, labels, seen = [], [], dict.fromkeys(classes, 0)
     for number, label in enumerate(int(label) for label in opened.labels):
@@ -139,7 +140,7 @@ def main() -> None:
             torch.manual_seed(seed)
             config = LoraConfig(r=16, lora_alpha=16, target_modules=["qkv", "attn.proj", "fc1", "fc2"])
             inject_adapter_in_model(config, lora)
-            lora.y_embedder.requires_grad_(True)  # the new classes have names of their own
+            lora.y_embedder.requires_grad_(True)  # the new classes need embeddings
             start = time.process_time()
             train(lora, images, labels, args.steps, 2e-3, seed, term)
             cost = 1000 * (time.process_time() - start) / args.steps

@@ -1,15 +1,17 @@
-"""The methods around REPA on one small network and one data set: distances at equal steps and at equal seconds; a table.
+"""Compare the methods related to REPA on one small network and one data set, at equal steps and at equal time.
 
     python benchmarks/methods.py --out methods --source cifar10-train.zip
-    python benchmarks/methods.py --out methods --source cifar10-train.zip --methods cifar10 cifar10-layersync --seeds 0 1 2
+    python benchmarks/methods.py --out methods --source cifar10-train.zip --seeds 0 1 2 \
+        --methods cifar10 cifar10-layersync
     repa report methods/runs/* --out methods/report.html
 
-Every run is a recipe of `repa list recipes` that begins with cifar10, so all share network, data, optimizer and budget. Stopped,
-it continues by the same command; finished, it only prints the table again. The first recipe is the baseline.
+Every run uses a recipe of `repa list recipes` whose name begins with cifar10, so all share network, data, optimizer and
+budget. The first recipe is the baseline. The same command continues an interrupted comparison and prints the table of a
+finished one again.
 
-Equal seconds: on a machine that does other work too, the clock of a run says little. So the cost of a step is measured after
-the runs, in processor time, in rounds in which every method has its turn, and a method that costs r steps of the first is
-compared after 1 / r of its steps, on the straight line between evaluations.
+Equal time: the wall time of a run says little on a machine that does other work. So the cost of a step is measured
+after the runs, in processor time, with the methods taking turns. A method whose step costs r times the baseline's is
+compared after 1 / r of its steps, interpolated linearly between evaluations.
 """
 
 import argparse
@@ -46,14 +48,14 @@ def repa(*arguments: str, threads: int) -> None:
 
 
 def distances(run: Path) -> list[dict[str, Any]]:
-    """Its evaluations in the order of steps: step, frechet_distance."""
+    """The evaluations of a run by step: step, frechet_distance."""
     record = read_run(run)
     (protocol,) = record.protocols
     return record.distances(protocol)
 
 
 def step_of(run: Path, data: Path) -> MeasuredStep:
-    """The training step of a finished run, always on the same batch and its stored tokens."""
+    """The training step of a finished run, repeated on one batch with stored tokens."""
     device, opened = torch.device("cpu"), open_data(data)
     config = resolve(TrainConfig.load(run / layout.CONFIG), opened, device)
     encoders = EncoderFeatures(config, opened, device)
@@ -67,7 +69,7 @@ def step_of(run: Path, data: Path) -> MeasuredStep:
 
 
 def costs(steps: dict[str, MeasuredStep], rounds: int = 9, each: int = 3) -> dict[str, float]:
-    """Method -> processor time of a step, where the first's is 1: the median over rounds in which all have their turn."""
+    """Method -> processor time of a step relative to the first method: the median over rounds that take turns."""
     seconds: dict[str, list[float]] = {method: [] for method in steps}
     for number, (method, step) in itertools.product(range(rounds + 1), steps.items()):
         begin = time.process_time()
@@ -80,7 +82,7 @@ def costs(steps: dict[str, MeasuredStep], rounds: int = 9, each: int = 3) -> dic
 
 
 def after(rows: list[dict[str, Any]], step: float) -> float | None:
-    """The distance after so many steps, on the straight line between evaluations; None before the first."""
+    """The distance after `step` steps, interpolated linearly between evaluations; None before the first evaluation."""
     for row, following in itertools.pairwise(rows):
         if row["step"] <= step <= following["step"]:
             part = (step - row["step"]) / (following["step"] - row["step"])

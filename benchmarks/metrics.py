@@ -1,11 +1,12 @@
-"""Features to FID, precision and recall: ours, the plain numpy/scipy way, and the floor that the matrix products set.
+"""Time FID, precision and recall from features: ours, plain numpy/scipy, and the matrix products alone.
 
-    python benchmarks/metrics.py                                                     both ways, 5,000 x 512 against 2,000
+    python benchmarks/metrics.py                                                     both, 5,000 x 512 against 2,000
     python benchmarks/metrics.py --samples 50000 --reference 10000 --dim 2048 --plain false   the real size, ours only
 
-The floor is the time of the same products on this machine, measured on blocks of the same kind: one pass over all distances within
-the samples and within the reference and between them (float32, as the plain way needs them), and the two covariances (float64).
-Ours computes each distance within a set once for both of its ends, so it may come below. Results agree or the script fails.
+The floor is the time of the matrix products alone, measured on this machine with blocks of the same shape: all
+distances within the samples, within the reference and between them (float32), and the two covariances (float64). Ours
+computes each distance within a set only once, so it can be faster than the floor. The script fails when the results of
+ours and of the plain implementation differ.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from torch import Tensor
 from repa.base import files
 from repa.metrics import Statistics, frechet_distance, precision_recall
 
-BATCH = 256  # rows in an update of the statistics
+BATCH = 256  # rows per update of the statistics
 K = 3
 
 
@@ -43,7 +44,7 @@ def ours(reference: Tensor, samples: Tensor) -> tuple[float, float, float]:
 
 
 def plain(reference: Tensor, samples: Tensor) -> tuple[float, float, float]:
-    """What the formulas say, in numpy and scipy: whole matrices, nothing shared."""
+    """The formulas in numpy and scipy, on whole matrices, without sharing intermediate results."""
     from scipy import linalg
 
     x, y = reference.numpy(), samples.numpy()
@@ -63,11 +64,11 @@ def plain(reference: Tensor, samples: Tensor) -> tuple[float, float, float]:
 
 
 def floor(num_reference: int, num_samples: int, dim: int) -> tuple[float, float]:
-    """(seconds, TFLOP) of the products alone, from the measured speed of a block of them."""
+    """(seconds, TFLOP) of the products alone, from the measured speed of one block."""
 
     def speed(make_block: Callable[[], tuple[Tensor, Tensor]]) -> float:
         a, b = make_block()
-        a @ b  # warm
+        a @ b  # warm up
         best = min(_seconds(lambda: a @ b) for _ in range(3))
         return 2 * a.shape[0] * a.shape[1] * b.shape[1] / best
 
@@ -89,9 +90,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--reference", type=int, default=2000)
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--plain", choices=("true", "false"), default="true", help="also the numpy/scipy way")
+    parser.add_argument("--plain", choices=("true", "false"), default="true", help="also measure numpy/scipy")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", default="", help="name of a .json for the figures")
+    parser.add_argument("--out", default="", help="write the figures to this .json file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     reference, samples = make(given.reference, given.dim, 1, 0.0), make(given.samples, given.dim, 2, 0.02)

@@ -1,13 +1,14 @@
-"""What preparing one image costs, part by part, and from it how long ImageNet takes on GPUs.
+"""Measure what preparing one image costs, part by part, and predict how long ImageNet takes on GPUs.
 
     python benchmarks/prepare.py --images 4
 
-Seconds of processor time of one thread, so that other programs on the machine do not count: decoding a JPEG of ImageNet's mean
-size and cropping it to 256 pixels as ADM does; an autoencoder of Stable Diffusion's size and an encoder of DINOv2-B's size,
-random weights, in float32 and bf16; writing image, moments and tokens, checksums included. The best of --rounds.
+The parts are: decoding a JPEG of ImageNet's mean size and cropping it to 256 pixels as ADM does; an autoencoder of
+Stable Diffusion's size and an encoder of DINOv2-B's size, with random weights, in float32 and bf16; writing image,
+moments and tokens, checksums included. Times are processor time of one thread, which other programs hardly affect, the
+best of --rounds.
 
-The prediction divides the models' FLOPs by the rate that GPUs are assumed to reach, and decoding and writing by the cores
-that stand beside them; whichever takes longer is the time, as reading, encoding and writing overlap.
+The prediction divides the models' FLOPs by the rate that the GPUs are assumed to reach, and decoding and writing by the
+number of CPU cores. The longer of the two is the total time, because reading, encoding and writing overlap.
 """
 
 import argparse
@@ -32,12 +33,12 @@ from repa.data.writing import ShardWriter
 from repa.encoders import load_encoder
 from repa.performance.costs import SHAPES, autoencoder_cost, encoder_cost
 
-IMAGENET, BYTES, SIZE = 1_281_167, 110_000, (500, 375)  # images; mean bytes and commonest size of a file
+IMAGENET, BYTES, SIZE = 1_281_167, 110_000, (500, 375)  # images; mean bytes and most common size of a file
 CPU = torch.device("cpu")
 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
-    """Of processor time, the best of several."""
+    """Processor time, the best of several runs."""
     found = []
     for _ in range(rounds):
         begin = time.process_time()
@@ -47,7 +48,7 @@ def seconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def jpeg() -> bytes:
-    """A file of about ImageNet's mean size: the quality that gives it."""
+    """A JPEG of about ImageNet's mean size, at the quality that gives this size."""
     image = photograph(np.random.default_rng(0), *SIZE)
     for quality in range(95, 30, -5):
         buffer = io.BytesIO()
@@ -58,16 +59,15 @@ def jpeg() -> bytes:
 
 
 def measured(images: int, rounds: int, work: Path) -> dict[str, float]:
-    """Part -> seconds for one image."""
+    """Part -> seconds per image."""
     data, found = jpeg(), {}
     crop = lambda: to_tensor(adm_centre_crop(decode_image(data, "image"), 256))  # noqa: E731
     found["decode and crop"] = seconds(lambda: [crop() for _ in range(20)], rounds) / 20
     pixels = torch.stack([crop() for _ in range(images)])
     autoencoder = AutoencoderKL(**SHAPES["sd-vae-ft-mse"])
     autoencoder.save_pretrained(work / "vae")
-    Dinov2Model(Dinov2Config(patch_size=14, image_size=518)).save_pretrained(
-        work / "encoder"
-    )  # DINOv2-B is the default
+    # The defaults are those of DINOv2-B.
+    Dinov2Model(Dinov2Config(patch_size=14, image_size=518)).save_pretrained(work / "encoder")
     vae = load_autoencoder("sd-vae-ft-mse", weights=work / "vae")
     encoder = load_encoder("dinov2-b", weights=work / "encoder")
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
@@ -94,9 +94,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument(
-        "--tflops", type=float, default=100.0, help="that a GPU reaches on convolutions in TF32 or bf16"
+        "--tflops", type=float, default=100.0, help="rate that a GPU reaches on convolutions in TF32 or bf16"
     )
-    parser.add_argument("--cores", type=int, default=64, help="beside all GPUs together")
+    parser.add_argument("--cores", type=int, default=64, help="CPU cores for all GPUs together")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -1,9 +1,9 @@
-"""What half precision does to samples: grey levels against float32, and distances in the features of an encoder.
+"""Measure how half precision changes samples: pixel differences from float32, and Fréchet distances.
 
     python benchmarks/sampling.py RUN DATA --num-images 2000
 
-The same images are sampled in each precision, from the same noise. A Fréchet distance depends on which images were drawn:
-the distance of another seed's images in float32 says by how much, and is the measure of what precision does to it.
+Each precision samples the same images from the same noise. A Fréchet distance also depends on which images were drawn.
+Rows with other seeds in float32 show this variation, with which the effect of precision should be compared.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from repa.sampling import SampleConfig, generate
 
 
 def sampled(run: LoadedRun, config: SampleConfig, num: int) -> tuple[Tensor, float]:
-    """Images (num, 3, H, W) and images a second."""
+    """Images (num, 3, H, W) and images per second."""
     begin, size = time.perf_counter(), config.batch_size
     images = [generate(run, config, range(start, min(start + size, num))).images for start in range(0, num, size)]
     return torch.cat(images), num / (time.perf_counter() - begin)

@@ -1,6 +1,8 @@
-"""The model of docs/distributed.md: steps, bytes and checkpoints on 8, 64 and 1,024 GPUs. Arithmetic of `repa.training.scaling`.
+"""Predict step time, traffic and checkpoint time on 8, 64 and 1,024 GPUs, as in docs/distributed.md.
 
-python benchmarks/scaling.py --model SiT-XL/2
+    python benchmarks/scaling.py --model SiT-XL/2
+
+Nothing is measured: the model is that of `repa.training.scaling`.
 """
 
 import argparse
@@ -12,38 +14,38 @@ from repa.models.cost import model_cost
 from repa.runs.checkpoint import PART
 from repa.training.scaling import STRATEGIES, Machine, step
 
-TEACHER = 46.3e9  # FLOPs of DINOv2-B on one image
-STORED = 3 * 256 * 256  # bytes of one image as it is read
+TEACHER = 46.3e9  # FLOPs of DINOv2-B per image
+STORED = 3 * 256 * 256  # bytes of one stored image
 
 
 @dataclass(frozen=True)
 class CheckpointSeconds:
-    """Seconds of writing and reading one, by as many processes as there are parts."""
+    """Seconds for writing and reading a checkpoint, with one process per part."""
 
     size: float
     writers: int
     gather: float
-    """Whole tensors to all GPUs, and each writer's share to its memory: what training waits for with --async-save."""
+    """All-gather and copy of each writer's part to host memory: what training waits for with --async-save."""
     write: float
     verify: float
-    """Checksums, read back from memory."""
+    """Reading the files back from the page cache to compute checksums."""
     deal: float
-    """Read by as many processes, and sent to all, when a run is continued."""
+    """Reading by as many processes when a run resumes, and sending the tensors to all."""
 
 
 def checkpoint(
     parameters: float, machines: int, gpus: int, *, host: float = 4e9, disk: float = 1.5e9, shared: float = 10e9,
     links: float = Machine.links, network: float = 25e9,
 ) -> CheckpointSeconds:  # fmt: skip
-    """Of weights, one average and two moments in float32.
+    """A checkpoint holds weights, one average and two moments in float32.
 
     Args:
-        machines, gpus: how many, and of each.
-        host: bytes a second from device to pageable memory, of one process.
-        disk: of a shared file system, one writer.
-        shared: of it, all writers together.
+        machines, gpus: number of machines, and of GPUs per machine.
+        host: bytes per second from device to pageable memory, one process.
+        disk: bytes per second to a shared file system, one writer.
+        shared: bytes per second to a shared file system, all writers together.
         links: see `Machine`.
-        network: of one GPU's own port, through which what one process has read reaches other machines.
+        network: bytes per second of one GPU's network port, through which a process sends what it read to other machines.
     """
     size = 16 * parameters
     writers = min(machines * gpus, math.ceil(size / PART))

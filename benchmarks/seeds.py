@@ -1,11 +1,12 @@
-"""What alignment does over several seeds: a recipe without and one with it, trained for each seed on the same data; tables.
+"""Train a recipe with and without alignment over several seeds on the same data, and print tables.
 
     python benchmarks/seeds.py --out seeds/photographs --jobs 2
     python benchmarks/seeds.py --out seeds/cifar10 --source cifar10-train.zip --jobs 2
     python benchmarks/seeds.py --out seeds/tokens --source cifar10-train.zip --recipes cifar10 cifar10-repa --seeds 0 1
 
-Every preview keeps its samples, which are then measured in the features of each encoder: one table for each. Stopped, it continues
-by the same command; finished, it only prints the tables again. `--jobs 2` trains two runs at a time with half the threads each.
+The samples of every preview are kept and measured in the features of each encoder, with one table per encoder. The same
+command continues an interrupted comparison and prints the tables of a finished one again. `--jobs 2` trains two runs at
+a time with half the threads each.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from repa.recipes import load_recipe
 from repa.report.speedups import first_reached
 from repa.runs import layout, read_metrics
 
-NAMES = ("baseline", "aligned")  # of the runs, in the order of --recipes
+NAMES = ("baseline", "aligned")  # names of the runs, in the order of --recipes
 Rows = list[dict[str, Any]]
 
 
@@ -39,7 +40,8 @@ def repa(*arguments: str, threads: int) -> None:
 def distances(runs: list[Path], reference: Path, extractor: str) -> dict[Path, Rows]:
     """Run -> step and Fréchet distance of each preview's samples, in the features of one encoder.
 
-    Each lies in the run's folder as `repa evaluate` would write it, for `repa report`; what lies there is not measured again.
+    Results are stored in the run's folder in the format of `repa evaluate`, so `repa report` finds them; stored results
+    are not measured again.
     """
     found: dict[Path, Rows] = {}
     for run in runs:
@@ -59,7 +61,7 @@ def distances(runs: list[Path], reference: Path, extractor: str) -> dict[Path, R
 
 
 def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
-    """A Markdown table: a row per seed, and means."""
+    """A Markdown table with one row per seed, and means."""
     lines = [
         "| seed | baseline, final | aligned, final | aligned has the baseline's final after | times fewer |",
         "|---|---|---|---|---|",
@@ -86,7 +88,7 @@ def table(out: Path, seeds: list[int], found: dict[Path, Rows]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--source", default=crops(), help="default: the quickstart's")
+    parser.add_argument("--source", default=crops(), help="default: the source of the quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument(
         "--recipes", nargs=2, default=["quickstart", "quickstart-repa"], metavar=("BASELINE", "ALIGNED")

@@ -1,7 +1,7 @@
-"""What two times an image cost (`diffusion.token_times`): two modulations and a choice, beside one for every token.
+"""Measure the cost of two times per image (`diffusion.token_times`): two modulations per image, or one for every token.
 
-python benchmarks/token_times.py --model SiT-XL/2                    # FLOPs, of any size, without computing anything
-python benchmarks/token_times.py --model SiT-S/2 --batch-size 8      # and seconds of forward and backward on this machine
+python benchmarks/token_times.py --model SiT-XL/2                    FLOPs only, so any size will do
+python benchmarks/token_times.py --model SiT-S/2 --batch-size 8      also seconds of forward and backward
 """
 
 import argparse
@@ -17,7 +17,7 @@ from repa.models.cost import cost_of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SiT-S/2")
-    parser.add_argument("--batch-size", type=int, default=0, help="images of a timed step; 0 counts FLOPs only")
+    parser.add_argument("--batch-size", type=int, default=0, help="images per timed step; 0: count FLOPs only")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
@@ -30,9 +30,7 @@ def main() -> None:
     if not given.batch_size:
         return
     seconds = {name: timed(given, name) for name in KINDS}
-    print(
-        f"a step's forward and backward of {given.batch_size} images on {given.device}, the median of {given.repeats}"
-    )
+    print(f"forward and backward of {given.batch_size} images on {given.device}, median of {given.repeats} steps")
     for name, taken in seconds.items():
         print(f"  {name:<38} {taken:10.3f} s {taken / seconds['one time']:12.3f}")
 
@@ -60,7 +58,7 @@ def timed(given: argparse.Namespace, name: str) -> float:
         model = build_model(given.model, latent_size=32, num_classes=1000)
         arguments = inputs(name, given.batch_size)
     found = []
-    for _ in range(given.repeats + 1):  # the first warms up
+    for _ in range(given.repeats + 1):  # the first step warms up
         begin = time.perf_counter()
         model(*arguments).prediction["x"].sum().backward()
         if given.device == "cuda":

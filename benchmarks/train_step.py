@@ -1,16 +1,20 @@
-"""The training step: images a second, share of the machine's matrix-product rate, memory, and where the time goes.
+"""Measure the training step: images per second, share of the machine's matrix-product rate, memory, and time by part.
 
     python benchmarks/train_step.py --models SiT-B/2 --batch 8 --plain
-    python benchmarks/train_step.py --models SiT-S/2 SiT-B/2 SiT-L/2 SiT-XL/2 --batch 32 --teachers cached online --compiled
+    python benchmarks/train_step.py --models SiT-S/2 SiT-B/2 SiT-L/2 SiT-XL/2 --batch 32 \
+        --teachers cached online --compiled
 
-A row for every combination. "online" runs a DINOv2-B with random weights on random images, "cached" has its tokens in memory,
-"none" aligns nothing. The batch lies in memory (`benchmarks/data.py` measures reading). Random weights cost what trained ones do.
+Prints one row per combination. "online" runs a DINOv2-B with random weights on random images, "cached" keeps its tokens
+in memory, and "none" trains without alignment. Random weights cost as much as trained ones. The batch is kept in
+memory; `benchmarks/data.py` measures reading.
 
---plain compares with the step as research code writes it: a Python loop over samples in the alignment, a loop over parameters
-in the average, AdamW with its defaults, .item() on every step. It is timed in float32 and, like for like, under autocast in the
-precision of ours, which that code has as a flag. The network is the same; all are timed in turn (A B C A B C ...), so that a
-machine whose speed drifts slows all. --return-memory leaves the C library's default, by which freed
-memory goes back to the system (`repa.base.launch`); what the command line runs keeps it.
+--plain compares with the step of typical research code: a Python loop over samples in the alignment, a loop over
+parameters in the average, AdamW with its defaults, and .item() on every step. It is timed in float32 and also under
+autocast in the precision of ours. The network is the same, and the variants take turns, so a drift in the machine's
+speed affects all alike.
+
+--return-memory keeps the C library's default of returning freed memory to the system (`repa.base.launch`). Commands of
+`repa` keep freed memory.
 """
 
 import argparse
@@ -43,11 +47,11 @@ from repa.training.inputs import EncoderFeatures
 from repa.training.state import build_state
 
 TEACHER = "dinov2-b"
-RESOLUTION = 256  # of the images that an online teacher sees, of which it makes 16 x 16 tokens
+RESOLUTION = 256  # side of an online teacher's images, which become 16 x 16 tokens
 
 
 def teacher_folder(folder: Path, width: int, layers: int) -> Path:
-    """A DINOv2 with random weights, as the hub stores one; 768 channels and 12 layers are DINOv2-B."""
+    """Write a DINOv2 with random weights in the hub's format; 768 channels and 12 layers make a DINOv2-B."""
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(
@@ -70,7 +74,7 @@ def configuration(
 
 
 def source_of(config: TrainConfig, args: argparse.Namespace, teacher: str, flops: float = 0.0) -> BatchSource:
-    """One random batch, with tokens that are there or that an encoder of so many FLOPs an image makes in every step."""
+    """One random batch, with tokens in memory or computed by the encoder in every step."""
     device = torch.device(args.device)
     widths = {} if teacher == "none" else {TEACHER: args.width}
     synthetic = Synthetic(widths, config.model.latent_size // config.model.dims().patch_size)
@@ -129,7 +133,7 @@ def loop_alignment(projected: Tensor, target: Tensor) -> Tensor:
 def against_plain(
     args: argparse.Namespace, model: str, batch: int, teacher: str, precision: str
 ) -> tuple[float, float, float]:
-    """Median seconds of the plain float32 step, and the medians of it and of the plain step in our precision by ours, timed in turn."""
+    """Median seconds of the plain float32 step, and median time ratios of both plain steps to ours; all take turns."""
     device = torch.device(args.device)
     config = configuration(args, model, batch, teacher, precision, False)
     ours, alike = MeasuredStep(config, source_of(config, args, teacher), device), plain_step(config, args, teacher)
@@ -144,7 +148,7 @@ def rows(args: argparse.Namespace, rates: dict[str, float]) -> Iterator[Measurem
     for model, batch, teacher, precision, compiled in itertools.product(
         args.models, args.batch, args.teachers, args.precision, steps
     ):
-        torch.compiler.reset()  # each network is compiled anew, and only so many of one class would be
+        torch.compiler.reset()  # else torch stops compiling after a few networks of one class
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")  # as the loop
         config = configuration(args, model, batch, teacher, precision, compiled)
         source = source_of(config, args, teacher)
@@ -157,15 +161,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--teachers", nargs="+", default=["cached"], choices=["online", "cached", "none"])
     parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["bf16", "fp16", "fp32"])
-    parser.add_argument("--compiled", action="store_true", help="measure compiled steps too")
+    parser.add_argument("--compiled", action="store_true", help="also measure compiled steps")
     parser.add_argument("--plain", action="store_true", help="compare each eager row with the plain step")
-    parser.add_argument("--return-memory", action="store_true", help="freed memory goes back to the system (CPU)")
-    parser.add_argument("--latent", type=int, default=32, help="side of the latent: 32 is 256 tokens at patch 2")
-    parser.add_argument("--width", type=int, default=768, help="channels of the teacher's tokens")
+    parser.add_argument("--return-memory", action="store_true", help="return freed memory to the system (CPU)")
+    parser.add_argument("--latent", type=int, default=32, help="side of the latent; 32 makes 256 tokens at patch 2")
+    parser.add_argument("--width", type=int, default=768, help="width of the teacher's tokens")
     parser.add_argument("--layers", type=int, default=12, help="layers of an online teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="FILE.json for the figures; the table goes beside it as FILE.md")
+    parser.add_argument("--out", type=Path, help="write the figures to FILE.json and the table to FILE.md")
     args = parser.parse_args()
     if not args.return_memory:
         keep_freed_memory()
@@ -187,7 +191,7 @@ def main() -> None:
         for row in rows(args, rates):
             figures.append(row)
             print(table([row]).splitlines()[-1], flush=True)
-            write(args, head, rates, figures, compared)  # after each row: a time limit may end the run
+            write(args, head, rates, figures, compared)  # after each row, because a time limit may end the run
         variants = itertools.product(args.models, args.batch, args.teachers, args.precision) if args.plain else ()
         for variant in variants:
             seconds, ratio, alike = against_plain(args, *variant)

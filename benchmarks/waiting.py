@@ -1,9 +1,10 @@
-"""How long two threads take for small operators, beside a program that has one of the cores and alone, by how they wait.
+"""Measure how the waiting policy of OpenMP's threads affects small operators, on idle cores and on busy ones.
 
     python benchmarks/waiting.py
 
-In turn, a process each: OpenMP's threads spin 300,000 times before they sleep (its default), briefly
-(`repa.base.launch.spin_briefly`), or not at all. The operators are those of the quickstart's network: products of a few hundred rows.
+Each measurement runs alone and next to a program that keeps one core busy. Threads spin 300,000 times before they sleep
+(the default), spin briefly (`repa.base.launch.spin_briefly`), or do not spin. Each policy runs in a separate process,
+in turn. The operators have the size of the quickstart's network: products of about a thousand rows.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def spin() -> None:
 
 @contextlib.contextmanager
 def beside(programs: int) -> Iterator[None]:
-    """Programs that each use a core for as long as this lasts."""
+    """Run `programs` processes that each keep one core busy."""
     running = [multiprocessing.Process(target=spin, daemon=True) for _ in range(programs)]
     for process in running:
         process.start()

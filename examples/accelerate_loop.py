@@ -1,9 +1,9 @@
-"""Alignment under `accelerate`: one process or several, features computed once, exact resume.
+"""Alignment with `accelerate`: one process or several, cached encoder features, and resuming.
 
     python examples/accelerate_loop.py OUT
     torchrun --nproc-per-node 2 examples/accelerate_loop.py OUT
 
-The second run of the same command continues where the first one stopped.
+Running the same command again continues the training.
 """
 
 import sys
@@ -20,7 +20,7 @@ from repa.data import FeatureCache, open_source
 
 
 class Photographs(Dataset):
-    """(number, uint8 image)"""
+    """Pairs of an image's number and the uint8 image; the numbers are the keys of the feature cache."""
 
     def __init__(self, num: int):
         self.source = open_source(f"photographs:num={num}")

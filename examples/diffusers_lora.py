@@ -1,9 +1,10 @@
-"""A LoRA of a diffusers network, with alignment: peft's weights are trained, the network itself is not.
+"""Train a LoRA of a diffusers network with alignment: peft's weights are trained, and the network is frozen.
 
     python examples/diffusers_lora.py [OUT]
 
-The network is a small random SD 1.5-shaped U-Net on the pixels of photographs, so that the file runs anywhere in seconds; put
-`UNet2DConditionModel.from_pretrained(...)`, latents and "dinov2-b" in its place. OUT then holds the LoRA, as diffusers loads it.
+The network is a small random U-Net of SD 1.5's structure on pixels of photographs, so that the example runs anywhere in
+seconds. For real training use `UNet2DConditionModel.from_pretrained(...)`, latents and "dinov2-b". The LoRA is written
+to OUT in the format of diffusers.
 """
 
 import sys
@@ -39,9 +40,8 @@ def main(num_steps: int = 30, out: str | Path | None = None) -> list[tuple[float
         )
     )
     encoder = repa.load_encoder("tiny")
-    aligner = repa.attach(
-        unet, "mid_block"
-    )  # the relations between tokens: nothing more to train, nothing more to save
+    # The default loss compares relations between tokens, so there is no projector to train or save.
+    aligner = repa.attach(unet, "mid_block")
     lora = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(lora, lr=3e-3)
 

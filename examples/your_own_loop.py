@@ -1,9 +1,9 @@
-"""Alignment in a training loop of your own: any network, plain PyTorch; the lines marked with + are all that it takes.
+"""Alignment in your own training loop: any network, plain PyTorch; only the lines marked with + are needed.
 
     python examples/your_own_loop.py
 
-The network is a small convolutional denoiser on 32-pixel crops of photographs that come with the package. It starts from nothing,
-so that it takes REPA's own loss; for a pretrained network `repa.attach(net, block)` is enough (docs/own-network.md).
+The network is a small convolutional denoiser on 32-pixel crops of the packaged photographs. It is trained from scratch,
+so it uses REPA's original loss. For a pretrained network `repa.attach(net, block)` is enough (docs/own-network.md).
 """
 
 import torch

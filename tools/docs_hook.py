@@ -1,4 +1,4 @@
-"""Pages of the documentation that are made from the code: public names, options of the configuration. Called by mkdocs."""
+"""A mkdocs hook that makes documentation pages from the code: public names, files of the package, and options."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Links to files of the repository that are no pages become their path: the site does not hold them."""
+    """Replace links to repository files that are not pages by their path, because the site does not contain them."""
 
     def outside(match: re.Match) -> str:
         inside = (ROOT / "docs" / page.file.src_uri).parent.joinpath(match[2].partition("#")[0]).resolve()
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def room_page(room: str) -> str:
-    """One heading a public name, whose docstring mkdocstrings reads from the source."""
+    """One heading per public name; mkdocstrings reads the docstrings from the source."""
     module = importlib.import_module(f"repa.{room}")
     lines = [f"# repa.{room}", "", inspect.getdoc(module) or "", ""]
     for name in sorted(module.__all__):
@@ -58,11 +58,11 @@ def room_page(room: str) -> str:
 
 
 def package_page() -> str:
-    """Every file of the package by room, with the first line of its docstring."""
+    """The files of the package by room, each with the first line of its docstring."""
     lines = [
         "# Files of the package",
         "",
-        "Made from the docstrings. [Architecture](../architecture.md) has the rooms.",
+        "Generated from the docstrings. [Architecture](../architecture.md) describes the rooms.",
     ]
     for room in sorted(path for path in PACKAGE.iterdir() if (path / "__init__.py").exists()):
         lines += ["", f"## {room.name}", "", first_line(room / "__init__.py"), "", "| file | |", "|---|---|"]
@@ -75,28 +75,28 @@ def package_page() -> str:
 def first_line(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     if docstring is None:
-        raise SystemExit(f"{path} has no docstring, and the table of files shows its first line.")
+        raise SystemExit(f"{path} has no docstring: write one, because the table of files shows its first line.")
     return docstring.splitlines()[0]
 
 
 def options_page() -> str:
-    """Every field of what `repa train` and `repa prepare` take, with its sentence: one table for each group of options."""
+    """All options of `repa train` and `repa prepare` with their descriptions, in one table per group."""
     from repa.data.config import PrepareConfig
     from repa.training.config import TrainConfig
 
     lines = [
         "# Options",
         "",
-        '<div class="options"></div>',  # docs/site.css keeps the options after it whole
+        '<div class="options"></div>',  # docs/site.css does not wrap option names after it
         "",
-        "Made from the configuration classes. `repa train RECIPE --help` prints them with the recipe's values.",
+        "Generated from the configuration classes. `repa train RECIPE --help` prints them with the recipe's values.",
     ]
     for verb, cls in (("train", TrainConfig), ("prepare", PrepareConfig)):
         lines += ["", f"## repa {verb}"]
         groups = defaultdict(list)
         for flag, default, about in fields(cls):
             groups[flag.partition(".")[0] if "." in flag else ""].append(f"| `--{flag}` | {cell(default)} | {about} |")
-        for group in sorted(groups, key=bool):  # options of no group first
+        for group in sorted(groups, key=bool):  # options without a group come first
             heading = ["", f"### {group}"] if group else []
             lines += [*heading, "", "| option | default | meaning |", "|---|---|---|", *groups[group]]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What the networks inside the package are worth: linear probe on CIFAR-10, and spatial structure of their tokens.
+"""Evaluate the packaged encoders: a linear probe on CIFAR-10, and the spatial structure of their tokens.
 
     python tools/evaluate_tiny.py tiny --data cifar10-train.zip --test cifar10-test.zip [--weights FILE]
 
-prints both for the trained network and for one of the same shape with random weights. The zips hold
+Prints both figures for the trained network and for the same network with random weights. The zips contain
 `<class>/<number>.jpg`, 32 x 32 pixels.
 """
 
@@ -34,13 +34,13 @@ def read_images(path: Path) -> Labelled:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1], in the memory layout that the convolutions like."""
+    """uint8 -> [-1, 1], in the memory layout that is fastest for convolutions."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
 def pooled_features(net: nn.Module, images: Tensor) -> Tensor:
-    """Mean token of each image (N, D)."""
+    """The mean token of each image (N, D)."""
     return torch.cat([net(to_input(batch)).mean(1) for batch in images.split(500)])
 
 
@@ -52,7 +52,7 @@ def probe(net: nn.Module, train: Labelled, test: Labelled) -> float:
 
 @torch.no_grad()
 def spatial_structure(net: nn.Module, images: Tensor) -> float:
-    """LDS over the images, with the distance of 6 tokens that its authors use (arXiv 2512.10794)."""
+    """LDS averaged over the images, at its authors' distance of 6 tokens (arXiv 2512.10794)."""
     return float(local_distance_similarity(net(to_input(images))).mean())
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("--data", type=Path, required=True, help="zip of training images")
     parser.add_argument("--test", type=Path, required=True, help="zip of test images")
-    parser.add_argument("--weights", type=Path, help="a weight file; by default the one inside the package")
+    parser.add_argument("--weights", type=Path, help="weight file; default: the packaged one")
     args = parser.parse_args()
 
     torch.set_num_threads(1)

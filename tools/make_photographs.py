@@ -1,11 +1,12 @@
-"""Make src/repa/data/photographs/, the photographs inside the package: 19 from a Debian package, one from a wheel.
+"""Make the packaged photographs in src/repa/data/photographs/: 19 from a Debian package, one from a wheel.
 
     apt-get download plasma-workspace-data && dpkg-deb -x plasma-workspace-data_*.deb unpacked
     pip download --no-deps scikit-image==0.26.0 && python -m zipfile -e scikit_image-*.whl unpacked
-    python tools/make_photographs.py --avatars unpacked/usr/share/plasma/avatars/photos --coffee unpacked/skimage/data/coffee.png
+    python tools/make_photographs.py --avatars unpacked/usr/share/plasma/avatars/photos \
+        --coffee unpacked/skimage/data/coffee.png
 
-KDE's plasma-workspace carries the avatars, each with a file that names its author, origin and licence; scikit-image's documentation of
-`skimage.data.coffee` names those of its picture. All are CC0.
+KDE's plasma-workspace contains the avatars, each with a file that names author, origin and licence. The documentation
+of scikit-image's `skimage.data.coffee` names those of its picture. All are CC0.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-SIDE = 256  # pixels
-QUALITY = 90  # of the JPEG
+SIDE = 256
+QUALITY = 90
 FOLDER = Path(__file__).parents[1] / "src/repa/data/photographs"
-AVATARS = {  # name of the class -> file of KDE's
+AVATARS = {  # class name -> KDE's file
     "astronaut": "Astronaut",
     "books": "Books",
     "car": "Car",
@@ -71,7 +72,7 @@ def main() -> None:
 
 
 def provenance(text: str) -> tuple[str, str]:
-    """(author, address) of a .license file; a licence other than CC0 stops here."""
+    """Author and address from a .license file; raises unless the licence is CC0."""
     if "SPDX-License-Identifier: CC0-1.0" not in text:
         raise SystemExit(f"This is not CC0:\n{text}")
     author, address = re.search(r"SPDX-FileCopyrightText: \d+ ([^<\n]+)", text), re.search(r"https://\S+", text)
@@ -81,7 +82,7 @@ def provenance(text: str) -> tuple[str, str]:
 
 
 def save(source: Path, name: str) -> None:
-    """The middle square of a picture, small, as JPEG without metadata."""
+    """Save the middle square of a picture at SIDE pixels, as JPEG without metadata."""
     with Image.open(source) as image:
         square = ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)
     square.save(FOLDER / f"{name}.jpg", quality=QUALITY, optimize=True)

@@ -1,15 +1,17 @@
-"""Train one of the two small networks that come inside the package, on one CPU core; a kill loses two minutes at most.
+"""Train one of the two small packaged networks on one CPU core.
 
-    python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 46 --pooled 1 --across 0
+    python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 46 \
+        --pooled 1 --across 0
     python tools/train_tiny.py target --data cifar10-train.zip --test cifar10-test.zip --minutes 42 --rate 1e-3 \
         --start src/repa/encoders/weights/tiny.safetensors --state build/tiny-2.pt
     python tools/train_tiny.py classifier --data cifar10-train.zip --test cifar10-test.zip --minutes 12
 
-`target` (the encoder `tiny`) sees no label: two augmented views of an image must agree, pooled and place by place. Its second
-command continues from the weights of the first, with the places of more weight.
-`classifier` (`tiny-classifier`) is trained on the labels. The same command resumes from --state; learning rate and
-image size follow the processor time, so that other work on the machine changes nothing but how long it takes; --out is
-usable from the first checkpoint on.
+`target` (the encoder `tiny`) is trained without labels: two augmented views of an image must agree, pooled and token by
+token. Its second command continues from the weights of the first and puts more weight on single tokens. `classifier`
+(`tiny-classifier`) is trained on the labels.
+
+The same command resumes from --state, and a kill loses at most two minutes. Learning rate and image size follow the
+processor time, so that other programs only make the training take longer. --out is usable from the first checkpoint on.
 """
 
 import argparse
@@ -34,15 +36,15 @@ from repa.encoders.tiny import SHAPES, ConvNet
 
 NAMES = {"target": "tiny", "classifier": "tiny-classifier"}
 OBJECTIVES = {
-    "target": "self-supervised: tokens of two views agree at the same place, within and across images; pooled features too",
+    "target": "self-supervised: two views agree token by token, within and across images, and in pooled features",
     "classifier": "supervised: cross-entropy on the ten labels, label smoothing 0.1",
 }
 PRINT_SECONDS, CHECKPOINT_SECONDS = 15, 120
 BATCH = 256
-SIDES, SHARES = (24, 32, 40), (0.5, 0.4, 0.1)  # pixels of a batch's views; small ones are cheap
+SIDES, SHARES = (24, 32, 40), (0.5, 0.4, 0.1)  # sides of a batch's views in pixels, and how often each is drawn
 
 
-# -------------------- augmentation, one batch at once
+# -------------------- augmentation of a whole batch
 
 
 def random_boxes(n: int, smallest: float) -> Tensor:
@@ -62,13 +64,13 @@ def crop(images: Tensor, boxes: Tensor, side: int) -> Tensor:
 
 
 def jitter(images: Tensor, strength: float, grey: float) -> Tensor:
-    """Brightness, contrast, saturation, hue and grey as one random affine map of colours per image."""
+    """Vary brightness, contrast, saturation, hue and grey by one random affine map of the colours per image."""
     n = len(images)
     applied = (torch.rand(n) < 0.8).float() * strength
     brightness, contrast, saturation = (1 + torch.empty(3, n).uniform_(-1, 1) * applied).unbind()
     saturation = torch.where(torch.rand(n) < grey, 0.0, saturation)
     angle = torch.empty(n).uniform_(-1, 1) * applied * math.pi / 2
-    axis = torch.full((3, 3), 1 / 3)  # projection onto grey
+    axis = torch.full((3, 3), 1 / 3)  # projects colours onto grey
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     chroma = torch.cos(angle)[:, None, None] * (torch.eye(3) - axis) + torch.sin(angle)[:, None, None] * cross
     colour = (brightness * contrast)[:, None, None] * (axis + saturation[:, None, None] * chroma)  # (N, 3, 3)
@@ -80,9 +82,9 @@ def jitter(images: Tensor, strength: float, grey: float) -> Tensor:
 
 
 class Target(nn.Module):
-    """Two views agree in tokens at the same place and in pooled features (SimCLR, decoupled loss of arXiv 2110.06848; no labels).
+    """Two views must agree token by token and in pooled features (SimCLR with the loss of arXiv 2110.06848).
 
-    `pooled` and `across` weigh the agreement of pooled features and of tokens across images.
+    `pooled` and `across` are the weights of pooled features and of tokens compared across images.
     """
 
     peak, decay = 2e-3, 0.02
@@ -107,7 +109,7 @@ class Target(nn.Module):
 
 
 def agree(z: Tensor, temperature: float) -> Tensor:
-    """Decoupled NT-Xent: rows n and n + N of z (2N, d) are one image; the positive is not in the denominator."""
+    """Decoupled NT-Xent: rows n and n + N of z (2N, d) are one image, and the denominator excludes this pair."""
     half = len(z) // 2
     logits = z @ z.T / temperature
     positive = (z[:half] * z[half:]).sum(1) / temperature
@@ -116,7 +118,7 @@ def agree(z: Tensor, temperature: float) -> Tensor:
 
 
 def places(a: Tensor, b: Tensor, box_a: Tensor, box_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens of view a (N, T, d), those of view b at the same places of the image (N, T, d), and which b sees (N, T)."""
+    """Tokens of view a (N, T, d), of view b at the same image positions (N, T, d), and which of them b sees (N, T)."""
     n, t, d = a.shape
     side = int(t**0.5)
     place = F.affine_grid(box_a, [n, d, side, side], align_corners=False)  # (N, side, side, 2), image coordinates
@@ -129,9 +131,9 @@ def places(a: Tensor, b: Tensor, box_a: Tensor, box_b: Tensor) -> tuple[Tensor, 
 
 
 def agree_by_place(here: Tensor, there: Tensor, seen: Tensor, temperature: float) -> Tensor:
-    """Within an image: a token agrees with the other view at its place, not at other places of its grid.
+    """Within an image, a token should match the other view at its position rather than at other positions.
 
-    Neighbours are no negatives, for they see much of the same pixels and should stay alike.
+    Neighbours are not negatives, because they see many of the same pixels and should stay similar.
     """
     n, t, _ = here.shape
     side = int(t**0.5)
@@ -143,9 +145,9 @@ def agree_by_place(here: Tensor, there: Tensor, seen: Tensor, temperature: float
 
 
 def agree_across(here: Tensor, there: Tensor, seen: Tensor, temperature: float, num_places: int = 8) -> Tensor:
-    """Across images: a token agrees with the other view at its place, not with a token of another image (arXiv 2011.09157).
+    """A token should match the other view at its position rather than tokens of other images (arXiv 2011.09157).
 
-    Of each image with a place that both views see, `num_places` are drawn; the k-th of all images are compared.
+    `num_places` positions that both views see are drawn per image; the k-th tokens of all images are compared.
     """
     here, there, seen = (x[seen.any(1)] for x in (here, there, seen))
     places = torch.multinomial(seen.float(), num_places, replacement=True)  # (N, K)
@@ -156,7 +158,7 @@ def agree_across(here: Tensor, there: Tensor, seen: Tensor, temperature: float, 
 
 
 class Classifier(nn.Module):
-    """Ten classes from the pooled feature."""
+    """A linear classifier of ten classes on the pooled feature."""
 
     peak, decay = 4e-3, 0.05
 
@@ -174,7 +176,7 @@ class Classifier(nn.Module):
 
 
 def add_norm(module: nn.Module) -> None:
-    """Batch normalisation after every convolution, which then needs no bias; a block starts as the identity."""
+    """Add batch normalisation after every convolution and drop its bias; each block starts as the identity."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d):
             settings = child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding
@@ -188,9 +190,9 @@ def add_norm(module: nn.Module) -> None:
 
 @torch.no_grad()
 def unfold(net: ConvNet, shipped: ConvNet, images: Tensor) -> None:
-    """Give a network with normalisation the weights of a shipped one, whose output it then has in eval mode.
+    """Load shipped weights into a network with normalisation, so that it computes the same in eval mode.
 
-    Each normalisation takes its statistics from the images, and scale and shift that undo them.
+    Each normalisation takes its statistics from the images, with a scale and shift that undo them.
     """
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
@@ -240,7 +242,7 @@ def batches(images: Tensor, labels: Tensor, seed: int) -> Iterator[tuple[Tensor,
 
 
 class Training:
-    """One model, its optimiser and its processor time, that before a restart too."""
+    """One model, its optimiser and its processor time, including the time before a restart."""
 
     def __init__(self, which: str, args: argparse.Namespace, images: Tensor):
         state, seed = args.state, args.seed
@@ -285,7 +287,7 @@ class Training:
 
 
 def fit(training: Training, images: Tensor, labels: Tensor, args: argparse.Namespace) -> dict:
-    """Train until the minutes of processor time are over; returns the facts for the weights' file."""
+    """Train for `minutes` of processor time; returns the metadata for the weight file."""
     budget, losses, printed, saved = 60 * args.minutes, [], (training.seconds, training.seen), training.seconds
     facts: dict[str, str | float] = {"name": training.name, "objective": OBJECTIVES[args.which]}
     facts["data"] = "CIFAR-10 train, 50000 images (JPEG)"
@@ -317,14 +319,14 @@ def main() -> None:
     parser.add_argument("which", choices=NAMES)
     parser.add_argument("--data", type=Path, required=True, help="zip of training images")
     parser.add_argument("--test", type=Path, required=True, help="zip of test images")
-    parser.add_argument("--minutes", type=float, required=True, help="of processor time")
+    parser.add_argument("--minutes", type=float, required=True, help="budget of processor time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="weights to continue from, with a new schedule")
-    parser.add_argument("--rate", type=float, help="peak of the learning rate")
-    parser.add_argument("--pooled", type=float, default=0.3, help="target: weight of the agreement of pooled features")
-    parser.add_argument("--across", type=float, default=1.0, help="target: weight of tokens' agreement across images")
-    parser.add_argument("--out", type=Path, help="default: the file inside the package")
-    parser.add_argument("--state", type=Path, help="checkpoint; default build/<name>.pt")
+    parser.add_argument("--start", type=Path, help="weights to start from, with a new schedule")
+    parser.add_argument("--rate", type=float, help="peak learning rate")
+    parser.add_argument("--pooled", type=float, default=0.3, help="target: weight of pooled features")
+    parser.add_argument("--across", type=float, default=1.0, help="target: weight of tokens compared across images")
+    parser.add_argument("--out", type=Path, help="weight file; default: the packaged one")
+    parser.add_argument("--state", type=Path, help="checkpoint; default: build/<name>.pt")
     args = parser.parse_args()
     name = NAMES[args.which]
     weights = Path(__file__).parents[1] / "src/repa/encoders/weights"

@@ -1,10 +1,10 @@
-"""Train `tiny-vae`, the autoencoder inside the package, on one CPU core; a kill loses a minute at most.
+"""Train the packaged autoencoder `tiny-vae` on one CPU core.
 
     python tools/train_tiny_vae.py --data cifar10-train.zip --test cifar10-test.zip --minutes 25
 
 A small AutoencoderKL of diffusers (factor 4, 4 channels) learns on CIFAR-10 at 32 pixels and on crops of the packaged
-photographs at 64. The same command resumes from --state. Minutes are of the core's own time, which other work on the machine
-does not count against; the learning rate follows them. --out is a folder as diffusers saves it.
+photographs at 64. The same command resumes from --state, and a kill loses at most a minute. Minutes are processor time,
+so other programs do not count; the learning rate follows them. --out is a folder in the format of diffusers.
 """
 
 import argparse
@@ -34,13 +34,13 @@ SHAPE = {
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 8,
-    "mid_block_add_attention": False,  # convolutions alone: any height and width
+    "mid_block_add_attention": False,  # convolutions only, so any height and width will do
     "sample_size": 32,
 }
-BATCH, PHOTOGRAPH_BATCH = 48, 12  # at 64 pixels a quarter of the images are as much work
-PHOTOGRAPHS, PHOTOGRAPH_SIDE = 4_000, 64  # crops
-PERCEPTUAL, KL = 0.25, 3e-3  # weights beside the mean absolute error of a pixel in [-1, 1]
-SCALES = (0.5, 0.75)  # of the latents in the equivariance term
+BATCH, PHOTOGRAPH_BATCH = 48, 12  # an image of 64 pixels is as much work as four of 32
+PHOTOGRAPHS, PHOTOGRAPH_SIDE = 4_000, 64  # number and side of the crops
+PERCEPTUAL, KL = 0.25, 3e-3  # weights relative to the mean absolute pixel error in [-1, 1]
+SCALES = (0.5, 0.75)  # sizes of the transformed latents
 PEAK, DECAY, CLIP = 1.5e-3, 1e-4, 1.0
 PRINT_SECONDS, CHECKPOINT_SECONDS = 15, 60
 
@@ -53,7 +53,7 @@ def photographs(num: int, seed: int) -> Tensor:
 
 
 def batches(cifar: Tensor, crops: Tensor, stream: torch.Generator) -> Iterator[Tensor]:
-    """Three batches of CIFAR-10, one of photographs, and so on; mirrored with probability 1/2."""
+    """Three batches of CIFAR-10, then one of photographs, repeated; images are mirrored with probability 1/2."""
     while True:
         for images, size in (*[(cifar, BATCH)] * 3, (crops, PHOTOGRAPH_BATCH)):
             batch = images[torch.randint(len(images), (size,), generator=stream)]
@@ -62,12 +62,15 @@ def batches(cifar: Tensor, crops: Tensor, stream: torch.Generator) -> Iterator[T
 
 
 def transformed(x: Tensor, turns: int, side: int) -> Tensor:
-    """Turned by quarters and resized to `side`: what latents and images must do alike (EQ-VAE, arXiv 2502.09509)."""
+    """Rotate by quarter turns and resize to `side`: the decoder must follow the latents (EQ-VAE, arXiv 2502.09509)."""
     return F.interpolate(torch.rot90(x, turns, (2, 3)), size=(side, side), mode="area")
 
 
 def losses(vae: Any, tiny: torch.nn.Module, x: Tensor, stream: torch.Generator) -> dict[str, Tensor]:
-    """Of images (N, 3, H, H) in [-1, 1]: pixels, features of `tiny`, KL a latent number; every second time of transformed latents."""
+    """Losses of images (N, 3, H, H) in [-1, 1]: pixels, features of `tiny`, and KL per number of the latent.
+
+    With probability 1/2 the latents and the images are transformed first.
+    """
     posterior = vae.encode(x).latent_dist
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=stream)
@@ -88,11 +91,11 @@ def losses(vae: Any, tiny: torch.nn.Module, x: Tensor, stream: torch.Generator) 
 
 
 class Training:
-    """The network, its optimizer and its seconds of processor time, those before a restart too."""
+    """The network, its optimizer and its processor time, including the time before a restart."""
 
     def __init__(self, state: Path, seed: int):
         torch.manual_seed(seed)
-        self.vae = cast(Any, AutoencoderKL(**SHAPE))  # diffusers hides the methods of its networks from type checkers
+        self.vae = cast(Any, AutoencoderKL(**SHAPE))  # diffusers' networks are opaque to type checkers
         self.vae.to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.vae.parameters(), weight_decay=DECAY, betas=(0.9, 0.99), fused=True)
         self.state, self.seconds, self.steps = state, 0.0, 0
@@ -145,7 +148,7 @@ def fit(training: Training, cifar: Tensor, crops: Tensor, minutes: float) -> Non
 
 @torch.no_grad()
 def measure(vae: Any, images: Tensor) -> dict[str, float]:
-    """PSNR in dB of reconstructions from the mean, over all pixels of uint8 images; spread of means and posterior."""
+    """PSNR in dB of reconstructions from posterior means, and mean and spread of the latents."""
     means, stds, errors = [], [], []
     for batch in images.split(200):
         posterior = vae.encode(to_input(batch)).latent_dist
@@ -163,7 +166,7 @@ def measure(vae: Any, images: Tensor) -> dict[str, float]:
 
 
 def ship(vae: Any, out: Path, scale: float, facts: dict[str, str]) -> None:
-    """config.json and half-precision weights, as diffusers reads them."""
+    """Write config.json and half-precision weights in the format of diffusers."""
     out.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu", **SHAPE}
     files.write_json(out / "config.json", {**config, "scaling_factor": scale})
@@ -174,12 +177,12 @@ def ship(vae: Any, out: Path, scale: float, facts: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="zip of CIFAR-10's training images")
-    parser.add_argument("--test", type=Path, required=True, help="zip of its test images, for the PSNR alone")
+    parser.add_argument("--test", type=Path, required=True, help="zip of its test images, used only for the PSNR")
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
     package = Path(__file__).parents[1] / "src/repa/autoencoders/weights/tiny-vae"
-    parser.add_argument("--out", type=Path, default=package, help="default: the folder inside the package")
-    parser.add_argument("--state", type=Path, default=Path("build/tiny-vae.pt"), help="checkpoint")
+    parser.add_argument("--out", type=Path, default=package, help="output folder; default: the packaged one")
+    parser.add_argument("--state", type=Path, default=Path("build/tiny-vae.pt"), help="checkpoint file")
     args = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -1,14 +1,16 @@
-"""The files of src/repa that a command walks through, in the order in which a reader of its work would open them.
+"""List the files of src/repa that a command runs through, in the order in which a reader would open them.
 
     python tools/walk.py prepare photographs:num=64 DATA --resolution 32 --features tiny --num-workers 0
     python tools/walk.py --during training/loop.py:backward:6 --without cli/ train quickstart --data DATA --out RUN \
         --num-steps 8 --preview.every 0
 
-Each function counts where it starts first. A stop is a run of such functions in one file; a stop in a file that was left before
-is a return. Fewer returns: more of the work is read from top to bottom. Work in threads is seen, that in worker processes is
-not. `--during FILE:FUNCTION:N` looks only from the N-th call of a function to the next one: at one steady step of a training,
-of which `--without cli/` leaves out what the progress bar calls. An epoch that begins adds data/order.py: DATA of a thousand
-images have none in the eighth step.
+Each function counts once, when it is first called. A stop is a run of consecutive functions in one file; a stop in a
+file seen before is a return. The fewer returns, the more of the work reads from top to bottom. Threads are followed,
+worker processes are not.
+
+`--during FILE:FUNCTION:N` looks only from the N-th call of a function to the next one, for example at one step of a
+training. `--without cli/` then leaves out what the progress bar calls. A new epoch adds data/order.py, so use enough
+images that none begins during this step; a thousand are enough for the eighth.
 """
 
 import argparse
@@ -23,21 +25,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "src" / "repa"
 
 
 class Walk:
-    """What `sys.setprofile` calls. Counts files that functions start in, in all threads."""
+    """A profile function for `sys.setprofile` that records the files of called functions, in all threads."""
 
     def __init__(self, during: str = "", without: str = ""):
         self.without = without
         self.file, self.function, self.nth = (*during.split(":"), "", "", "")[:3]
         self.calls = 0
-        self.starts: list[str] = []  # file of each function, at its first start
-        self.moves: dict[tuple[str, str], int] = {}  # from file to file, among all starts of a thread
+        self.starts: list[str] = []  # file of each function at its first call
+        self.moves: dict[tuple[str, str], int] = {}  # from file to file, among all calls of a thread
         self._seen: set[CodeType] = set()
         self._names: dict[str, str] = {}
         self._last = threading.local()
 
     def __call__(self, frame: FrameType, event: str, _: object) -> None:
         code = frame.f_code
-        # neither modules nor bodies of classes, and no comprehensions or lambdas, which are read where they stand
+        # skip modules and class bodies, and comprehensions and lambdas, which are read in place
         if event != "call" or not code.co_flags & inspect.CO_OPTIMIZED or code.co_name.startswith("<"):
             return
         file = self._names.get(code.co_filename)
@@ -52,7 +54,7 @@ class Walk:
             if self.calls != int(self.nth) or self._left_out(frame):
                 return
         if code not in self._seen:
-            if _importing(frame):  # decorators and tables that run when a module is read
+            if _importing(frame):  # decorators and tables that run at import
                 return
             self._seen.add(code)
             self.starts.append(file)
@@ -62,7 +64,7 @@ class Walk:
         self._last.file = file
 
     def _left_out(self, frame: FrameType | None) -> bool:
-        """Whether a function of the folder `without` called it, between the file of `during` and here."""
+        """Whether a function in the folder `without` is on the call stack above the file of `during`."""
         while self.without and frame is not None:
             file = self._names.get(frame.f_code.co_filename, "")
             if file == self.file or file.startswith(self.without):
@@ -71,7 +73,7 @@ class Walk:
         return False
 
     def report(self, below: str) -> str:
-        """The stops below a folder of the package, and their counts; files elsewhere are passed over."""
+        """The stops in one folder of the package and their counts; other files are ignored."""
         stops = [file for file, _ in itertools.groupby(file for file in self.starts if file.startswith(below))]
         before, lines = set(), []
         for file in stops:
@@ -96,9 +98,9 @@ def _importing(frame: FrameType | None) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--during", default="", help="FILE:FUNCTION:N")
-    parser.add_argument("--without", default="", help="with --during: leave out what this folder's functions call")
-    parser.add_argument("--below", default="", help="count files of this folder of the package alone, e.g. data/")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what follows `repa`")
+    parser.add_argument("--without", default="", help="with --during: leave out what functions in this folder call")
+    parser.add_argument("--below", default="", help="count only files in this folder of the package, e.g. data/")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the command without `repa`")
     given = parser.parse_args()
     sys.path.insert(0, str(PACKAGE.parent))
     from repa.cli.main import run
