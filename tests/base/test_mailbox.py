@@ -49,5 +49,5 @@ def test_a_process_that_does_not_come_is_named():
 
     found, _ = together(3, work, timedelta(seconds=0.3))
     assert isinstance(found[0], UserError)
-    assert "Waited 0.005 minutes for processes 2, which did not come" in str(found[0])
+    assert "Waited 0.005 minutes for processes 2, which did not arrive" in str(found[0])
     assert isinstance(found[1], RuntimeError)  # the main process never answers

@@ -145,7 +145,7 @@ def test_an_archive_that_was_packed_with_compression_is_refused(method, saved, t
 
 def test_a_record_that_is_too_short_is_refused(saved, tmp_path):
     # torch would go on with the bytes of the next record
-    with pytest.raises(UserError, match="the record data/0 has 5 bytes where 16 belong"):
+    with pytest.raises(UserError, match="the record data/0 has 5 bytes instead of 16"):
         read_weights(packed(saved, tmp_path / "again.pt", **{"data/0": b"short"}))
 
 

@@ -114,7 +114,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
-    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which nobody wants here; thousands of digits take quadratic time.
+    # YAML 1.1 reads 010 as 8 and 1:30 as 90, which is never meant here; thousands of digits take quadratic time.
     text = node.value
     if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
         line = node.start_mark.line + 1

@@ -68,8 +68,8 @@ def _join(backend: str) -> None:
             "WORLD_SIZE for one process."
         )
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    told = f"process {here.rank} of {here.world} waits for the others at {where}, at most {minutes:g} minutes"
-    note = threading.Timer(NOTE_AFTER, lambda: print(f"repa: {told} ({launch.JOIN})", file=sys.stderr, flush=True))
+    waiting = f"process {here.rank} of {here.world} waits for the others at {where}, at most {minutes:g} minutes"
+    note = threading.Timer(NOTE_AFTER, lambda: print(f"repa: {waiting} ({launch.JOIN})", file=sys.stderr, flush=True))
     note.daemon = True
     note.start()
     deadline = time.monotonic() + 60 * minutes

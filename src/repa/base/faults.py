@@ -208,7 +208,7 @@ def _is_torch_memory(error: BaseException) -> bool:
 
 
 def _is_temporary(name: object, path: Path) -> bool:
-    """Whether a file name is the temporary name of `path`, or lies in it."""
+    """Whether a file name is the temporary name of `path`, or is inside it."""
     return isinstance(name, (str, os.PathLike)) and f".{path.name}." in str(name)
 
 

@@ -69,8 +69,8 @@ def _temporary_beside(path: Path, make: Callable[..., str]) -> Iterator[Path]:
         yield temporary
         sync_folder(path.parent)
     except Exception as error:
-        if said := faults.written(error, path):
-            raise said from error
+        if user_error := faults.written(error, path):
+            raise user_error from error
         raise
     finally:
         if temporary is not None:
@@ -184,7 +184,7 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
 
     Args:
         path: the file.
-        sealed: refuse a file without its checksum, because nobody edits this one by hand.
+        sealed: refuse a file without a checksum; for files that are never edited by hand.
 
     Raises:
         UserError: it is not JSON, has a duplicate key, NaN or Infinity (which JSON lacks), or does not match its

@@ -1,8 +1,8 @@
-"""Small values between processes through the store at which they met: for what is not a tensor, and for waits without a limit of minutes.
+"""Exchange of small objects between processes, and long waits, through the key-value store of the process group.
 
-A collective of tensors that is late means a dead process, and its time-out is minutes. Waiting for the main process to write
-samples is not one. So objects and barriers go through the key-value store, over one connection a process: nothing
-connects every process with every other, and a process that sleeps in them holds no device.
+Collectives of tensors have a time-out of minutes, because a late process is a dead one. A wait for the main process, which
+writes samples, may take longer. Objects and barriers therefore use the store: each process has one connection to it, and a
+waiting process occupies no device.
 """
 
 import pickle
@@ -14,16 +14,16 @@ import torch.distributed as td
 from repa.base.errors import UserError
 
 Value = TypeVar("Value")
-PATIENCE = timedelta(hours=2)  # the others wait while one process measures a reference or writes samples
+PATIENCE = timedelta(hours=2)  # of processes that wait while another computes a reference or writes samples
 
 
 class Mailbox:
-    """Rounds of messages, which all processes take in the same order.
+    """Rounds of messages; all processes take part in the same order.
 
     Args:
-        store: at which the processes met.
+        store: the store of the process group.
         rank, world: of this process.
-        patience: how long a round may take.
+        patience: the longest duration of a round.
     """
 
     def __init__(self, store: td.Store, rank: int, world: int, patience: timedelta = PATIENCE):
@@ -32,7 +32,7 @@ class Mailbox:
         self.round = 0
 
     def from_main(self, value: Value) -> Value:
-        """The main process's (picklable) value, in every process. It stays until all have it: the store may end with it."""
+        """The main process's (picklable) value, in every process. It waits until all have read it, because the store ends with it."""
         key = self._next()
         read, done = f"{key}/read", f"{key}/done"
         if self.rank == 0:
@@ -42,14 +42,14 @@ class Mailbox:
                 self.store.delete_key(name)
             return value
         self.store.wait([key], self.patience)
-        found = pickle.loads(self.store.get(key))  # of a process of this run
-        # Counted, so that the main process waits for one key and not for one of every process.
+        found = pickle.loads(self.store.get(key))  # trusted: written by a process of this run
+        # A counter, so that the main process waits for one key instead of one per process.
         if self.store.add(read, 1) == self.world - 1:
             self.store.set(done, "")
         return found
 
     def gather(self, value: Value) -> list[Value]:
-        """The value of every process, in rank order, in every process: the main one collects them, so nobody reads world^2."""
+        """The values of all processes, in rank order, in every process. The main process collects them, which avoids world^2 reads."""
         key = self._next()
         values: list[Value] = []
         if self.rank == 0:
@@ -65,13 +65,13 @@ class Mailbox:
     def _wait_for(self, keys: list[str]) -> None:
         try:
             self.store.wait(keys, self.patience)
-        except RuntimeError as error:  # of which the store's time-out is one
+        except RuntimeError as error:  # the store's time-out is one
             absent = [key.rpartition("/")[2] for key in keys if not self.store.check([key])]
             if not absent:
                 raise
             minutes = self.patience.total_seconds() / 60
             raise UserError(
-                f"Waited {minutes:g} minutes for processes {', '.join(absent[:8])}, which did not come: check whether their machines "
+                f"Waited {minutes:g} minutes for processes {', '.join(absent[:8])}, which did not arrive: check whether their machines "
                 "are alive, and start the same command again."
             ) from error
 

@@ -17,19 +17,19 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from repa.base.errors import UserError, choices, listed, nearest
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
-# What the source of a table's functions may annotate their settings with, beside Python's own types.
+# The names, besides built-in types, that settings of registered functions may be annotated with.
 ANNOTATIONS = {"Annotated": Annotated, "Literal": Literal, **{
     name: getattr(pydantic, name)
     for name in ("Field", "PositiveInt", "PositiveFloat", "NonNegativeInt", "NonNegativeFloat")
 }}  # fmt: skip
-VALUES = ConfigDict(strict=True, allow_inf_nan=False)  # `true` is not a number, 3.0 not a whole one
+VALUES = ConfigDict(strict=True, allow_inf_nan=False)  # true is not a number, and 3.0 is not an integer
 
 
 class Setting(NamedTuple):
-    """What a function or class says of one of its settings."""
+    """The declaration of one setting of a function or class."""
 
     annotation: Any
-    """The type that its values are checked by; Any of code that is not ours, which checks its own."""
+    """The type of its values; Any in private code, which checks its values itself."""
     is_required: bool
 
 
@@ -61,12 +61,12 @@ class Registry:
     ):
         """
         Args:
-            kind: the noun for one entry.
+            kind: the noun for one entry, for errors.
             table: name -> "module:attr".
-            base: which classes a dotted name may stand for beside functions: "module:attr", or "callable" for any whose
-                instances are called.
+            base: the class that a dotted name may refer to instead of a function: "module:attr", or "callable" for any
+                class with callable instances.
             listing: the word after `repa list` that prints the names.
-            facts: name -> a sentence about it, for entries whose function serves several names.
+            facts: name -> description, for entries that share a function.
         """
         self.kind, self.table, self.base, self.listing, self.facts = kind, table, base, listing, facts or {}
 
@@ -74,7 +74,7 @@ class Registry:
         return f"{self.kind}: {', '.join(self.names())}"
 
     def _repr_html_(self) -> str:
-        """For notebooks: each name with the settings it takes."""
+        """For notebooks: a table of the names and their settings."""
         rows = []
         for name in self.names():
             settings = ", ".join(self.settings(name)) or "no settings"
@@ -91,19 +91,19 @@ class Registry:
         return sorted(self.table)
 
     def about(self, name: str) -> str:
-        """What it is, in a sentence: the first line of its docstring, unless `facts` have another."""
+        """A one-sentence description: from `facts`, or the first line of the docstring."""
         return self.facts.get(name) or self.docstring(name).partition("\n")[0]
 
     def docstring(self, name: str) -> str:
-        """All that its source says about it, read without an import."""
+        """The docstring of an entry, read from its source without an import."""
         return ast.get_docstring(_definition(self.table[name])) or ""
 
     def settings(self, name: str) -> list[str]:
-        """Names of the settings that a spec of it takes."""
+        """Names of the settings of an entry."""
         return sorted(_keyword_settings(self.table[name]))
 
     def target(self, spec: str) -> str:
-        """The "module:attr" that a spec names; raises UserError with the nearest name when there is none."""
+        """The "module:attr" that a spec names; UserError for an unknown name."""
         name, _ = parse_spec(spec)
         if name in self.table:
             return self.table[name]
@@ -115,7 +115,7 @@ class Registry:
         )
 
     def check(self, spec: str) -> str:
-        """Validate name and settings of a spec without importing anything heavy; returns the spec."""
+        """Validate the name and the settings of a spec without importing torch; returns the spec."""
         name, settings = parse_spec(spec)
         target = self.target(spec)
         if name in self.table:
@@ -123,7 +123,7 @@ class Registry:
         return spec
 
     def build(self, spec: str) -> Any:
-        """The object a spec names: a function with its settings bound, or an instance of a class."""
+        """The object of a spec: a function with its settings bound, or an instance of a class."""
         name, settings = parse_spec(spec)
         component = self.load(spec)
         check_settings(self.kind, spec, settings, settings_of(component, is_ours=name in self.table))
@@ -148,10 +148,10 @@ class Registry:
         return component
 
     def _check_kind(self, name: str, component: Any) -> None:
-        """Refuse what a dotted name stands for before it is called, unless it is a function or a class of this kind."""
+        """Refuse the object of a dotted name, before it is called, unless it is a function or a class of this kind."""
         module, _, attr = self.base.partition(":")
         kind = getattr(importlib.import_module(module), attr) if attr else None
-        # A class fulfils a protocol; a function that would give an instance is not asked for one.
+        # Only a class can fulfil a protocol, not a function that returns an instance.
         protocol = getattr(kind, "_is_protocol", False)
         if inspect.isfunction(component) and not protocol:
             return
@@ -170,8 +170,8 @@ class Registry:
 
 
 def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str, Setting]) -> None:
-    """UserError for settings that a spec of this kind must have, has not, or cannot have with these values."""
-    if SETTING in known.keys() & given.keys():  # code of the user's own within a spec of ours
+    """UserError for missing settings, unknown settings and invalid values."""
+    if SETTING in known.keys() & given.keys():  # private code inside a spec of ours
         inner = str(given[SETTING])
         if not DOTTED.fullmatch(inner):
             raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
@@ -183,7 +183,7 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
         if key not in known:
             raise UserError(f"The {kind} {spec!r} has no setting {key!r}{choices(key, sorted(known))}")
         try:
-            # A text may look like a number, as the name of a folder.
+            # A text may look like a number, such as a folder named 2024.
             checked = str(value) if known[key].annotation is str else value
             TypeAdapter(known[key].annotation, config=VALUES).validate_python(checked)
         except ValidationError as error:
@@ -194,12 +194,12 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
 
 
 def declared(component: Any, name: str) -> Any:
-    """What a function or class says of itself by an attribute, with its settings bound or not; None where it says nothing."""
+    """An attribute of a function or class, whether its settings are bound or not; None if it has no such attribute."""
     return getattr(getattr(component, "func", component), name, None)
 
 
 def Spec(registry: Registry, also: tuple[str, ...] = ()) -> AfterValidator:
-    """What makes a text of a configuration a spec: `loss: Annotated[str, Spec(LOSSES)]`. `also`: other texts that are allowed."""
+    """Validator of a spec in a configuration: `loss: Annotated[str, Spec(LOSSES)]`. `also`: other allowed texts."""
 
     return AfterValidator(functools.partial(_checked, registry, also))
 
@@ -217,8 +217,8 @@ def _checked(registry: Registry, also: tuple[str, ...], text: str) -> str:
 
 
 def settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
-    """What a spec may set of an imported function or class."""
-    # What is positional of a function is given by its caller; of a class nothing is, as the registry itself builds it.
+    """The settings of an imported function or class."""
+    # Positional parameters of a function are passed by its caller. A class has no other caller than the registry.
     kinds = [inspect.Parameter.KEYWORD_ONLY, *[inspect.Parameter.POSITIONAL_OR_KEYWORD] * inspect.isclass(component)]
     parameters = [p for p in inspect.signature(component).parameters.values() if p.kind in kinds]
     return {
@@ -227,10 +227,10 @@ def settings_of(component: Any, *, is_ours: bool) -> dict[str, Setting]:
     }
 
 
-# From the source and not by inspect.signature, which needs the module and with it torch: a configuration is checked before that.
+# Read from the source, because inspect.signature would import the module and torch, and configurations are checked without torch.
 @functools.cache
 def _keyword_settings(target: str) -> dict[str, Setting]:
-    """`settings_of` what a table names as `module:attr`, read without an import."""
+    """The settings of a registered "module:attr", read from its source without an import."""
     node = _definition(target)
     if isinstance(node, ast.ClassDef):
         init = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
@@ -249,7 +249,7 @@ def _keyword_settings(target: str) -> dict[str, Setting]:
 
 
 def _definition(target: str) -> ast.ClassDef | ast.FunctionDef:
-    """The source of `module:attr`."""
+    """The syntax tree of "module:attr"."""
     module, attr = target.split(":")
     spec = importlib.util.find_spec(module)
     assert spec is not None, f"registry points to {module}, which does not exist"

@@ -6,7 +6,7 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
 
 def duration(seconds: float) -> str:
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> list[str]:
-    """A line for each row, its cells in columns two spaces apart; numbers stand at the right of the columns `right`."""
+    """One line per row, with columns two spaces apart; the columns `right` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(widths[i]) if i in right else cell.ljust(widths[i]) for i, cell in enumerate(row)).rstrip()

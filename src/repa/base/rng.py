@@ -1,4 +1,4 @@
-"""Randomness that is a function of (seed, what it is for): nothing depends on process count, batch size or restarts."""
+"""Random streams named by (seed, purpose), so that no draw depends on the number of processes, batch size or restarts."""
 
 import hashlib
 import math
@@ -22,15 +22,15 @@ def generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -
 
 
 class SampleStreams:
-    """One independent stream per sample: image 12345 gets the same draws whatever batch, process count, restart or device.
+    """One independent stream per sample: image 12345 has the same draws in any batch, process, restart and device.
 
-    A draw is a function of (stream, how many draws came before, place in the draw) by the counter-based generator of
-    `philox`, so all samples are drawn at once, where they are needed. Integers are the same on every device. Normal numbers
-    are computed in float64 and rounded to float32, which hides that devices differ in the last bit of a logarithm.
+    The counter-based generator `philox` computes a draw from (stream, number of earlier draws, position), so all samples are
+    drawn at once, on the device that needs them. Integers are the same on every device. Normal numbers are computed in
+    float64 and rounded to float32, because devices differ in the last bit of a logarithm.
 
     Args:
         seed, indices: of the N streams.
-        device: where draws are made and returned.
+        device: of the draws.
     """
 
     def __init__(self, seed: int, indices: Iterable[int], device: torch.device | str = "cpu"):
@@ -50,11 +50,11 @@ class SampleStreams:
         return x.flatten(1)[:, :num].reshape(-1, *shape).to(self.device)
 
     def randint(self, high: int) -> Tensor:
-        """(N,) integers in [0, high), int64; each is as likely as the others to one part in 2^32 / high."""
+        """(N,) integers in [0, high), int64; uniform to one part in 2^32 / high."""
         return (self._words(1)[0][:, 0] * high >> 32).to(self.device)
 
     def randn_like(self, x: Tensor) -> Tensor:
-        """Standard normal like `x` (N, ...): what samplers take as `randn_like`."""
+        """Standard normal like `x` (N, ...), the `randn_like` of samplers."""
         return self.randn(*x.shape[1:]).to(device=x.device, dtype=x.dtype)
 
     def _words(self, num: int) -> tuple[Tensor, ...]:
@@ -68,11 +68,10 @@ class SampleStreams:
 def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
     """Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four words of a counter, two of a key.
 
-    All are int64 that hold 32-bit words without a sign; so are the four words that come back.
+    Arguments and results are int64 tensors that hold unsigned 32-bit words.
     """
     (a, b, c, d), (k, m) = counter, key
-    # Multipliers and increments are the paper's. Products of int64 wrap as those of unsigned 64 bits, which torch lacks: the sign
-    # bit is a bit like the others.
+    # Multipliers and increments are the paper's. Products of int64 wrap like products of uint64, which torch lacks.
     for i in range(rounds):
         if i:
             k, m = k + 0x9E3779B9 & WORD, m + 0xBB67AE85 & WORD
@@ -83,7 +82,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor], rounds: int 
 
 def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two words of 32 bits -> two standard normal numbers, float32 computed in float64; none is beyond 6.7."""
-    # Plus 1, so that the logarithm is never of 0.
+    # Plus 1 avoids the logarithm of 0.
     radius = (-2 * torch.log((a.double() + 1) * 2.0**-32)).sqrt_()
     angle = b.double() * (2.0**-31 * math.pi)
     return (radius * angle.cos()).float(), (radius * angle.sin()).float()

@@ -1,8 +1,8 @@
-"""The one gate for code that a name stands for: `mylab.losses.smooth_l1` in a configuration is code that would run here.
+"""The one gate for dotted names: `mylab.losses.smooth_l1` in a configuration imports and runs code.
 
-What the user typed is trusted: an option, a recipe file named as one, `--trust mylab`, `repa.trust("mylab")`. What a file of a
-run, a data folder or an exported network says is not: such files come from strangers too. While a command runs, every other
-dotted name is refused; in Python, those that files say are refused, and a caller's own are his. Torch-free.
+Trusted are names that the user typed: in an option, in a recipe file, by `--trust mylab` or `repa.trust("mylab")`. Names in
+the files of a run, a data folder or an exported network are not trusted, because such files may come from strangers. A
+command refuses all other names; in Python, names in files are refused and names that the caller passes are trusted. Torch-free.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from repa.base.errors import UserError
 from repa.base.files import read_object
 
 DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-SETTING = "net"  # of a spec, whose value is a dotted name too: "hooked:net=mylab.nets.unet"
+SETTING = "net"  # the setting whose value is a dotted name too: "hooked:net=mylab.nets.unet"
 
-# keys of a config.json by which transformers fetches code of the hub, or builds a network by another library
+# Keys of a config.json that make transformers fetch code from the hub or build a network with another library.
 FETCHING = (
     "attn_implementation",
     "_attn_implementation",
@@ -28,19 +28,19 @@ FETCHING = (
     "use_kernels",
     "quantization_config",
 )
-# Words in the names of keys that count what is built one by one, and the most of it that a config.json may ask for.
+# Words in keys of a config.json that count modules, and the largest allowed number.
 COUNTS = {"layers": 1_000, "_blocks": 1_000, "depth": 1_000, "labels": 100_000}
 
-_trusted: set[str] = set()  # modules, and whole names that were typed
-_commands = 0  # that are running: 1 in `repa VERB`, 0 in a program that imports repa
+_trusted: set[str] = set()  # modules, and full names that the user typed
+_commands = 0  # running commands: 1 in `repa VERB`, 0 in a program that imports repa
 _file: contextvars.ContextVar[str] = contextvars.ContextVar("file whose contents are read", default="")
 
 
 def trust(*modules: str) -> None:
-    """Let files name code of these modules (and of modules in them) from now on.
+    """Allow files to name code of these modules and their submodules from now on.
 
     Raises:
-        UserError: no name of a module.
+        UserError: not the name of a module.
     """
     for module in modules:
         if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
@@ -49,8 +49,8 @@ def trust(*modules: str) -> None:
 
 
 def trust_names_in(values: Any) -> None:
-    """Trust what texts that the user typed or named as a recipe name, at any depth: "mylab.f:settings", "mylab.f=path",
-    "hooked:net=mylab.f"."""
+    """Trust the dotted names in texts that the user typed, or in a recipe, at any depth: "mylab.f:settings",
+    "mylab.f=path", "hooked:net=mylab.f"."""
     if isinstance(values, str):
         name, *settings = re.split("[:=]", values, maxsplit=1)
         inner = [item.partition("=")[2] for item in "".join(settings).split(",") if item.startswith(f"{SETTING}=")]
@@ -64,7 +64,7 @@ def trust_names_in(values: Any) -> None:
 
 @contextlib.contextmanager
 def command(typed: list[str]) -> Iterator[None]:
-    """While a command runs: trust what its command line names, and nothing else; what is trusted in it is forgotten after it."""
+    """While a command runs, trust only the names on its command line. Afterwards the previous trust is restored."""
     global _commands
     before = set(_trusted)
     _commands += 1
@@ -78,13 +78,13 @@ def command(typed: list[str]) -> Iterator[None]:
 
 
 def _values_of_options(typed: list[str]) -> list[str]:
-    """What follows options, and sources. Paths are left out: a folder may be called as a stranger likes."""
+    """The values of options, and sources. Existing paths are left out, because a stranger may have chosen their names."""
     return [token.partition("=")[2] if token.startswith("--") else token for token in typed if not Path(token).exists()]
 
 
 @contextlib.contextmanager
 def contents_of(file: object) -> Iterator[None]:
-    """While the contents of a file are checked: names in it are the file's, not the user's."""
+    """While the contents of a file are validated: the names in it are not the user's."""
     token = _file.set(str(file))
     try:
         yield
@@ -94,7 +94,7 @@ def contents_of(file: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def current_folder() -> Iterator[None]:
-    """While trusted code is imported: modules of the current folder are found too, behind all others."""
+    """While trusted code is imported, also search the current folder for modules, after all other places."""
     here = os.getcwd()
     sys.path.append(here)
     try:
@@ -104,7 +104,7 @@ def current_folder() -> Iterator[None]:
 
 
 def require_trusted(kind: str, name: str) -> None:
-    """Raises UserError, naming module and flag, unless code of this dotted name may run."""
+    """Raises UserError, with the module and the flag that allows it, unless this dotted name is trusted."""
     file = _file.get()
     if (not _commands and not file) or any(name == known or name.startswith(f"{known}.") for known in _trusted):
         return
@@ -116,9 +116,9 @@ def require_trusted(kind: str, name: str) -> None:
 
 
 def require_origin(kind: str, name: str, component: Any) -> None:
-    """Refuse what a trusted module only imported: `mylab.helpers.rmtree` is code of shutil, which nobody trusted.
+    """Refuse code that a trusted module only imported: `mylab.helpers.rmtree` is code of shutil, which is not trusted.
 
-    A name that the user typed in full is his choice, wherever its code comes from.
+    A name that the user typed in full is allowed, whatever module its code comes from.
     """
     origin = f"{component.__module__}.{component.__qualname__}"
     if name not in _trusted and origin.partition(".")[0] != name.partition(".")[0]:
@@ -126,13 +126,13 @@ def require_origin(kind: str, name: str, component: Any) -> None:
 
 
 def require_plain_model(values: Any, file: object, of: str = "") -> None:
-    """Refuse the configuration of a model, as on the hub, that would fetch code, or builds layers without end.
+    """Refuse the config.json of a model that would fetch code or build an unbounded number of layers.
 
     Args:
-        of: the key that a list stands under, as in "layers_per_block": [2, 2].
+        of: the key of a list, as in "layers_per_block": [2, 2].
 
     Raises:
-        UserError: it names an implementation, at any depth.
+        UserError: a refused key or number, at any depth.
     """
     listed = values if isinstance(values, list) else ()
     for key, value in values.items() if isinstance(values, dict) else ((of, value) for value in listed):
@@ -147,7 +147,7 @@ def require_plain_model(values: Any, file: object, of: str = "") -> None:
 
 
 def require_own_weights(folder: Path) -> None:
-    """Raises UserError for a list of the parts of a model's weights (*.index.json) that names files of other folders."""
+    """Raises UserError for an index of weights (*.index.json) that names files in other folders."""
     for path in sorted(folder.glob("*.index.json")):
         parts = read_object(path, weight_map=dict)["weight_map"].values()
         if strays := [name for name in parts if not (isinstance(name, str) and name and Path(name).name == name)]:

@@ -1,8 +1,8 @@
-"""Files of tensors that anyone may have written: safetensors, torch.save, TorchScript. No code of a file is ever run.
+"""Tensors from untrusted files: safetensors, torch.save, TorchScript. No code of a file is ever run.
 
-torch.load with weights_only builds what torch.save wrote, of classes only those listed here. A TorchScript archive is a zip
-with the same pickled tree and the same records of bytes next to its code; torch would compile that code, so the tree is read
-here, with `Inert` in the place of every class, and the code is left alone.
+torch.load with weights_only reads files of torch.save, with no classes but those listed here. A TorchScript archive is a zip
+with the same pickled tree and records, and with code, which torch would compile. So the tree is read here, with `Inert` in
+place of every class, and the code is ignored.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from repa.base import faults
 from repa.base.errors import UserError
 from repa.base.files import size, unique_keys
 
-MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors have a tenth of it
-DESCRIBED = 16  # bytes that a tensor's name, type and shape take in a file at the least
-CHUNK = 2**20  # bytes of a record at a time, for its checksum
+MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors need a tenth of this
+DESCRIBED = 16  # least bytes of a tensor's name, type and shape in a file
+CHUNK = 2**20  # bytes that are read at a time for the checksum of a record
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
-           "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # numpy's scalars -> the codes of struct
+           "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # NumPy types -> codes of struct
 STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16, "CharStorage": torch.int8,
@@ -40,7 +40,7 @@ STORAGES = {
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and values: the same for every file format that holds them."""
+    """SHA-256 of names, types, shapes and values; it does not depend on the file format."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -50,16 +50,17 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -> Any:
-    """What a checkpoint file holds, on the CPU: a dictionary of tensors, or whatever plain containers a training script saved.
+    """The content of a checkpoint file, on the CPU: a dictionary of tensors, or the plain containers of a training script.
 
-    numpy's scalars become Python's numbers and paths become pure paths. Of a TorchScript archive come its tensors by name.
+    NumPy scalars become Python numbers and paths become pure paths. A TorchScript archive gives its tensors by name.
 
     Args:
         path: .safetensors, or a file of torch.save or torch.jit.save.
         remedy: a sentence that says what to do about a file that cannot be read.
 
     Raises:
-        UserError: no such file; a damaged one, with the tensor where a checksum tells it; an object of another class.
+        UserError: the file is missing or damaged (the error names the tensor if a checksum shows it), or holds an object of
+            another class.
     """
     path = Path(path)
     with faults.reading(path, "a checkpoint of tensors", remedy, missing=f"There is no checkpoint file {path}."):
@@ -75,26 +76,26 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
             _require_mappable(archive, path)
-        # Mapped: what is not used of a training checkpoint, such as its optimizer, is never read into memory.
+        # Mapped, so that unused parts of a training checkpoint, such as its optimizer, are never read into memory.
         return _unpickled(path, mmap=True)
 
 
 @contextlib.contextmanager
 def no_larger_than(paths: Sequence[Path], config: Path) -> Iterator[None]:
-    """Networks that are built in the block take no memory, and are an error as soon as they outgrow the files of their weights.
+    """Networks built in the block take no memory, and raise an error if they are larger than the files of their weights.
 
-    For a trial before a network is built of a config.json, which may come from anyone, and ask for any size in a few bytes.
-    Those with too many layers or too wide ones are found alike: a tensor takes place in a file, and so does each number.
+    For a trial before a network is built from an untrusted config.json, which can request any size in a few bytes. Both too
+    many layers and too wide layers are found, because each tensor and each number occupies space in a file.
 
     Args:
         paths: the files of the weights.
-        config: what describes the networks.
+        config: the file that describes the networks.
 
     Raises:
         UserError: the networks have more tensors or numbers than the files can hold.
     """
     num_bytes = sum(path.stat().st_size for path in paths)
-    left = 2 * num_bytes  # networks that share a tensor register it once for each place
+    left = 2 * num_bytes  # a shared tensor is registered once per place
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal left
@@ -118,7 +119,7 @@ def _unpickled(path: Path, mmap: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is None:  # the reason that torch gives is advice to run the code of the file
+        if found is None:  # torch's message would advise to run the code in the file
             raise ValueError("it was not written by torch.save, or is damaged") from None
         raise UserError(
             f"{path} holds an object of the class {found[1]}, which is not read because it could run code: save the "
@@ -127,9 +128,9 @@ def _unpickled(path: Path, mmap: bool) -> Any:
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
-    """UserError at the first record whose bytes are not those of its checksum, by the name of its tensor."""
+    """UserError for the first record that does not match its checksum; it names the tensor."""
     for info in archive.infolist():
-        # Nothing here reads what is compressed, such as the code of TorchScript: it is not unpacked either.
+        # Compressed records, such as the code of TorchScript, are never read here, and so are not unpacked.
         if info.compress_type != zipfile.ZIP_STORED:
             continue
         try:
@@ -156,9 +157,9 @@ def _require_plain_header(path: Path) -> None:
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:
-    """UserError for an archive whose records torch would map wrongly: it takes their bytes as they lie in the file, unasked.
+    """UserError for an archive that torch would map wrongly, because it maps the bytes of a record without checks.
 
-    A compressed record would give the tensor other numbers, and of one that is too short the next record's.
+    A compressed record would give wrong values, and a record that is too short the values of the next record.
     """
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
@@ -168,16 +169,16 @@ def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:
             )
     with archive.open(_stored(archive, "data.pkl")) as file:
         tree = _Tree(file)
-        # What is no tree of torch.save is torch's to tell.
+        # If the tree is not one of torch.save, torch.load reports it.
         with contextlib.suppress(Exception):
             tree.load()
     for key, num_bytes in tree.num_bytes.items():
         if (found := _stored(archive, f"data/{key}").file_size) < num_bytes:
-            raise ValueError(f"the record data/{key} has {found:,} bytes where {num_bytes:,} belong")
+            raise ValueError(f"the record data/{key} has {found:,} bytes instead of {num_bytes:,}")
 
 
 class Inert:
-    """Stands for an object of any class: keeps its attributes and does nothing."""
+    """Replaces an object of any class: keeps its attributes and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> "Inert":
         return super().__new__(cls)
@@ -194,7 +195,7 @@ class Inert:
 
 
 class Stored:
-    """A tensor before its bytes are read: called as torch's own `_rebuild_tensor_v2`."""
+    """A tensor before its bytes are read; has the arguments of torch's `_rebuild_tensor_v2`."""
 
     def __init__(self, storage: tuple[str, torch.dtype], offset: int, size: tuple, stride: tuple, *_: Any):
         (self.key, self.dtype), self.offset, self.size, self.stride = storage, offset, size, stride
@@ -202,30 +203,30 @@ class Stored:
     def __setstate__(self, state: Any) -> None: ...
 
     def tensor(self, archive: zipfile.ZipFile) -> Tensor:
-        """Its values; torch refuses sizes that go beyond the record."""
+        """The tensor with its values; torch refuses sizes beyond the record."""
         data = bytearray(archive.read(_stored(archive, f"data/{self.key}")))
         flat = torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
         return flat.as_strided(self.size, self.stride, self.offset)
 
 
 class Attributed(dict):
-    """Stands for OrderedDict, to which a state dict's versions are pickled as an attribute."""
+    """Replaces OrderedDict; a state dict's versions are pickled as its attribute."""
 
 
 class _Tree(pickle._Unpickler):
-    """The pickled tree of an archive without any class of it: none is imported, so none can run.
+    """Reads the pickled tree of an archive without importing any class, so that no code can run.
 
-    Python's own reader and not C's, which gives a list 16 bytes for every number below one that a few bytes of a file name.
+    It is Python's unpickler, not the one in C, which allocates 16 bytes for every index below a number that the file sets.
     """
 
-    # What this opcode claims is allocated before it is read, and no tree of torch has it.
+    # This opcode allocates the size that the file claims before it reads; torch never writes it.
     dispatch: ClassVar = {
         code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
     }
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file)
-        self.num_bytes: dict[str, int] = {}  # of each record, as the tensors in it need them
+        self.num_bytes: dict[str, int] = {}  # record -> bytes that its tensors need
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -236,7 +237,7 @@ class _Tree(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
         _, dtype, key, _, num = pid  # ("storage", type, key, device, number of values)
-        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 1  # of a storage without a type num counts bytes
+        size = dtype.itemsize if isinstance(dtype, torch.dtype) else 1  # for an untyped storage, num counts bytes
         self.num_bytes[key] = max(self.num_bytes.get(key, 0), num * size)
         return key, dtype
 
@@ -251,14 +252,14 @@ def _tensors_of(archive: zipfile.ZipFile) -> Iterator[tuple[str, Stored]]:
             yield name, value
             continue
         inside = value.state if isinstance(value, Inert) else value
-        # A tree of strangers may contain itself.
+        # An untrusted tree may contain itself.
         if isinstance(inside, dict) and id(inside) not in seen:
             seen.add(id(inside))
             waiting += [(f"{name}.{key}" if name else str(key), inner) for key, inner in reversed(inside.items())]
 
 
 def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """The record NAME of an archive, below its one folder; torch compresses none, so one that would grow is refused."""
+    """The record NAME in the archive's folder; torch never compresses records, so a compressed one is refused."""
     root = archive.namelist()[0].partition("/")[0]
     info = archive.getinfo(f"{root}/{name}")
     if info.compress_type != zipfile.ZIP_STORED:
@@ -267,7 +268,7 @@ def _stored(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
 
 
 class Dtype:
-    """Stands for numpy's dtype, whose own state could point anywhere in memory."""
+    """Replaces numpy's dtype, whose state could point anywhere in memory."""
 
     def __init__(self, code: str, *_: Any):
         self.code, self.order = code, "<"
@@ -277,7 +278,7 @@ class Dtype:
 
 
 def _scalar(dtype: Dtype, raw: bytes) -> bool | int | float:
-    """numpy's scalar as a number."""
+    """A NumPy scalar as a Python number."""
     return struct.unpack(dtype.order + NUMBERS[dtype.code], raw)[0]
 
 

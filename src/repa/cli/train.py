@@ -98,7 +98,7 @@ def start(
     from repa.data import open_data
     from repa.training import train
     from repa.training.inputs import idle_with
-    from repa.training.log import told
+    from repa.training.log import readable
 
     device = dist.setup()
     with dist.together():
@@ -113,7 +113,7 @@ def start(
 
         def progress(state: "TrainState") -> None:
             # Numbers of the last log entry: reading newer ones would wait for the device.
-            bar(state.step, config.num_steps, told(state.metrics) if state.metrics else "")
+            bar(state.step, config.num_steps, readable(state.metrics) if state.metrics else "")
 
         hooks = preview_hooks(run, data, device, bar.within, say)
         finished = train(config, data, run, device=device, make_hooks=hooks, progress=progress, say=say)

@@ -33,8 +33,10 @@ def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
             values = {
                 key: value for key, value in vars(guidance).items() if value != getattr(type(guidance), key, None)
             }
-            told = [f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()]
-            found.append(f"{name}:{','.join(told)}")
+            settings = [
+                f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()
+            ]
+            found.append(f"{name}:{','.join(settings)}")
     return tuple(found)
 
 

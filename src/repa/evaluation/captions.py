@@ -55,9 +55,9 @@ class CaptionAgreement:
 
     def __init__(self, features: Tensor, captions: Sequence[tuple[str, ...]], prompts: Sequence[str]):
         # An image may have several captions: their words are combined.
-        told = [set().union(*map(split_words, texts)) if texts else set() for texts in captions]
-        counts = Counter(word for words in told for word in words)
-        useful = [word for word, num in counts.most_common() if RARE * len(told) <= num <= COMMON * len(told)]
+        word_sets = [set().union(*map(split_words, texts)) if texts else set() for texts in captions]
+        counts = Counter(word for words in word_sets for word in words)
+        useful = [word for word, num in counts.most_common() if RARE * len(word_sets) <= num <= COMMON * len(word_sets)]
         self.vocabulary = sorted(useful[:MOST_WORDS])
         if not self.vocabulary:
             raise UserError(
@@ -67,7 +67,7 @@ class CaptionAgreement:
         self.prompts = prompts
         self.rows: list[Tensor] = []
         self.places: list[Tensor] = []
-        x, y = features.double().cpu(), self._word_matrix(told)  # (M, D), (M, V)
+        x, y = features.double().cpu(), self._word_matrix(word_sets)  # (M, D), (M, V)
         self.mean, self.std = x.mean(0), x.std(0).clamp_min(1e-6)
         self.base = y.mean(0)  # (V,), how frequent each word is
         x = (x - self.mean) / self.std
@@ -86,13 +86,13 @@ class CaptionAgreement:
         predicted = self.base + x @ self.weights  # (N, V)
         words, own = self._distinct_word_sets(self.prompts[: len(x)])  # (P, V), (N,)
         # -|p - w|^2 / u without |p|^2 / u, which is equal for all prompts of a sample: a product instead of (N, P, V) differences.
-        of_words, told = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
-        own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ told - of_words, own)
+        of_words, weighted = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
+        own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ weighted - of_words, own)
         return {"caption_agreement": own_share, "caption_agreement_shuffled": shuffled}
 
-    def _word_matrix(self, told: Sequence[set[str]]) -> Tensor:
+    def _word_matrix(self, word_sets: Sequence[set[str]]) -> Tensor:
         """(n, V): 1 if a caption has the word."""
-        return torch.tensor([[word in words for word in self.vocabulary] for words in told], dtype=torch.float64)
+        return torch.tensor([[word in words for word in self.vocabulary] for words in word_sets], dtype=torch.float64)
 
     def _distinct_word_sets(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The distinct word sets of the prompts (P, V), and the index of each prompt's set (N,)."""

@@ -105,10 +105,10 @@ def device_state(device: torch.device) -> dict[str, str]:
     asked = ("clocks.sm", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
     command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader", f"--id={device.index or 0}"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(asked, (part.strip() for part in told.strip().split(",")), strict=False))
+    return dict(zip(asked, (part.strip() for part in answer.strip().split(",")), strict=False))
 
 
 def rate(precision: str, device: torch.device) -> float:

@@ -109,8 +109,8 @@ class SampleConfig(Config):
             used["guidance"] = guidance
         if not used:
             return self, ""
-        told = {name: value if isinstance(value, str) else " ".join(value) for name, value in used.items()}
-        words = " ".join(f"--{name} {value}" for name, value in told.items())
+        texts = {name: value if isinstance(value, str) else " ".join(value) for name, value in used.items()}
+        words = " ".join(f"--{name} {value}" for name, value in texts.items())
         return (
             type(self).parse({**given, **used}),
             f"{run} was converted from a checkpoint of kind {kind}, so it uses the sampling defaults of that code: {words}.",

@@ -93,12 +93,12 @@ def draw(
     text, negative = (run.prompts.of(indices), run.prompts.negative) if run.prompts else (None, None)
     denoiser = run.denoiser(labels, config.guidance, text=text, negative=negative, most=config.batch_size)
     calls = Watched(denoiser.predict)
-    told = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
+    watch = {"callback": callback} if callback and "callback" in inspect.signature(sampler).parameters else {}
     denoiser = replace(denoiser, predict=calls)
     # Only the network's products: autocast does not change the sampler's float64 state.
     with autocast(device, config.precision):
         start = run.layout.pack(noise)
-        state = sampler(denoiser, start, config.steps, randn_like=streams.randn_like, **told)
+        state = sampler(denoiser, start, config.steps, randn_like=streams.randn_like, **watch)
     given = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
     if given != tuple(start.shape):
         raise UserError(

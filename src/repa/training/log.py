@@ -63,12 +63,12 @@ class TrainingLog:
             self.say(note)
             self.log.line(note)
             self.log.row("event", state.step, message=note)
-        self.log.line(f"step {state.step}/{config.num_steps}: {told(state.metrics)}")
+        self.log.line(f"step {state.step}/{config.num_steps}: {readable(state.metrics)}")
         self.log.row("train", state.step, seconds=state.seconds, **_nested_by_slash(state.metrics))
 
 
-def told(metrics: dict[str, float]) -> str:
-    """A row for people: the denoising loss, the loss of each alignment, and the rate."""
+def readable(metrics: dict[str, float]) -> str:
+    """One line of text: the denoising loss, the loss of each alignment, and the rate."""
     terms = [
         f", {name.replace('/', ' ')} {value:.4f}" for name, value in metrics.items() if name.startswith("alignment/")
     ]
