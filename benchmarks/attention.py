@@ -3,6 +3,7 @@
 python benchmarks/attention.py
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; median of {ROUNDS}, forward and backward, in ms"
     )
