@@ -54,7 +54,7 @@ def test_there_are_pages():
 
 
 @pages
-def test_relative_links_lead_somewhere(page):
+def test_relative_links_have_targets(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", READ[page]):
         if not re.match(r"\w+:|#", target):
             assert (page.parent / target.partition("#")[0]).exists(), target
@@ -87,7 +87,7 @@ def test_options_of_commands_exist(page):
         options.first(*command_of(verb, arguments), "")  # raises on an unknown option
 
 
-def test_every_file_says_what_it_is_and_every_room_is_in_the_architecture():
+def test_every_file_has_a_docstring_and_every_package_is_in_the_architecture():
     """The site's list of files is made of the first lines of docstrings (tools/docs_hook.py)."""
     rooms = set(re.findall(r"^\| `(\w+)` \|", READ[ROOT / "docs/architecture.md"], re.M))
     assert rooms == {path.parent.name for path in (ROOT / "src/repa").glob("*/__init__.py")}
@@ -111,7 +111,7 @@ def mylab(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_the_examples_of_extending_pass_their_own_tests(mylab):
+def test_the_examples_of_extending_pass_their_tests(mylab):
     tests = [test for name, test in vars(mylab).items() if name.startswith("test_")]
     assert len(tests) == 3
     for test in tests:
@@ -142,7 +142,7 @@ def test_private_code_trains_and_samples_by_dotted_name(mylab, data_folder, tmp_
     assert "smooth_l2" in capsys.readouterr().err
 
 
-def test_a_private_target_continues_with_what_it_remembers(mylab, data_folder, tmp_path):
+def test_a_private_target_resumes_with_its_state(mylab, data_folder, tmp_path):
     train = [
         "train", "quickstart-repa", "--data", str(data_folder), "--batch-size", "4", "--preview.every", "0",
         "--alignments.0.target", "mylab.terms.centred", "--alignments.0.projector", "linear",
@@ -162,7 +162,7 @@ def test_private_images_are_prepared(mylab, tmp_path):
     assert (data.num_images, data.class_names) == (6, ("disc", "square"))
 
 
-def test_the_same_code_trains_and_samples_under_names_of_the_tables(mylab, data_folder, tmp_path, monkeypatch):
+def test_private_code_trains_and_samples_when_added_to_the_tables(mylab, data_folder, tmp_path, monkeypatch):
     tables = {
         LOSSES: ("huber", "losses:huber"), TARGETS: ("colours", "terms:colours"), PROJECTORS: ("narrow", "terms:narrow"),
         SAMPLERS: ("midpoint", "samplers:midpoint"), GUIDANCES: ("falling", "guidances:Falling"),

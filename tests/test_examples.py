@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 EXAMPLES = Path(your_own_loop.__file__).parent
 
 
-def test_alignment_in_a_loop_of_ones_own_learns_both_losses():
+def test_the_plain_loop_example_learns_both_losses():
     history = your_own_loop.main(num_steps=40)
     denoising, aligned = zip(*history, strict=True)
     assert fmean(denoising[-5:]) < 0.9 * fmean(denoising[:5])
@@ -19,12 +19,12 @@ def test_alignment_in_a_loop_of_ones_own_learns_both_losses():
     assert all(-1 <= value <= 1 for value in aligned)  # a negative mean cosine
 
 
-def test_alignment_takes_fewer_than_fifteen_lines_of_that_loop():
+def test_alignment_takes_fewer_than_fifteen_lines_of_the_plain_loop():
     lines = (EXAMPLES / "your_own_loop.py").read_text().splitlines()
     assert 1 <= sum("  # +" in line for line in lines) < 15
 
 
-def test_a_lora_of_a_diffusers_network_learns_both_losses(tmp_path):
+def test_the_lora_example_learns_both_losses(tmp_path):
     history = diffusers_lora.main(num_steps=24, out=tmp_path)
     denoising, aligned = zip(*history, strict=True)
     assert fmean(denoising[-5:]) < 0.9 * fmean(denoising[:5])
@@ -34,7 +34,7 @@ def test_a_lora_of_a_diffusers_network_learns_both_losses(tmp_path):
     assert all("lora" in name for name in weights)
 
 
-def test_accelerate_continues_where_it_stopped(tmp_path):
+def test_the_accelerate_example_resumes(tmp_path):
     whole = accelerate_loop.main(tmp_path / "whole", num_epochs=2)
     first = accelerate_loop.main(tmp_path / "parts", num_epochs=1)
     assert first == whole[:4]

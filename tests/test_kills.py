@@ -245,7 +245,7 @@ def campaign(command: Command, tmp_path: Path, kills: int) -> tuple[int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_and_done_again(name, commands, tmp_path):
+def test_a_killed_command_finishes_with_identical_files(name, commands, tmp_path):
     aimed, _ = campaign(commands[name], tmp_path, kills=3)
     assert aimed
 
@@ -253,7 +253,7 @@ def test_killed_and_done_again(name, commands, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hundred_kills(name, commands, tmp_path, capsys):
+def test_a_hundred_kills_of_each_command(name, commands, tmp_path, capsys):
     aimed, tries = campaign(commands[name], tmp_path, kills=100)
     with capsys.disabled():
         print(f"{name}: 100 kills before its end ({tries} tries), {aimed} of them at a rename; same bytes, 0 leftovers")
@@ -279,14 +279,14 @@ def pairs(command: Command, tmp_path: Path, number: int) -> tuple[int, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("name", ["train", "sample"])
-def test_two_at_once(name, commands, tmp_path):
+def test_two_equal_commands_at_once(name, commands, tmp_path):
     pairs(commands[name], tmp_path, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", NAMES)
-def test_twenty_pairs_at_once(name, commands, tmp_path, capsys):
+def test_twenty_pairs_of_equal_commands(name, commands, tmp_path, capsys):
     both, refused = pairs(commands[name], tmp_path, 20)
     with capsys.disabled():
         print(f"{name}: 20 pairs at once, {both} both fine, {refused} one refused in a sentence; records whole")

@@ -18,7 +18,7 @@ from tests.promises import understood
 NAMES = [name for key in ("lightningdit", "ddt", "rae") for name in NETWORKS[key].names]
 
 
-def test_recipes_are_the_papers_settings():
+def test_recipes_match_the_papers_settings():
     config = load_recipe("lightningdit-xl1")
     assert (config.model.norm, config.model.mlp, config.model.rotary, config.model.qk_norm) == (
         "rms",
@@ -49,7 +49,7 @@ def test_recipes_are_the_papers_settings():
     ("name", "channels", "side", "millions"),
     [("lightningdit-xl1", 32, 16, 675), ("ddt-xl2", 4, 32, 675), ("ddt-b2", 4, 32, 130), ("rae-dh-xl", 768, 16, 838)],
 )
-def test_networks_have_the_sizes_of_the_papers(name, channels, side, millions):
+def test_networks_have_the_papers_sizes(name, channels, side, millions):
     """The paper of RAE says 839 million: it counts the fixed positions."""
     config = load_recipe(name).model.override(latent_channels=channels, latent_size=side, num_classes=1000)
     with torch.device("meta"):
@@ -78,7 +78,7 @@ def test_every_recipe_trains(name, data_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_commands_lead_from_images_to_figures(name):
+def test_promised_commands_lead_from_images_to_figures(name):
     given = understood(name)
     assert set(given) == {"prepare", "train", "sample", "evaluate"}
     assert (given["train"].recipe, given["sample"].run) == (name, given["train"].out)
@@ -87,7 +87,7 @@ def test_commands_lead_from_images_to_figures(name):
     assert (given["sample"].labels == "balanced") == name.startswith("rae")
 
 
-def test_figures_name_models_that_recipes_make():
+def test_published_figures_name_models_of_the_recipes():
     for key, network in NETWORKS.items():
         models = {model for _, model in network.names.values()}
         assert {figure.model for figure in PUBLISHED[key]} <= models
@@ -95,7 +95,7 @@ def test_figures_name_models_that_recipes_make():
 
 
 @pytest.mark.slow
-def test_the_cost_of_a_recipe_has_the_time_shift_of_its_latents():
+def test_the_estimate_of_a_recipe_uses_the_time_shift_of_its_latents():
     config = load_recipe("rae-dh-s")
     found = estimate(config, num_images=1000, num_devices=8, resolution=256, rate=1e12, num_classes=1000)
     assert found.config.diffusion.shift == pytest.approx((768 * 16 * 16 / 4096) ** 0.5)

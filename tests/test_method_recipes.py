@@ -69,11 +69,11 @@ def terms_of(name: str) -> list[tuple]:
         ("sit-b2-sprint", []),
     ],
 )  # fmt: skip
-def test_recipes_are_the_papers_settings(name, terms):
+def test_recipes_match_the_papers_settings(name, terms):
     assert terms_of(name) == terms
 
 
-def test_settings_beside_the_terms():
+def test_other_settings_of_the_recipes_match_the_papers():
     assert {t.schedule for t in load_recipe("sit-xl2-haste").alignments} == {"stop:step=250000"}
     (stream,) = load_recipe("sit-xl2-reg").streams
     assert (stream.source, stream.weight) == ("dinov2-b", 0.03)
@@ -96,7 +96,7 @@ def test_settings_beside_the_terms():
 
 
 @pytest.mark.parametrize(("size", "depth", "heads"), [("b", 4, 12), ("l", 8, 16), ("h", 10, 16)])
-def test_pixelrepa_is_the_papers_settings(size, depth, heads):
+def test_the_pixelrepa_recipe_matches_the_paper(size, depth, heads):
     """One term, 0.1 of a cosine through the adapter, at the last block before the class tokens, on JiT's own recipe."""
     config = load_recipe(f"jit-{size}16-pixelrepa")
     (term,) = config.alignments
@@ -174,7 +174,7 @@ SMALL = [name for name in (*method_recipes(), *network_recipes()) if name.starts
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_recipes_train_as_they_are(name, data_folder, tmp_path):
+def test_small_recipes_train_unchanged(name, data_folder, tmp_path):
     """In half precision, on the stored float16 features of the encoder inside the package, with a preview that is measured."""
     run = tmp_path / "run"
     given = [
@@ -206,11 +206,11 @@ def test_figures_have_a_column_for_each_way_of_drawing_labels():
         ("internal-guidance", "SiT-XL/2", "no unguided result known"),
     ],
 )
-def test_headlines(key, model, line):
+def test_headlines_quote_the_published_fid(key, model, line):
     assert headline(PUBLISHED.get(key, ()), model) == line
 
 
-def test_jit_is_guided_at_the_times_of_the_released_code():
+def test_jit_is_guided_at_the_same_times_as_the_released_code():
     """There at data times above 0.1 (arXiv 2511.13720, open interval), one of which 50 steps have."""
     guidance = GUIDANCES.build(_JIT_SAMPLING.partition("--guidance ")[2].format(scale=2.9))
     guided = [step for step, t in enumerate(ode_grid(50).tolist()) if guidance.active(t)]
@@ -221,7 +221,7 @@ FULL = [name for name in (*method_recipes(), *network_recipes()) if name.startsw
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_commands_lead_from_images_to_figures(name):
+def test_promised_commands_lead_from_images_to_figures(name):
     given = understood(name)
     assert set(given) == {"prepare", "train", "sample", "evaluate"}
     assert given["train"].recipe == name
@@ -237,13 +237,13 @@ def test_commands_lead_from_images_to_figures(name):
     assert given["sample"].guidance == (("path_drop:scale=3",) if "sprint" in name else wanted)
 
 
-def test_figures_are_of_recipes_that_exist():
+def test_published_figures_belong_to_existing_recipes():
     assert set(PUBLISHED) <= {*METHODS, *NETWORKS, *network_recipes(), *ROWS}
     for key in METHODS:
         assert f"arXiv {METHODS[key].paper}" in RECIPES[f"sit-xl2-{key}"].promise
 
 
-def test_small_recipes_are_the_baseline_but_for_the_method():
+def test_small_recipes_differ_from_the_baseline_only_in_the_method():
     baseline = load_recipe("cifar10").override(alignments=()).model_dump()
     for name in (name for name in method_recipes() if name.startswith("cifar10-")):
         config = load_recipe(name).model_dump()
@@ -255,7 +255,7 @@ def test_small_recipes_are_the_baseline_but_for_the_method():
         assert all("dinov2" not in term["target"] for term in config["alignments"]), name
 
 
-def test_encoders_of_all_terms_are_known():
+def test_encoders_of_all_terms_exist():
     from repa.encoders import ENCODERS
 
     for name in METHODS:

@@ -6,7 +6,7 @@ import sys
 import repa
 
 
-def test_rooms_and_names_are_reached_by_one_import():
+def test_packages_and_names_are_available_after_one_import():
     """In a process of its own, as this one has imported them all."""
     code = (
         "import sys, repa; assert 'torch' not in sys.modules; "
@@ -15,6 +15,6 @@ def test_rooms_and_names_are_reached_by_one_import():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_public_name_leads_somewhere():
+def test_every_public_name_can_be_imported():
     for name in dir(repa):
         assert getattr(repa, name) is not None

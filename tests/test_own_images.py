@@ -30,7 +30,7 @@ class Pictures(Source):
     ("num", "flip", "steps", "extractor"),
     [(20, True, 1000, "lite0"), (6_000, False, 1000, "lite0"), (50_000, False, 2000, "tiny-classifier")],
 )
-def test_by_the_data(num, flip, steps, extractor):
+def test_settings_depend_on_the_data(num, flip, steps, extractor):
     choice = choose(Pictures(num, (500, 400)), 1000)
     assert (choice.resolution, choice.flip) == (32, flip)
     assert choice.changes == {
@@ -42,7 +42,7 @@ def test_by_the_data(num, flip, steps, extractor):
     assert ("twice the usual, because there are more than 10,000 images" in choice.reasons[-2]) == (steps == 2000)
 
 
-def test_what_is_asked_for_is_taken():
+def test_explicit_settings_are_kept():
     large = choose(Pictures(100, (500, 500)), 1000, resolution=64)
     assert (large.resolution, large.changes["model.name"], large.changes["num_steps"]) == (64, "SiT-S/8", 2000)
     assert "twice the usual, because images have 64 pixels" in large.reasons[-2]
@@ -52,7 +52,7 @@ def test_what_is_asked_for_is_taken():
     }  # fmt: skip
 
 
-def test_without_its_package_the_small_extractor(monkeypatch):
+def test_without_lite0_the_small_extractor_is_used(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -62,6 +62,6 @@ def test_without_its_package_the_small_extractor(monkeypatch):
 
 
 @pytest.mark.parametrize(("num", "said"), [(19, "has 19 images.* give more"), (100_001, "has 100,001 images.*prepare")])
-def test_too_few_and_too_many_are_refused(num, said):
+def test_too_few_and_too_many_images_are_refused(num, said):
     with pytest.raises(UserError, match=said):
         choose(Pictures(num, (32, 32)), 1000)

@@ -41,7 +41,7 @@ FEATURES = {
 paper_recipes = pytest.mark.parametrize("name", ROWS)
 
 
-def test_every_row_of_the_tables_has_its_recipe():
+def test_every_row_of_the_papers_tables_has_a_recipe():
     """Written out from the paper: encoders, depths and objective of Table 2, Table 3, lambda, 512 pixels."""
     encoders = ("mae-l", "dino-b", "mocov3-l", "ijepa-h", "clip-l", "siglip-b", "dinov2-b", "dinov2-l", "dinov2-g")
     expected = {f"sit-l2-repa-{encoder}-ntxent" for encoder in encoders} | {"sit-l2-repa-dinov2-l"}
@@ -69,7 +69,7 @@ def test_every_row_of_the_tables_has_its_recipe():
         ("sit-xl2-repa-512", ("dinov2-b", 8, "cosine", 0.5)),
     ],
 )
-def test_names_say_what_is_trained(name, alignment):
+def test_recipe_names_describe_what_is_trained(name, alignment):
     config = load_recipe(name)
     (term,) = config.alignments
     assert (term.target, term.depth, term.loss, term.weight) == alignment
@@ -80,7 +80,7 @@ def test_names_say_what_is_trained(name, alignment):
 
 
 @paper_recipes
-def test_what_all_rows_share(name):
+def test_all_recipes_share_the_papers_settings(name):
     """Appendix D of the paper, and SPEC's table of the code's defaults."""
     config = load_recipe(name)
     optimizer = config.optimizer
@@ -101,7 +101,7 @@ def full_size(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.mark.parametrize("model", [*PARAMETERS, "DiT-L/2", "DiT-XL/2"])
-def test_networks_of_the_recipes_have_the_papers_size(model):
+def test_networks_of_the_recipes_have_the_papers_sizes(model):
     """Built whole on the meta device, once for each network that a recipe names."""
     sizes = {}
     for name, row in ROWS.items():
@@ -118,7 +118,7 @@ def test_networks_of_the_recipes_have_the_papers_size(model):
 
 
 @paper_recipes
-def test_projectors_have_the_papers_size(name):
+def test_projectors_have_the_papers_sizes(name):
     config = load_recipe(name)
     width = WIDTHS[config.model.name]
     for term in config.alignments:
@@ -152,7 +152,7 @@ def kinds() -> dict[tuple, str]:
 
 
 @pytest.mark.parametrize("name", kinds().values())
-def test_every_kind_trains(name, data_folder, tmp_path):
+def test_every_kind_of_recipe_trains(name, data_folder, tmp_path):
     config = toy(load_recipe(name))
     state = start_training(
         config, open_data(data_folder), tmp_path / "run", device=torch.device("cpu"), say=lambda text: None
@@ -170,7 +170,7 @@ def test_every_kind_trains(name, data_folder, tmp_path):
         )
 
 
-def test_the_kinds_are_all_there():
+def test_all_kinds_of_recipe_are_tested():
     found = kinds()
     depths = {(term[0], term[1]) for key in found for term in key[1:]}
     assert depths == {("cosine", 4), ("cosine", 8), *(("nt_xent", depth) for depth in (6, 8, 10, 12, 14, 16))}
@@ -178,7 +178,7 @@ def test_the_kinds_are_all_there():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_yaml_there_and_back(name, tmp_path):
+def test_recipes_round_trip_through_yaml(name, tmp_path):
     config = load_recipe(name)
     assert TrainConfig.parse(yaml.safe_load(config.to_yaml())) == config
     path = tmp_path / "recipe.yaml"
@@ -196,7 +196,7 @@ def test_targets_are_encoders_and_samplers_fit_the_objective(name):
         config.diffusion.check_sampler(sampling.sampler)
 
 
-def test_the_page_names_every_recipe():
+def test_the_documentation_page_names_every_recipe():
     page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
     assert [name for name in RECIPES if f"`{name}`" not in page] == []
 
@@ -210,12 +210,12 @@ def test_show_prints_a_file_that_train_takes(tmp_path, capsys):
         assert expected in text, expected
 
 
-def test_time_to_expect():
+def test_the_expected_training_time_is_stated():
     assert "5.4 steps per second on 8 H100, 20.6 h for 400K steps" in RECIPES["sit-xl2-repa"].promise
     assert "not stated in the paper" in RECIPES["sit-b2-repa"].promise
 
 
-def test_the_text_to_image_network_is_that_of_the_paper():
+def test_the_text_to_image_network_matches_the_paper():
     config = RECIPES["coco-mmdit-repa"]()
     with torch.device("meta"):
         model = build(config.model.override(latent_size=32, latent_channels=4))
@@ -235,7 +235,7 @@ def test_the_small_text_recipe_trains_on_captioned_photographs(tmp_path):
     assert load_run(tmp_path / "run").text == "tiny-text"
 
 
-def test_list_gives_name_line_and_fid(capsys):
+def test_list_prints_name_headline_and_fid(capsys):
     assert repa_run(["list", "recipes"]) == 0
     printed_lines = capsys.readouterr().out.splitlines()
     lines = {line.split()[0]: line for line in printed_lines if line and not line.startswith("#")}
@@ -250,7 +250,7 @@ def test_list_gives_name_line_and_fid(capsys):
 
 
 @paper_recipes
-def test_commands_of_promises_are_understood(name):
+def test_promised_commands_can_be_parsed(name):
     """Each verb's parser takes them, and they lead from one to the next."""
     given = understood(name)
     assert set(given) == {"prepare", "train", "sample", "evaluate"}
@@ -264,7 +264,7 @@ def test_commands_of_promises_are_understood(name):
     assert sampled == {"sampler": "ddpm" if name.startswith("dit") else "euler_maruyama", "steps": 250}
 
 
-def test_how_the_figures_were_sampled():
+def test_published_figures_record_how_they_were_sampled():
     found = RECIPES["sit-xl2-repa"].samplings
     assert {(sampling.sampler, sampling.steps) for sampling in found} == {("euler_maruyama", 250)}
     guidances = [sampling.guidance for sampling in found]
@@ -295,7 +295,7 @@ def figures(name, step, guidance="none", sampler="euler_maruyama"):
         ("sit-xl2-repa", 4_000_000, (5.9, 5.73, 157.8, 0.70, 0.69, 74.6)),
     ],
 )
-def test_figures_in_full(name, step, expected):
+def test_published_figures_match_the_paper(name, step, expected):
     assert figures(name, step)[1:7] == expected
 
 
@@ -309,11 +309,11 @@ def test_figures_in_full(name, step, expected):
         ([f"sit-l2-repa-{e}-ntxent" for e in ("clip-l", "dinov2-b", "dinov2-l", "dinov2-g")], [11.0, 9.7, 10.0, 9.8]),
     ],
 )
-def test_fids_of_ablations(names, fids):
+def test_fids_of_ablations_match_the_paper(names, fids):
     assert [figures(name, 400_000).fid for name in names] == fids
 
 
-def test_figures_of_dit_and_guidance():
+def test_figures_of_dit_and_of_guided_samples_match_the_papers():
     names = ("dit-l2", "dit-l2-repa", "dit-xl2", "dit-xl2-repa")
     assert [figures(name, 400_000, sampler="ddpm").fid for name in names] == [23.3, 15.6, 19.5, 12.3]
     assert figures("dit-xl2-repa", 850_000, sampler="ddpm").fid == 9.6
@@ -345,12 +345,12 @@ def run_of(folder, name: str, **changes):
 
 
 @paper_recipes
-def test_a_run_is_known_by_its_configuration(name, tmp_path):
+def test_a_run_is_matched_to_a_recipe_by_its_configuration(name, tmp_path):
     row = paper_row_of(run_of(tmp_path / "run", name))
     assert load_recipe(row.name) == load_recipe(name)  # two rows of the paper are the same run under other names
 
 
-def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
+def test_a_run_with_a_changed_setting_is_not_matched_to_the_recipe(tmp_path):
     whole = load_recipe("sit-xl2-repa")
     term = whole.alignments[0]
     departures = {
@@ -369,7 +369,7 @@ def test_a_run_that_departs_from_a_row_is_not_taken_for_it(tmp_path):
     assert paper_row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured)).name == "sit-xl2"
 
 
-def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
+def test_the_report_shows_the_papers_figures_only_next_to_matching_runs(tmp_path):
     known = run_of(tmp_path / "known", "sit-xl2-repa")
     other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
     at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
@@ -385,7 +385,7 @@ def test_the_report_shows_the_papers_figures_beside_such_runs_only(tmp_path):
     assert "What the paper reports" not in write_report([other], tmp_path / "one.html").read_text()
 
 
-def test_recipes_are_free_of_torch():
+def test_recipes_do_not_import_torch():
     """In a process of its own, as this one has torch long since."""
     code = "import sys, repa.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -393,6 +393,6 @@ def test_recipes_are_free_of_torch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_every_recipe_costs_is_known(name, capsys):
+def test_the_cost_of_every_recipe_is_known(name, capsys):
     assert repa_run(["estimate", name]) == 0
     assert "FLOP" in capsys.readouterr().out

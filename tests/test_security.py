@@ -336,7 +336,7 @@ def test_no_field_of_a_file_runs_code(pattern, stranger, canary, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", FILES)
-def test_no_field_of_a_file_runs_code_whatever_the_verb(pattern, stranger, canary, tmp_path, capsys):
+def test_no_field_of_a_file_runs_code_with_any_verb(pattern, stranger, canary, tmp_path, capsys):
     attack = Attack(stranger, canary, tmp_path, pattern).run(FILES[pattern][0], payloads(canary))
     with capsys.disabled():
         print(f"{pattern}: {attack.tries:,} tries, {attack.refused:,} refused, 0 executed", *attack.broken, sep="\n  ")
@@ -351,7 +351,7 @@ def change(stranger, tmp_path, **changes):
     return run
 
 
-def test_the_refusal_names_module_and_flag_and_the_flag_is_enough(stranger, canary, tmp_path, capsys):
+def test_the_refusal_names_module_and_flag_and_the_flag_permits_it(stranger, canary, tmp_path, capsys):
     run = change(stranger, tmp_path, autoencoder="canary.sing")
     assert repa(["sample", str(run), *SMALL, "--out", str(tmp_path / "s.npz")]) == 2
     error = capsys.readouterr().err
@@ -363,7 +363,7 @@ def test_the_refusal_names_module_and_flag_and_the_flag_is_enough(stranger, cana
     assert canary.read_text() == "called"
 
 
-def test_in_python_a_file_is_not_trusted_but_the_caller_is(stranger, canary, tmp_path):
+def test_from_python_the_caller_is_trusted_but_files_are_not(stranger, canary, tmp_path):
     run = change(stranger, tmp_path, diffusion={"path": "canary.sing"})
     with pytest.raises(UserError, match="--trust canary"):
         load_run(run)
@@ -374,7 +374,7 @@ def test_in_python_a_file_is_not_trusted_but_the_caller_is(stranger, canary, tmp
     assert LOSSES.build("canary.sing").__name__ == "sing"
 
 
-def test_what_the_user_typed_or_named_as_a_recipe_is_trusted(data_folder, tiny_config, tmp_path, monkeypatch):
+def test_typed_settings_and_named_recipes_are_trusted(data_folder, tiny_config, tmp_path, monkeypatch):
     (tmp_path / "lab").mkdir()
     (tmp_path / "lab/privatelab.py").write_text(
         "def far(student, target):\n    return (student - target).square().mean((1, 2))\n"
@@ -410,7 +410,7 @@ def registries():
 
 
 @pytest.mark.parametrize("registry", registries(), ids=lambda registry: registry.kind)
-def test_what_a_name_stands_for_must_be_of_the_kind(registry, canary):
+def test_a_dotted_name_must_refer_to_an_object_of_the_right_kind(registry, canary):
     """Even of modules that were trusted by mistake: nothing is called before it is known to be a function or a class of the kind."""
     with trust.command([]):
         trust.trust("subprocess", "os", "builtins", "shutil", "canary", "threading")
@@ -425,7 +425,7 @@ def test_what_a_name_stands_for_must_be_of_the_kind(registry, canary):
         assert not canary.exists() or canary.read_text() == "imported"
 
 
-def test_a_trusted_module_vouches_for_its_own_code_only(canary):
+def test_trusting_a_module_does_not_trust_what_it_imports(canary):
     (canary.parent / "lab/helping.py").write_text("from shutil import rmtree\nfrom subprocess import Popen, run\n")
     for name in ("rmtree", "run"):
         with trust.command(["--trusted-before"]):
@@ -450,7 +450,7 @@ def test_modules_in_the_current_folder_are_not_imported(name, tmp_path):
     assert not (tmp_path / "sang").exists()
 
 
-def test_data_with_names_that_leave_their_folder_are_refused(stranger, tmp_path):
+def test_data_whose_file_names_leave_the_folder_is_refused(stranger, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(stranger / "data", data)
     text = json.dumps(read_json(data / "manifest.json"))  # without its seal
@@ -461,7 +461,7 @@ def test_data_with_names_that_leave_their_folder_are_refused(stranger, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["text", "text_weights"])
-def test_a_text_encoder_that_a_folder_names_is_not_run(name, stranger, canary, tmp_path):
+def test_a_private_text_encoder_named_by_a_folder_is_not_run(name, stranger, canary, tmp_path):
     data = tmp_path / "words"
     shutil.copytree(stranger / "words", data)
     manifest = read_json(data / "manifest.json")

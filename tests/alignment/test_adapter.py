@@ -35,7 +35,7 @@ def batch(num=8):
     return x, Condition(torch.randint(3, (num,), generator=stream)), {"tiny": Features(patches, None)}
 
 
-def test_it_is_given_times_the_dropped_condition_and_the_mask():
+def test_the_adapter_receives_times_dropped_labels_and_mask():
     part = objective()
     x, condition, features = batch()
     clean = part.clean(x, features)
@@ -52,7 +52,7 @@ def test_it_is_given_times_the_dropped_condition_and_the_mask():
     assert [name for name, p in term.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_masks_are_a_function_of_seed_and_step_and_their_share_is_the_setting():
+def test_masks_depend_on_seed_and_step_and_have_the_configured_share():
     part, (x, _, features) = objective(), batch(400)
     clean = part.clean(x, features)
     masks = [part.draw(clean, step).visible["tiny@1"] for step in (0, 0, 1)]
@@ -63,7 +63,7 @@ def test_masks_are_a_function_of_seed_and_step_and_their_share_is_the_setting():
     assert torch.equal(some.visible["tiny@1"], masks[0][3:7])
 
 
-def test_two_processes_draw_the_masks_of_one(monkeypatch):
+def test_two_processes_draw_the_same_masks_as_one(monkeypatch):
     part, (x, _, features) = objective(), batch()
     whole = part.draw(part.clean(x, features), 2)
     monkeypatch.setattr(dist, "world", lambda: 2)
@@ -74,7 +74,7 @@ def test_two_processes_draw_the_masks_of_one(monkeypatch):
         assert torch.equal(found.visible["tiny@1"], whole.visible["tiny@1"][rows])
 
 
-def test_the_other_draws_are_those_of_a_run_without_it():
+def test_the_adapter_does_not_change_other_random_draws():
     x, _, features = batch()
     with_mask, without = objective(), objective({**TERM, "projector": "linear"})
     for part in (with_mask, without):
@@ -91,7 +91,7 @@ def test_impossible_settings_are_refused(setting):
         PROJECTORS.build(f"adapter:{setting}")(16, 5, (4, 4), 3)
 
 
-def test_where_it_does_not_fit_a_sentence_says_so():
+def test_an_adapter_in_an_unsupported_place_is_refused():
     with pytest.raises(UserError, match="one time per image"):
         objective(diffusion={"token_times": 0.25})
     for projector in (TERM["projector"], "conv"):

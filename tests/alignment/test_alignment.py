@@ -62,7 +62,7 @@ def test_half_precision_target_with_huge_values_gives_no_nan():
     assert torch.allclose(loss, alignment.compare(hidden, target), atol=2e-3)
 
 
-def test_the_targets_grid_follows_the_students():
+def test_the_target_is_resampled_to_the_students_grid():
     alignment = build(projector="linear")
     hidden, target = inputs(tokens=4, target_tokens=16)
     small = torch.stack(
@@ -78,7 +78,7 @@ def test_token_norm_acts_on_the_matched_target():
     assert torch.allclose(normed.compare(hidden, target), plain.compare(hidden, centred), atol=1e-6)
 
 
-def test_weight_is_lambda_times_the_schedule():
+def test_the_weight_is_lambda_times_the_schedule():
     assert build().weight(10**7) == 0.5
     alignment = build(weight=0.8, schedule="stop:step=100")
     assert [alignment.weight(step) for step in (0, 99, 100, 101)] == [0.8, 0.8, 0.0, 0.0]
@@ -113,7 +113,7 @@ def test_features_of_another_encoder_are_refused():
 
 
 @pytest.mark.parametrize(("own", "other"), [((2, 8), (4, 16)), ((4, 16), (2, 8)), ((3, 6), (6, 12))])
-def test_a_grid_that_is_no_square_is_resampled_to_the_targets(own, other):
+def test_a_rectangular_grid_is_resampled_to_the_targets_grid(own, other):
     """16, 64 and 18 tokens: the first two would also be squares."""
     stream = torch.Generator().manual_seed(0)
     hidden, target = (torch.randn(2, rows * columns, 5, generator=stream) for rows, columns in (own, other))
@@ -124,13 +124,13 @@ def test_a_grid_that_is_no_square_is_resampled_to_the_targets(own, other):
         assert loss.item() == pytest.approx(oracle.cosine([torch.tensor(maps).flatten(1).T], [target[n]])[0], abs=1e-6)
 
 
-def test_grids_that_differ_must_be_square():
+def test_unequal_grids_must_be_square():
     hidden, target = inputs(tokens=9, target_tokens=10)
     with pytest.raises(UserError, match="10 tokens are not a square grid"):
         build().compare(hidden, target)
 
 
-def test_relations_between_tokens_need_no_projector_to_one_width():
+def test_relational_losses_allow_different_widths():
     alignment = build(loss="gram", projector="none")
     hidden, target = inputs()
     cosines = [
@@ -144,7 +144,7 @@ def test_relations_between_tokens_need_no_projector_to_one_width():
         build(loss="mse", projector="none")
 
 
-def test_part_all_needs_an_encoder_with_a_vector_for_the_image():
+def test_part_all_needs_an_encoder_with_pooled_features():
     patches = torch.randn(2, 9, 6)
     target = EncoderTarget("mylab.colours", 6, part="all")
     assert target.of(Features(patches, patches.mean(1))).shape == (2, 10, 6)
@@ -161,7 +161,7 @@ def column(student, target):
 
 
 @pytest.mark.parametrize(("loss", "shape"), [("tokenwise", r"\(4, 9\)"), ("column", r"\(4, 1\)")])
-def test_a_loss_that_is_not_one_number_an_image_is_refused(loss, shape):
+def test_a_loss_must_return_one_number_per_image(loss, shape):
     """(4, 1) would be broadcast to (4, 4) with the denoising loss, and trained on in silence."""
     with pytest.raises(
         UserError, match=rf"{loss}' must return one number for each of 4 images, \(N,\), but returned {shape}"
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_one_number_an_image_is_refused(loss, shape):
         build(loss=f"{__name__}.{loss}").compare(*inputs())
 
 
-def test_a_target_that_tells_no_width_must_have_that_of_the_tap():
+def test_a_target_of_unknown_width_must_match_the_tap():
     hidden, target = inputs()
     term = Alignment(AlignmentConfig(target="features", depth=2, projector="none"), hidden_dim=8, feature_dim=0)
     with pytest.raises(UserError, match="has 6 channels, but the projector was built for 8: .* must set dim"):

@@ -51,14 +51,14 @@ def test_defaults_are_the_papers():
         ({"lambda": 1}, "unknown setting 'lambda'"),
     ],
 )
-def test_mistakes_are_one_sentence(settings, message):
+def test_mistakes_give_one_line_errors(settings, message):
     with pytest.raises(UserError) as error:
         parse(**settings)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_target_has_one_spelling_whatever_part_of_it_is_asked_for():
+def test_a_target_with_a_part_uses_the_registrys_spelling():
     """Features are stored under the name of the registry: a term that asked for them by another would not find them."""
     for part in ("", ":part=all", ":layer=9,part=attention"):
         attention = {"tap": "attention", "projector": "none"} if "attention" in part else {}
@@ -67,16 +67,16 @@ def test_a_target_has_one_spelling_whatever_part_of_it_is_asked_for():
         assert config.encoder[0] == "dinov2-b"
 
 
-def test_name_tells_the_terms_apart():
+def test_the_key_of_a_term_names_target_and_depth():
     assert [parse().key, parse(depth=4).key, parse(target="tiny").key] == ["dinov2-b@8", "dinov2-b@4", "tiny@8"]
 
 
-def test_specs_of_private_code_are_left_alone():
+def test_specs_of_private_code_are_kept_unchanged():
     assert parse(loss="my.own.loss").loss == "my.own.loss"
 
 
 @pytest.mark.parametrize("name", ["repa.alignment.targets.no_such_target", "no_such_module.targets.mine"])
-def test_a_private_target_that_cannot_be_imported_is_not_called_an_encoder_only(name):
+def test_a_missing_private_name_is_called_a_target_or_encoder(name):
     with pytest.raises(UserError, match="The target or encoder") as error:
         parse(target=name)
     assert name in str(error.value)

@@ -57,7 +57,7 @@ def gradients(net):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_networks_of_diffusers_give_the_tokens_of_the_image(name):
+def test_diffusers_networks_give_the_tokens_of_the_image(name):
     torch.manual_seed(0)
     case = CASES[name]()
     aligner, gave = repa.attach(case.net, case.block), []
@@ -77,7 +77,7 @@ def test_networks_of_diffusers_give_the_tokens_of_the_image(name):
     assert any(p.grad is not None and p.grad.any() for p in case.net.parameters())
 
 
-def test_the_loss_is_the_engines_own():
+def test_the_loss_and_its_gradients_equal_those_of_the_training_loop():
     """On one DiT, with one projector: loss and every gradient, bit for bit."""
     torch.manual_seed(0)
     model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=3, num_heads=2)
@@ -108,7 +108,7 @@ def test_the_loss_is_the_engines_own():
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_attention_is_that_of_the_network():
+def test_attention_taps_equal_the_networks_attention():
     torch.manual_seed(0)
     model = build_model(
         "SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=2, num_heads=2, qk_norm=True
@@ -147,7 +147,7 @@ def test_torch_compile_keeps_one_graph(how):
             torch.testing.assert_close(a, b)
 
 
-def test_activation_checkpointing_gives_the_same_and_leaves_nothing_behind():
+def test_activation_checkpointing_gives_the_same_loss_and_keeps_no_stale_taps():
     net, x, features = net_and_batch()
     aligner = repa.attach(net, "blocks.1")
     (net(x).square().mean() + aligner(features)).backward()
@@ -173,7 +173,7 @@ def test_a_block_without_trained_weights_is_refused():
         aligner(features)
 
 
-def test_the_network_is_left_as_it_was():
+def test_attaching_does_not_change_the_network():
     net, x, features = net_and_batch()
     keys, before = list(net.state_dict()), net(x)
     aligner = repa.attach(net, "blocks.*", features=5, loss="cosine", hidden_dim=8)
@@ -196,7 +196,7 @@ def test_the_network_is_left_as_it_was():
         aligner(features)
 
 
-def test_training_continues_exactly_from_a_state_dict(tmp_path):
+def test_training_resumes_exactly_from_a_state_dict(tmp_path):
     def start():
         net, _, _ = net_and_batch()
         aligner = repa.attach(net, "blocks.0", 5, loss="cosine", hidden_dim=8, schedule="linear:steps=20")
@@ -232,7 +232,7 @@ def test_training_continues_exactly_from_a_state_dict(tmp_path):
     assert whole[-1][2] == 0  # it does not halve over three steps
 
 
-def test_a_term_that_is_off_asks_for_no_features():
+def test_a_term_with_weight_zero_needs_no_features():
     net, x, features = net_and_batch()
     aligner = repa.attach(net, "blocks.1", 5, loss="cosine", hidden_dim=8, schedule="stop:step=1")
     assert aligner.active
@@ -247,7 +247,7 @@ def test_a_term_that_is_off_asks_for_no_features():
     assert all(p.grad is not None and not p.grad.any() for p in aligner.parameters())
 
 
-def test_frames_of_a_video_count_as_images_and_merge_where_the_autoencoder_merged():
+def test_video_frames_count_as_images_and_merge_as_in_the_autoencoder():
     net, _, _ = net_and_batch()
     x, features = torch.randn(2, 2 * 6, 8), torch.randn(2, 4, 6, 5)
     aligner = repa.attach(net, "blocks.1", grid=(2, 2, 3))
@@ -277,7 +277,7 @@ class Convolved(nn.Module):
         return self.block(self.embed(x).flatten(2).transpose(1, 2))
 
 
-def test_the_grid_of_the_input_is_that_of_convolution_and_resampling():
+def test_the_grid_is_found_from_the_input_of_a_convolutional_network():
     """16 tokens, which would also be a square of 4 x 4; the aligner was not told their grid."""
     torch.manual_seed(0)
     net, x, same, finer = Convolved(), torch.randn(2, 3, 4, 16), torch.randn(2, 16, 5), torch.randn(2, 64, 5)
@@ -295,7 +295,7 @@ def test_the_grid_of_the_input_is_that_of_convolution_and_resampling():
         torch.testing.assert_close(aligner.values[name], -cosines.mean().detach())
 
 
-def test_a_block_of_a_video_is_a_target_frame_by_frame():
+def test_a_block_of_a_video_network_can_be_the_target():
     net, _, _ = net_and_batch()
     x = torch.randn(2, 2 * 6, 8)
     aligner = repa.attach(net, "blocks.0", target="blocks.2", loss="cosine", token_norm="zscore", grid=(2, 2, 3))
@@ -308,7 +308,7 @@ def test_a_block_of_a_video_is_a_target_frame_by_frame():
     torch.testing.assert_close(aligner.values["blocks.0"], -cosine.detach())
 
 
-def test_crepa_compares_the_frames_of_a_video_with_each_other():
+def test_crepa_compares_neighbouring_video_frames():
     net, _, _ = net_and_batch()
     x, features = torch.randn(2, 3 * 4, 8), torch.randn(2, 3, 16, 5)  # grids of 2 x 2 and 4 x 4
     settings = {"features": 5, "hidden_dim": 8, "projector": "linear", "grid": (3, 2, 2)}
@@ -339,7 +339,7 @@ def of_frames(student, target):
 of_frames.compares_frames = True
 
 
-def test_a_private_loss_sees_all_frames_of_a_video():
+def test_a_private_loss_receives_all_frames_of_a_video():
     net, _, _ = net_and_batch()
     aligner = repa.attach(net, "blocks.1", features=8, loss=f"{__name__}.of_frames", projector="none", grid=(3, 2, 2))
     net(torch.randn(2, 3 * 4, 8))
@@ -347,7 +347,7 @@ def test_a_private_loss_sees_all_frames_of_a_video():
     assert float(aligner.values["blocks.1"]) == 12  # tokens: three frames of four
 
 
-def test_text_behind_the_image():
+def test_text_tokens_before_or_after_the_image_are_left_out():
     net, x, _ = net_and_batch(text=4)
     for text, part in (("behind", slice(9)), ("front", slice(4, None))):
         aligner = repa.attach(net, "blocks.1", text=text)
@@ -359,7 +359,7 @@ def test_text_behind_the_image():
         aligner.detach()
 
 
-def test_another_block_or_nothing_as_target():
+def test_the_target_may_be_another_block_or_nothing():
     net, x, _ = net_and_batch()
     aligner = repa.attach(net, "blocks.0", target="blocks.2", loss="cosine")  # LayerSync
     aligner.add("blocks.1", target="none", loss="dispersive", name="spread", weight=0.25)
@@ -373,7 +373,7 @@ def test_another_block_or_nothing_as_target():
     torch.testing.assert_close(total, 0.5 * cosine + 0.25 * aligner.values["spread"])
 
 
-def test_only_images_of_some_times_count():
+def test_only_images_within_the_time_interval_count():
     net, x, features = net_and_batch()
     aligner = repa.attach(net, "blocks.1", times=(0.0, 0.5))
     net(x)
@@ -429,7 +429,7 @@ def test_the_grid_of_an_input():
         ({"target": "blocks.*"}, "A target must be one block"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, sentence):
+def test_invalid_settings_are_refused(settings, sentence):
     net, _, _ = net_and_batch()
     with pytest.raises(UserError, match=sentence):
         repa.attach(net, settings.pop("block", "blocks.1"), **settings)
@@ -450,7 +450,7 @@ def test_settings_that_cannot_be_are_refused(settings, sentence):
         ({"tap": "attention"}, (4, 2, 9, 9), "No self-attention"),
     ],
 )
-def test_shapes_that_do_not_fit_are_a_sentence(settings, shape, sentence):
+def test_mismatched_shapes_give_a_one_line_error(settings, shape, sentence):
     net, x, _ = net_and_batch()
     aligner = repa.attach(net, "blocks.1", **settings)
     net(x)

@@ -72,7 +72,7 @@ def test_sra_with_two_times():
     assert denoising.tolist() == pytest.approx(wanted["denoising_per_sample"], rel=1e-9)
 
 
-def test_vavae_vf():
+def test_vavae_vf_loss():
     """The tokenizer's loss of VA-VAE has the terms of this engine: relations with a margin, and the cosine."""
     case = golden.load("vavae_vf")
     own, target = (golden.tensor(case["inputs"][name]).mT for name in ("z_proj", "f"))  # (2, 4, 6)

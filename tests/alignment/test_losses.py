@@ -18,7 +18,7 @@ def test_cosine_equals_the_double_loop():
     assert torch.allclose(LOSSES.build("cosine")(a, b).double(), torch.tensor(oracle.cosine(a, b)).double(), atol=1e-6)
 
 
-def test_cosine_is_lowest_when_aligned_whatever_the_length():
+def test_cosine_is_lowest_for_parallel_tokens_of_any_length():
     a, _ = pair()
     cosine = LOSSES.build("cosine")
     assert torch.allclose(cosine(a, 3 * a), -torch.ones(4), atol=1e-6)

@@ -41,7 +41,7 @@ def test_initial_weights_are_xavier_uniform_and_biases_zero(spec):
             assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-def test_conv_sees_the_neighbours_on_the_grid_and_nothing_else():
+def test_conv_sees_only_the_neighbours_on_the_grid():
     projector = PROJECTORS.build("conv")(3, 5)
     x = torch.randn(1, 25, 3, requires_grad=True)
     projector(x)[0, 12].sum().backward()  # row 2, column 2 of 5 x 5
@@ -63,7 +63,7 @@ def test_one_by_one_conv_is_a_linear_layer():
     assert torch.allclose(projector(x), F.linear(x, projector.conv.weight[:, :, 0, 0]), atol=1e-6)
 
 
-def test_conv_refuses_tokens_that_are_no_square_grid():
+def test_conv_refuses_tokens_without_a_square_grid():
     with pytest.raises(UserError, match="17 tokens are not a square grid"):
         PROJECTORS.build("conv")(3, 5)(torch.randn(1, 17, 3))
 

@@ -15,7 +15,7 @@ from repa.alignment import SCHEDULES
         ("cosine:steps=12", {0: 1, 4: 0.75, 6: 0.5, 8: 0.25, 12: 0, 99: 0}),
     ],
 )
-def test_values(spec, values):
+def test_each_schedule_has_its_documented_values(spec, values):
     schedule = SCHEDULES.build(spec)
     assert {step: schedule(step) for step in values} == pytest.approx(values)
 
@@ -38,14 +38,14 @@ def test_plateau_stops_at_the_end_of_a_span_without_a_gain():
     assert stopped_at([0.0, float("nan")] + [0.0] * 10) == 8
 
 
-def test_plateau_looks_a_hundred_times_a_span():
+def test_plateau_samples_a_span_a_hundred_times():
     schedule = SCHEDULES.build("plateau:span=10000")
     assert sum(schedule.watches(step) for step in range(1, 10_001)) == 100
     assert stopped_at([1.0] * 30_000, "plateau:span=10000") == 20_000
 
 
 @pytest.mark.parametrize("split", range(1, 20))
-def test_plateau_continues_from_its_state_as_if_nothing_was(split):
+def test_plateau_resumes_exactly_from_its_state(split):
     losses = [-0.1 * min(step, 11) for step in range(24)]
     first = SCHEDULES.build("plateau:span=4,gain=0.1")
     second = SCHEDULES.build("plateau:span=4,gain=0.1")

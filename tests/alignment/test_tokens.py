@@ -35,22 +35,22 @@ def test_resize_keeps_rows_and_columns_apart():
     assert resize_tokens(rows, 4).flatten().tolist() == [0.5, 0.5, 2.5, 2.5]
 
 
-def test_resize_of_the_right_grid_is_the_same_tensor():
+def test_resize_to_the_same_grid_returns_the_tensor():
     tokens = torch.randn(1, 5, 2)  # not even square: there is nothing to do
     assert resize_tokens(tokens, 5) is tokens
 
 
 @pytest.mark.parametrize(("old", "new"), [(17, 16), (16, 17), (0, 4)])
-def test_resize_refuses_tokens_that_are_no_square_grid(old, new):
+def test_resize_refuses_tokens_without_a_square_grid(old, new):
     with pytest.raises(UserError, match="square grid"):
         resize_tokens(torch.zeros(1, old, 2), new)
 
 
-def test_grid_side():
+def test_the_grid_side_is_the_root_of_the_number_of_tokens():
     assert [grid_side(n) for n in (1, 4, 256, 1024)] == [1, 2, 16, 32]
 
 
-def test_zscore_literal():
+def test_zscore_matches_values_computed_by_hand():
     """Channel 0 of image 0: mean 3, unbiased std sqrt(20 / 3); image 1 is constant: eps keeps it finite."""
     tokens = torch.tensor([[0.0, 2.0, 4.0, 6.0], [5.0, 5.0, 5.0, 5.0]])[..., None]
     got = TOKEN_NORMS.build("zscore:alpha=0.6")(tokens)[..., 0]
@@ -71,7 +71,7 @@ def test_none_changes_nothing():
     assert TOKEN_NORMS.build("none")(tokens) is tokens
 
 
-def test_zscore_refuses_one_token_and_a_text_as_alpha():
+def test_zscore_refuses_a_single_token_and_a_non_numeric_alpha():
     with pytest.raises(UserError, match="at least 2 tokens"):
         TOKEN_NORMS.build("zscore")(torch.zeros(1, 1, 2))
     with pytest.raises(UserError, match="alpha"):

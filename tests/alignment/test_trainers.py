@@ -51,7 +51,7 @@ def losses_of_a_plain_loop(num=6):
     return losses
 
 
-def test_lightning_gives_the_losses_of_a_plain_loop(tmp_path):
+def test_lightning_has_the_same_losses_as_a_plain_loop(tmp_path):
     import lightning
 
     class Module(lightning.LightningModule):
@@ -86,7 +86,7 @@ def test_lightning_gives_the_losses_of_a_plain_loop(tmp_path):
     assert restored.aligner.steps == 6
 
 
-def test_the_trainer_of_transformers_gives_the_losses_of_a_plain_loop(tmp_path):
+def test_the_transformers_trainer_has_the_same_losses_as_a_plain_loop(tmp_path):
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Aligned(nn.Module):
@@ -129,7 +129,7 @@ def lora_case():
     return case
 
 
-def test_lora_of_peft_around_an_attached_network_and_the_other_way_round():
+def test_peft_lora_works_before_and_after_attaching():
     from peft import LoraConfig, get_peft_model
 
     features = torch.randn(2, 16, 7)
@@ -208,6 +208,6 @@ def _two(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path):
+def test_two_processes_have_the_same_losses_as_one(tmp_path):
     mp.spawn(_two, (str(tmp_path),), nprocs=2)
     assert torch.load(tmp_path / "losses.pt").tolist() == pytest.approx(losses_of_a_plain_loop(3), rel=1e-5)

@@ -15,7 +15,7 @@ from tests.analysis.stand_ins import Rearranged
 from tests.oracles import analysis as oracle
 
 
-def test_cknna_is_that_of_the_pooled_tokens(run, data):
+def test_cknna_is_computed_on_pooled_tokens(run, data):
     config = SimilarityConfig(times=(0.0,), neighbours=5)
     rows = cknna_of_run(run, data, config)
     assert [row["depth"] for row in rows] == [1, 2, 3]  # no depth asked for: all
@@ -27,12 +27,12 @@ def test_cknna_is_that_of_the_pooled_tokens(run, data):
     assert rows[0]["cknna"] < 0.9
 
 
-def test_noise_hides_what_the_network_knows(run, data):
+def test_cknna_falls_with_the_noise_level(run, data):
     clean, noisy = cknna_of_run(run, data, SimilarityConfig(times=(0.0, 0.9), depths=(2,), neighbours=5))
     assert noisy["cknna"] < clean["cknna"] - 0.2
 
 
-def test_the_images_are_spread_over_the_data_and_the_batches_do_not_matter(run, data):
+def test_images_are_spread_over_the_data_and_the_batch_size_does_not_matter(run, data):
     seen = []
     config = SimilarityConfig(times=(0.5,), depths=(1,), num_images=20, batch_size=7, neighbours=5)
     rows = cknna_of_run(run, data, config, lambda done, total: seen.append((done, total)))
@@ -45,7 +45,7 @@ def test_the_images_are_spread_over_the_data_and_the_batches_do_not_matter(run, 
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_cka_of_a_run(run, data, unbiased):
+def test_cka_of_a_run_is_that_of_its_tokens(run, data, unbiased):
     measure = "cka-unbiased" if unbiased else "cka"
     config = SimilarityConfig(times=(0.0,), depths=(1, 2), measure=measure)
     first, second = cknna_of_run(run, data, config)
@@ -56,7 +56,7 @@ def test_cka_of_a_run(run, data, unbiased):
     assert second[measure] == pytest.approx(1, abs=1e-6)
 
 
-def test_mistakes_are_sentences(run, data):
+def test_mistakes_give_one_line_errors(run, data):
     with pytest.raises(UserError, match="no block 0"):
         cknna_of_run(run, data, SimilarityConfig(depths=(0,)))
     with pytest.raises(UserError, match="encoder 'tinny'.*'tiny'"):
@@ -72,7 +72,7 @@ def test_mistakes_are_sentences(run, data):
         cknna_of_run(run, Rearranged(data, has_moments=True, autoencoder=facts), SimilarityConfig())
 
 
-def test_features_are_collected_once_and_again_when_something_changes(run, data, tmp_path):
+def test_features_are_collected_again_only_after_a_change(run, data, tmp_path):
     """The second call asks neither the network nor the encoder; a new noise level, seed or weights ask again."""
     calls = []
     run.model.register_forward_hook(lambda *_: calls.append(1))
@@ -91,7 +91,7 @@ def test_features_are_collected_once_and_again_when_something_changes(run, data,
     assert len(calls) == count + 1
 
 
-def test_weights_are_known_by_the_checksum_of_their_file(random_run, data, monkeypatch):
+def test_cached_features_are_keyed_by_the_checksum_of_the_weights(random_run, data, monkeypatch):
     """Not read again for every noise level; two checkpoints, and two averages of one, have caches of their own."""
     monkeypatch.setattr(features, "digest_of", lambda tensors: pytest.fail("read the weights again"))
     runs = [load_run(random_run, weights, step=step) for weights, step in (("ema", 20), ("ema", 10), ("model", 20))]
@@ -100,13 +100,13 @@ def test_weights_are_known_by_the_checksum_of_their_file(random_run, data, monke
     assert identities[0] == files.sha256(layout.checkpoint_folder(random_run, 20) / layout.EMA_FILE)
 
 
-def test_a_run_that_cannot_be_written_keeps_its_features_in_the_cache_of_the_user(tmp_path, monkeypatch):
+def test_features_of_a_read_only_run_go_to_the_users_cache(tmp_path, monkeypatch):
     assert features._cache_of(tmp_path) == tmp_path / "analysis" / "cache"
     monkeypatch.setattr(features.os, "access", lambda folder, mode: False)
     assert features._cache_of(tmp_path) == files.cache_folder() / "analysis"
 
 
-def test_the_newest_checkpoint_is_chosen_when_it_is_loaded(random_run, tmp_path):
+def test_the_newest_checkpoint_is_chosen_at_loading_time(random_run, tmp_path):
     """Training may remove the one that was the newest when the command began."""
     run = tmp_path / "run"
     shutil.copytree(random_run, run)

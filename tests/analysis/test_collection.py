@@ -31,7 +31,7 @@ class Maker:
         return {field: {"twice": 2.0 * i, "square": i * i / 7}[field] for field in fields}
 
 
-def test_rows_come_back_in_order_and_a_second_call_makes_none(tmp_path):
+def test_rows_come_back_in_order_and_a_second_call_computes_none(tmp_path):
     first, second, seen = Maker(), Maker(), []
     load = collect(tmp_path, {"a": 1}, ["twice", "square"], NUM, first, progress=lambda *n: seen.append(n))
     assert first.asked == [(s, min(s + 16, NUM), ("twice", "square")) for s in (0, 16, 32, 48)]
@@ -42,7 +42,7 @@ def test_rows_come_back_in_order_and_a_second_call_makes_none(tmp_path):
     assert torch.allclose(again("square"), torch.arange(NUM)[:, None] ** 2 / 7)
 
 
-def test_a_killed_collection_is_continued(tmp_path):
+def test_a_killed_collection_resumes(tmp_path):
     killed, rest = Maker(dies_at=32), Maker()
     with pytest.raises(KeyboardInterrupt):
         collect(tmp_path, {}, ["twice"], NUM, killed)
@@ -52,14 +52,14 @@ def test_a_killed_collection_is_continued(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_only_the_missing_field_of_a_chunk_is_made(tmp_path):
+def test_only_the_missing_field_of_a_chunk_is_computed(tmp_path):
     collect(tmp_path, {}, ["twice"], NUM, Maker())
     more = Maker()
     collect(tmp_path, {}, ["twice", "square"], NUM, more)
     assert {fields for *_, fields in more.asked} == {("square",)}
 
 
-def test_anything_else_lies_elsewhere_and_says_what_it_is(tmp_path):
+def test_other_facts_use_another_folder_that_records_them(tmp_path):
     for identity, num, store in [({"t": 0.5}, NUM, "float32"), ({"t": 0.6}, NUM, "float32"), ({"t": 0.5}, 20, "float32"),
                                  ({"t": 0.5}, NUM, "float16")]:  # fmt: skip
         maker = Maker()
@@ -89,7 +89,7 @@ def test_processes_share_the_chunks(tmp_path, monkeypatch):
     assert torch.equal(load("twice"), 2.0 * torch.arange(NUM)[:, None])
 
 
-def test_what_cannot_be_kept_is_refused(tmp_path):
+def test_values_that_cannot_be_stored_are_refused(tmp_path):
     def large(rows, fields):
         return {"x": torch.full((len(rows), 2), 1e5)}
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_kept_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:90], lambda data: data[:-1] + bytes([data[-1] ^ 1])])
-def test_a_damaged_file_is_made_again(damage, tmp_path):
+def test_a_damaged_file_is_computed_again(damage, tmp_path):
     load = collect(tmp_path, {}, ["twice"], NUM, Maker())
     wanted = load("twice")
     (path,) = tmp_path.glob("*/twice-000000016-*.npy")
@@ -115,7 +115,7 @@ def test_a_damaged_file_is_made_again(damage, tmp_path):
     assert torch.equal(collect(tmp_path, {}, ["twice"], NUM, maker)("twice"), wanted)
 
 
-def test_the_best_learning_rate_of_each_block():
+def test_best_chooses_the_best_learning_rate_per_block():
     rows = [
         {"run": "a", "step": 1, "t": 0.0, "depth": depth, "lr": lr, "top1": top1}
         for depth, lr, top1 in ((1, 0.1, 0.2), (1, 0.2, 0.4), (1, 0.3, 0.3), (2, 0.1, 0.9), (2, 0.2, 0.1))

@@ -23,7 +23,7 @@ def run(random_run):
     return load_run(random_run)
 
 
-def test_is_the_change_of_a_network_whose_block_does_nothing(run, data_folder):
+def test_skipping_a_block_equals_closing_its_gates(run, data_folder):
     """A block whose gates are zero hands on its input; its outputs are those of `without_block`."""
     rows = depth_effects(run, open_data(data_folder), CONFIG)
     assert [(row["t"], row["depth"]) for row in rows] == [(t, depth) for t in (0.3, 0.8) for depth in (1, 2)]
@@ -37,7 +37,7 @@ def test_is_the_change_of_a_network_whose_block_does_nothing(run, data_folder):
     assert [row["change"] for row in quiet if row["depth"] == 2] == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
-def test_batches_and_hooks_leave_no_trace(run, data_folder):
+def test_the_batch_size_does_not_matter_and_hooks_are_removed(run, data_folder):
     data = open_data(data_folder)
     one, other = (depth_effects(run, data, CONFIG.override(batch_size=size)) for size in (2, 6))
     assert [row["change"] for row in one] == pytest.approx([row["change"] for row in other], rel=1e-5)
@@ -53,7 +53,7 @@ def test_a_network_with_a_noised_vector_is_refused(run, data_folder):
         depth_effects(replace(run, model=model), open_data(data_folder), CONFIG)
 
 
-def test_the_command(random_run, data_folder, tmp_path, capsys):
+def test_the_command_writes_rows_and_a_picture(random_run, data_folder, tmp_path, capsys):
     out = tmp_path / "depth.json"
     assert (
         repa(["analyse", "depth", str(random_run), "--data", str(data_folder), "--num-images", "4", "--out", str(out)])
@@ -63,7 +63,7 @@ def test_the_command(random_run, data_folder, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.csv", "depth.json", "depth.png"]
 
 
-def test_a_block_of_two_streams_leaves_both_as_they_came(text_run):
+def test_skipping_a_block_of_two_streams_keeps_both_streams(text_run):
     model = load_run(text_run).model
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda block, inputs: seen.append(inputs[:2]))

@@ -16,7 +16,7 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(encoders, "SECONDS", 0.0)
 
 
-def test_every_figure_is_that_of_the_encoder_alone(data):
+def test_every_figure_matches_one_computed_separately(data):
     config = EncodersConfig(
         encoders=("tiny", "tiny-classifier"), num_images=0, neighbours=5, epochs=5, learning_rates=(1e-9, 1e-2)
     )
@@ -41,14 +41,14 @@ def test_every_figure_is_that_of_the_encoder_alone(data):
     assert seen[-1] == (160, 160)
 
 
-def test_the_accuracy_is_that_of_the_best_learning_rate(data, monkeypatch):
+def test_the_accuracy_is_from_the_best_learning_rate(data, monkeypatch):
     found = [{"lr": rate, "top1": top1, "top5": top1 + 0.1} for rate, top1 in ((1e-4, 0.3), (1e-3, 0.6), (1e-2, 0.5))]
     monkeypatch.setattr(encoders, "probe_rows", lambda *_: found)
     (row,) = compare_encoders(data, EncodersConfig(encoders=("tiny",), neighbours=5)).encoders
     assert (row["top1"], row["top5"]) == (0.6, 0.7)
 
 
-def test_a_finer_grid_has_every_distance(data):
+def test_a_finer_grid_fills_every_column(data):
     config = EncodersConfig(encoders=("tiny",), grid=8, neighbours=5, epochs=1)
     (row,) = compare_encoders(data, config).encoders
     assert None not in (row["lds"], row["cds"], row["rmsc"])
@@ -62,7 +62,7 @@ def test_data_of_one_class_has_no_probe(data):
     assert row["rmsc"] > 0
 
 
-def test_missing_weights_are_said_before_any_work(data, tmp_path, monkeypatch):
+def test_missing_weights_are_reported_before_any_work(data, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("an encoder worked")
 
@@ -72,7 +72,7 @@ def test_missing_weights_are_said_before_any_work(data, tmp_path, monkeypatch):
         compare_encoders(data, EncodersConfig(neighbours=5, encoder_weights=(pair,)))
 
 
-def test_mistakes(data):
+def test_invalid_input_is_refused(data):
     with pytest.raises(UserError, match="10 neighbours need more than 10 images, but there are 10"):
         compare_encoders(data, EncodersConfig(num_images=10))
     with pytest.raises(UserError, match="must name at least one encoder, each once"):

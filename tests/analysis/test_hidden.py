@@ -39,7 +39,7 @@ def latents(num=5):
     return torch.randn(num, 4, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def test_is_the_token_mean_of_the_noised_latent_with_the_null_label():
+def test_features_are_token_means_at_the_noised_latent_with_the_null_label():
     x = latents()
     noise = SampleStreams(3, range(5)).randn(4, 2, 2)
     expected = (0.75 * x + 0.25 * noise).mean((2, 3))  # t = 0 is data
@@ -49,31 +49,31 @@ def test_is_the_token_mean_of_the_noised_latent_with_the_null_label():
     assert torch.allclose(got[3], 3 * expected + 700 + 250, atol=1e-3)
 
 
-def test_does_not_depend_on_the_batches():
+def test_features_do_not_depend_on_the_batch_size():
     x = latents()
     whole, parts = collect([x]), collect(x.split(2))
     assert all(torch.allclose(whole[depth], parts[depth]) for depth in (1, 3))
     assert whole[1].shape == (5, 4)
 
 
-def test_the_seed_matters_and_t_0_is_clean():
+def test_the_seed_changes_noised_features_but_not_clean_ones():
     x = latents()
     assert not torch.allclose(collect([x], seed=0)[1], collect([x], seed=1)[1])
     assert torch.allclose(collect([x], t=0.0)[1], x.mean((2, 3)) + 700, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{"depths": ()}, {"t": 1.5}, {"t": -0.1}])
-def test_mistakes(settings):
+def test_invalid_input_is_refused(settings):
     with pytest.raises(UserError, match="at least one depth and a t in"):
         collect([latents()], **settings)
 
 
-def test_no_latents():
+def test_no_latents_are_refused():
     with pytest.raises(UserError, match="no latents"):
         collect([])
 
 
-def test_with_the_real_backbone():
+def test_a_real_network_gives_its_hidden_states():
     from repa.models import DiT
 
     model = DiT(latent_size=4, patch_size=2, hidden_dim=16, depth=3, num_heads=2, num_classes=3)

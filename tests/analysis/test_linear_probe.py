@@ -41,13 +41,13 @@ def test_test_features_are_normalised_by_the_training_statistics():
     assert sum(alone) / 20 == pytest.approx(together)
 
 
-def test_remainder_of_one_image_and_a_batch_larger_than_the_data():
+def test_a_last_batch_of_one_image_and_a_batch_larger_than_the_data_work():
     features, labels = problem(65)
     assert linear_probe(features, labels, features, labels, epochs=60, batch_size=64, lr=0.05) > 0.95
     assert linear_probe(features, labels, features, labels, epochs=60, lr=0.05) > 0.95
 
 
-def test_same_seed_same_accuracy_and_the_callers_stream_is_left_alone():
+def test_one_seed_gives_one_accuracy_and_the_callers_random_state_is_kept():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     a, b = (linear_probe(*problem(spread=1.5), *problem(spread=1.5, seed=1), **SETTINGS) for _ in range(2))
@@ -55,7 +55,7 @@ def test_same_seed_same_accuracy_and_the_callers_stream_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_heads_trained_together_end_as_they_would_alone():
+def test_heads_trained_together_equal_heads_trained_alone():
     sets = (*problem(spread=1.5), *problem(spread=1.5, seed=1))
     rates = (1e-3, 0.02, 0.3)
     together = linear_probes(*sets, learning_rates=rates, epochs=8, batch_size=64)
@@ -78,7 +78,7 @@ def test_top5_counts_the_five_highest_scores():
     assert few.top5 is None
 
 
-def test_half_precision_features_are_read_as_they_are():
+def test_half_precision_features_are_accepted():
     features, labels = problem(100)
     half = ((features - features.mean(0)) / features.std(0)).half()
     assert linear_probe(half, labels, half, labels, epochs=5) == linear_probe(
@@ -93,7 +93,7 @@ def test_the_batch_keeps_the_papers_number_of_steps():
     assert suitable_batch(1_600) == 256
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     features, labels = problem(10)
     with pytest.raises(UserError, match=r"test features .* got \(10, 6\) and \(9,\)"):
         linear_probe(features, labels, features, labels[:9])

@@ -17,7 +17,7 @@ def rows(num, seed, dim=6):
 
 
 @pytest.mark.parametrize("block", [4, 1024])
-def test_nearest_equals_the_sorted_loop(block, monkeypatch):
+def test_nearest_equals_a_loop_over_sorted_distances(block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
     queries, images = rows(10, 0), rows(30, 1)
     near = nearest_images(queries, images, 3)
@@ -40,7 +40,7 @@ def test_a_copy_is_at_distance_zero_and_an_image_is_not_its_own_neighbour():
     assert others.distances.min() > 1e-3
 
 
-def test_the_verdict_of_samples_like_held_out_images_and_of_copies():
+def test_the_verdict_tells_copies_from_samples_like_held_out_images():
     g = torch.Generator().manual_seed(0)
     held_out = torch.rand(2000, generator=g).double()
     honest = compare(torch.rand(2000, generator=g).double(), held_out)
@@ -51,7 +51,7 @@ def test_the_verdict_of_samples_like_held_out_images_and_of_copies():
     assert copied.median < honest.median == pytest.approx(honest.median_held_out, abs=0.05)
 
 
-def test_copies_among_samples_are_named_by_their_row_of_the_data(data):
+def test_copies_among_samples_are_reported_with_their_row_in_the_data(data):
     images = torch.from_numpy(data.gather("images", np.arange(40)))
     noise = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     samples = torch.cat([images[[11, 25]], noise])
@@ -68,7 +68,7 @@ def test_copies_among_samples_are_named_by_their_row_of_the_data(data):
     assert set(half.near.indices.flatten().tolist()) <= set(np.linspace(0, 39, 20).round().astype(int).tolist())
 
 
-def test_held_out_images_take_the_place_of_the_training_images(data):
+def test_held_out_images_replace_the_training_images(data):
     dark, light = Rearranged(data, rows=np.arange(20)), Rearranged(data, rows=np.arange(20, 40))
     samples = [torch.from_numpy(data.gather("images", np.arange(20)))]
     far = find_copies(samples, 20, dark, NeighboursConfig(), held_out=light).verdict
@@ -78,7 +78,7 @@ def test_held_out_images_take_the_place_of_the_training_images(data):
     assert same.median_held_out == pytest.approx(0, abs=1e-5)
 
 
-def test_mistakes(data):
+def test_invalid_input_is_refused(data):
     with pytest.raises(UserError, match=r"\(3, 6\) and \(30, 5\)"):
         nearest_images(rows(3, 0), rows(30, 1, dim=5))
     with pytest.raises(UserError, match="31 neighbours need at least 31 images, but got 30"):

@@ -16,7 +16,7 @@ def tokens(num=3, length=16, dim=8):
     return x @ torch.linalg.qr(torch.randn(dim, dim, generator=g))[0] + 7
 
 
-def test_they_are_the_first_three_components_of_a_singular_value_decomposition():
+def test_colours_are_the_first_three_principal_components():
     x = tokens()
     flat = x.flatten(0, 1).double()
     left = np.linalg.svd((flat - flat.mean(0)).numpy(), full_matrices=False)[0]
@@ -49,7 +49,7 @@ def test_tokens_become_squares_in_row_major_order():
     assert (picture[0, 0:2, 0:2] == picture[0, 0, 0]).all()
 
 
-def test_tokens_of_a_run_are_its_hidden_states_with_the_noise_of_each_image(run, data):
+def test_tokens_of_a_run_use_the_noise_of_each_image(run, data):
     indices = np.array([4, 30])
     images = torch.from_numpy(data.gather("images", indices)).float() / 127.5 - 1
     noise = SampleStreams(3, [4, 30]).randn(3, 16, 16)
@@ -60,7 +60,7 @@ def test_tokens_of_a_run_are_its_hidden_states_with_the_noise_of_each_image(run,
         tokens_of_run(run, data, indices, (9,), 0.25, seed=3)
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     with pytest.raises(UserError, match="4 finite tokens of 3 channels, but got 16 of 2"):
         principal_colours(torch.zeros(1, 16, 2))
     with pytest.raises(UserError, match="finite"):

@@ -17,7 +17,7 @@ from repa.runs import LoadedRun
 from tests.analysis.stand_ins import Knowing, Rearranged, Sampling
 
 
-def test_a_probe_finds_the_classes_where_they_are_and_not_where_nothing_is(run, data):
+def test_a_probe_finds_classes_only_in_informative_blocks(run, data):
     config = ProbeConfig(times=(0.0, 0.3), depths=(1, 3), epochs=400)
     rows = probe_of_run(run, data, config)
     assert [(row["t"], row["depth"]) for row in rows] == [(0.0, 1), (0.0, 3), (0.3, 1), (0.3, 3)]
@@ -27,7 +27,7 @@ def test_a_probe_finds_the_classes_where_they_are_and_not_where_nothing_is(run, 
         assert row["lr"] == 1e-3
 
 
-def test_a_probe_of_labels_that_mean_nothing_is_no_better_than_chance(run, data):
+def test_a_probe_of_pure_noise_is_at_chance(run, data):
     shuffled = np.random.default_rng(0).permutation(data.gather("labels", np.arange(40)))
     many = Rearranged(
         data, rows=np.tile(np.arange(40), 10), fields={"labels": shuffled}
@@ -36,7 +36,7 @@ def test_a_probe_of_labels_that_mean_nothing_is_no_better_than_chance(run, data)
     assert row["top1"] == pytest.approx(0.5, abs=0.2)
 
 
-def test_validation_data_test_and_training_data_train(run, data):
+def test_training_data_is_trained_on_and_validation_data_is_tested_on(run, data):
     """Tested on data whose labels are swapped, a perfect probe is always wrong; trained on it, too."""
     swapped = Rearranged(data, fields={"labels": 1 - data.gather("labels", np.arange(40))})
     config = ProbeConfig(times=(0.0,), depths=(1,), epochs=200)
@@ -77,7 +77,7 @@ def test_epochs_of_the_heads_are_counted(run, data):
     assert seen == [(done, 6) for done in range(1, 7)]  # patches and pooled
 
 
-def test_a_probe_of_an_encoder_is_that_of_its_features(data):
+def test_a_probe_of_an_encoder_uses_its_features(data):
     encoder = load_encoder("tiny")
     rows = probe_of_encoder(encoder, "tiny", data, ProbeConfig(epochs=3), val=data)
     assert [row["features"] for row in rows] == ["patches", "pooled"]
@@ -87,7 +87,7 @@ def test_a_probe_of_an_encoder_is_that_of_its_features(data):
         assert row["top1"] == linear_probes(x, labels, x, labels, epochs=3, batch_size=256)[0].top1
 
 
-def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):
+def test_latents_are_drawn_with_one_random_stream_per_image(data):
     """With means 0 and deviations 1 at t = 0 the state at depth 1 is the posterior's noise itself."""
     moments = np.concatenate([np.zeros((40, 3, 4, 4)), np.ones((40, 3, 4, 4))], axis=1).astype(np.float16)
     own = Sampling().identity
@@ -112,7 +112,7 @@ def test_latents_are_drawn_from_stored_moments_by_a_stream_per_image(data):
     assert not torch.equal(first[0], first[1])
 
 
-def test_the_noise_of_an_image_is_its_own_too(run, data):
+def test_noise_is_drawn_with_one_random_stream_per_image(run, data):
     states = []
     run.model.register_forward_hook(lambda module, args, output: states.append(output.taps[Tap(1)]))
     config = ProbeConfig(times=(1.0,), depths=(1,), epochs=1)
@@ -121,7 +121,7 @@ def test_the_noise_of_an_image_is_its_own_too(run, data):
     assert torch.equal(states[1], states[0][np.linspace(0, 39, 20).round().astype(int)])
 
 
-def test_mistakes_are_sentences(run, data):
+def test_mistakes_give_one_line_errors(run, data):
     with pytest.raises(UserError, match="no block 4 to tap: choose one of 1 to 3"):
         probe_of_run(run, data, ProbeConfig(depths=(1, 4)))
     with pytest.raises(UserError, match="has one class, but a linear probe needs several"):
@@ -132,7 +132,7 @@ def test_mistakes_are_sentences(run, data):
         ProbeConfig.parse({"learning_rates": (0.0,)})
 
 
-def test_a_real_network(data):
+def test_a_real_network_can_be_probed(data):
     from repa.autoencoders import load_autoencoder
 
     model = DiT(
@@ -144,7 +144,7 @@ def test_a_real_network(data):
     assert all(row["top1"] == 1 for row in rows)
 
 
-def test_classes_that_are_tested_and_never_trained_are_refused(run, data):
+def test_test_classes_without_training_images_are_refused(run, data):
     config = ProbeConfig(times=(0.0,), depths=(1,), epochs=1)
     zeros, ones = (Rearranged(data, fields={"labels": np.full(40, label)}) for label in (0, 1))
     with pytest.raises(UserError, match="1 of 2 classes occur in the 40 test images but not in the 40 training images"):

@@ -51,21 +51,21 @@ MEASURES = {
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
 class TestEveryMeasure:
-    def test_of_itself_is_one(self, measure):
+    def test_identical_features_have_similarity_one(self, measure):
         a, _ = pair()
         assert measure(a, a) == pytest.approx(1, abs=1e-3)  # platonic adds 1e-6 to a denominator that is small
 
-    def test_does_not_depend_on_the_order_of_the_images(self, measure):
+    def test_the_order_of_the_images_does_not_matter(self, measure):
         a, b = pair()
         order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
         assert measure(a[order], b[order]) == pytest.approx(measure(a, b), rel=1e-9)
         assert measure(a[order], b) < measure(a, b)
 
-    def test_ignores_scale(self, measure):
+    def test_the_scale_of_features_does_not_matter(self, measure):
         a, b = pair()
         assert measure(3 * a, 0.1 * b) == pytest.approx(measure(a, b), rel=1e-5)
 
-    def test_falls_with_noise(self, measure):
+    def test_similarity_falls_with_noise(self, measure):
         assert measure(*pair(noise=0.01)) > measure(*pair(noise=3.0)) > measure(*pair(noise=100.0))
 
 
@@ -92,7 +92,7 @@ def test_cka_ignores_an_offset(unbiased):
     assert cka(a + 10, b - 3, unbiased) == pytest.approx(cka(a, b, unbiased), rel=1e-4)
 
 
-def test_unbiased_cka_of_strangers_is_near_zero_where_the_biased_is_not():
+def test_unbiased_cka_of_unrelated_features_is_near_zero():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(60, 200, generator=g), torch.randn(60, 200, generator=g)
     assert cka(a, b) > 0.7
@@ -109,7 +109,7 @@ def test_one_side_is_compared_with_many():
             )
 
 
-def test_the_clamp_is_asked_for_by_name():
+def test_only_the_clamped_variant_clamps():
     """A few large channels, as trained transformers have them, carry what both sides share: the clamp takes it away."""
     generator = torch.Generator().manual_seed(0)
     shared = 30 * torch.randn(120, 2, generator=generator)
@@ -119,7 +119,7 @@ def test_the_clamp_is_asked_for_by_name():
     assert cknna(a, b, 10, "platonic") == pytest.approx(cknna(unit, b, 10, "platonic"), rel=1e-9)
 
 
-def test_features_that_are_all_equal_tell_nothing():
+def test_constant_features_give_nan():
     a, _ = pair()
     assert math.isnan(cknna(torch.ones(30, 3), a, 5))
     assert math.isnan(cka(torch.ones(30, 3), a))
@@ -148,7 +148,7 @@ for variant in ("paper", "platonic-clamped"):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
-def test_memory_is_far_below_a_kernel():
+def test_memory_stays_far_below_the_size_of_a_kernel():
     """4,000 images: one kernel is 122 MiB; features in float64 are 8, blocks of 8 come and go, and libraries take theirs."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     paper, platonic = map(float, done.stdout.split())
@@ -156,7 +156,7 @@ def test_memory_is_far_below_a_kernel():
     assert platonic < 60
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     a, b = pair()
     with pytest.raises(UserError, match=r"\(30, 7\) and \(29, 5\)"):
         cknna(a, b[:29])
@@ -171,6 +171,6 @@ def test_mistakes():
 
 
 @pytest.mark.parametrize("variant", ["paper", "platonic", "platonic-clamped"])
-def test_unrelated_features_have_about_the_share_of_neighbours(variant):
+def test_cknna_of_unrelated_features_is_about_k_over_n(variant):
     a, b = (torch.randn(500, width, generator=torch.Generator().manual_seed(width)) for width in (128, 384))
     assert 0.25 < cknna(a, b, k=10, variant=variant) / (10 / 500) < 4

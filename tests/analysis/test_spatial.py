@@ -34,7 +34,7 @@ def smooth(side=16):
     return torch.cat([angle.cos(), angle.sin()], -1)[None]  # (1, T, 4)
 
 
-def test_structure_shows_and_is_gone_when_patches_are_shuffled():
+def test_shuffling_patches_removes_the_structure():
     ordered = smooth()
     shuffled = ordered[:, torch.randperm(256, generator=torch.Generator().manual_seed(0))]
     for measure in (local_distance_similarity, correlation_decay_slope):
@@ -42,13 +42,13 @@ def test_structure_shows_and_is_gone_when_patches_are_shuffled():
     assert rms_spatial_contrast(ordered).item() == pytest.approx(rms_spatial_contrast(shuffled).item(), abs=1e-6)
 
 
-def test_uniform_patches_have_no_structure_and_length_does_not_matter():
+def test_uniform_patches_have_no_structure_and_token_length_does_not_matter():
     same = torch.ones(1, 256, 3) * torch.linspace(0.1, 5, 256)[None, :, None]
     for measure in (local_distance_similarity, correlation_decay_slope, rms_spatial_contrast):
         assert measure(same).item() == pytest.approx(0, abs=1e-3)
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     with pytest.raises(UserError, match="square grid"):
         local_distance_similarity(torch.zeros(1, 257, 3))
     with pytest.raises(UserError, match=r"3 x 3 patches has distances 1 to 4, but 6"):

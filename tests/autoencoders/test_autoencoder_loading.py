@@ -31,7 +31,7 @@ def hub(tmp_path, monkeypatch):
     return repository
 
 
-def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
+def test_any_kl_autoencoder_loads_by_its_hub_name(hub, kl_folder, images, tmp_path):
     other = save_kl(tmp_path / "other", seed=1)
     hub("owner/pipeline.v1-0", kl_folder, "vae")
     hub("owner/plain", other)
@@ -64,7 +64,7 @@ def test_any_kl_by_its_name_on_the_hub(hub, kl_folder, images, tmp_path):
         ("taef1", "madebyollin/taef1", ""),
     ],
 )
-def test_every_name_comes_from_its_repository(name, repository, subfolder, hub, kl_folder, tiny_folder, dc_folder):
+def test_every_name_has_its_repository(name, repository, subfolder, hub, kl_folder, tiny_folder, dc_folder):
     with pytest.raises(UserError, match=rf"{name!r} \({repository}\) .*could not be downloaded"):
         load_autoencoder(name)
     folder = dc_folder if name == "dc-ae-f32" else tiny_folder if name.startswith("tae") else kl_folder
@@ -72,7 +72,7 @@ def test_every_name_comes_from_its_repository(name, repository, subfolder, hub, 
     assert load_autoencoder(name).identity["name"] == name
 
 
-def test_a_downloaded_pipeline_or_its_vae_alone(kl_folder, tmp_path):
+def test_a_downloaded_pipeline_or_its_vae_folder_loads(kl_folder, tmp_path):
     shutil.copytree(kl_folder, tmp_path / "vae")
     alone = load_autoencoder("sd3-vae", weights=tmp_path / "vae").identity
     assert load_autoencoder("sd3-vae", weights=tmp_path).identity == alone
@@ -81,7 +81,7 @@ def test_a_downloaded_pipeline_or_its_vae_alone(kl_folder, tmp_path):
         load_autoencoder("sdxl-vae", weights=tmp_path)
 
 
-def test_weights_without_convolutions_around_the_latent(tmp_path, images):
+def test_weights_without_quant_conv_load(tmp_path, images):
     """SD3's and FLUX's have no quant_conv: the encoder's last convolution gives the moments."""
     from diffusers import AutoencoderKL
 
@@ -97,7 +97,7 @@ def test_weights_without_convolutions_around_the_latent(tmp_path, images):
 
 
 @pytest.mark.parametrize(("name", "kind"), SPECS.items())
-def test_half_precision_weights_are_computed_in_float32(name, kind, images, tmp_path, request):
+def test_half_precision_weights_compute_in_float32(name, kind, images, tmp_path, request):
     folder = shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / name)
     path = folder / "diffusion_pytorch_model.safetensors"
     save_file({key: value.bfloat16() for key, value in load_file(path).items()}, path)
@@ -108,7 +108,7 @@ def test_half_precision_weights_are_computed_in_float32(name, kind, images, tmp_
 
 
 @pytest.mark.parametrize(("name", "kind"), SPECS.items())
-def test_a_folder_of_another_family(name, kind, kl_folder, tiny_folder, dc_folder):
+def test_a_folder_of_another_family_is_refused(name, kind, kl_folder, tiny_folder, dc_folder):
     for other, folder in (("kl", kl_folder), ("tiny", tiny_folder), ("dc", dc_folder)):
         if other == kind:
             assert load_autoencoder(name, weights=folder).name == name
@@ -119,7 +119,7 @@ def test_a_folder_of_another_family(name, kind, kl_folder, tiny_folder, dc_folde
 
 
 @pytest.mark.parametrize(("name", "kind"), SPECS.items())
-def test_a_file_that_is_missing(name, kind, tmp_path, request):
+def test_a_missing_file_is_named(name, kind, tmp_path, request):
     folder = shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / name)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(
@@ -129,14 +129,14 @@ def test_a_file_that_is_missing(name, kind, tmp_path, request):
 
 
 @pytest.mark.parametrize("place", ["{}/nowhere", "./nowhere", "../nowhere"])
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(place, tmp_path, monkeypatch):
+def test_a_missing_folder_is_not_looked_up_on_the_hub(place, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     source = place.format(tmp_path)
     with pytest.raises(UserError, match=f"There is no folder {source}"):
         load_autoencoder("sd-vae-ft-ema", weights=source)
 
 
-def test_encoders_are_told_apart_by_their_weights(tmp_path):
+def test_identities_differ_when_encoder_weights_differ(tmp_path):
     identities = [
         load_autoencoder("taesd", weights=save_tiny(tmp_path / str(seed), seed=seed)).identity["sha256"]
         for seed in (0, 1, 0)

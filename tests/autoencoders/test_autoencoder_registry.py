@@ -14,7 +14,7 @@ class Private(Pixels):
         super().__init__("private")
 
 
-def test_names_and_mistakes():
+def test_known_names_load_and_unknown_names_are_refused():
     assert AUTOENCODERS.names() == [
         "dc-ae-f32", "e2e-va-vae", "flux-vae", "kl", "pixels", "rae", "rae-dinov2-b", "sd-vae-ft-ema", "sd-vae-ft-mse",
         "sd3-vae", "sdxl-vae",
@@ -26,14 +26,14 @@ def test_names_and_mistakes():
         load_autoencoder("sd-vae-mse")
 
 
-def test_private_classes_by_dotted_name():
+def test_private_classes_load_by_dotted_name():
     spec = f"{__name__}.Private"
     assert load_autoencoder(spec).name == "private"
     with pytest.raises(UserError, match="needs no weights"):
         load_autoencoder(spec, weights="folder")
 
 
-def test_the_room_needs_neither_torch_nor_diffusers():
+def test_importing_the_package_needs_neither_torch_nor_diffusers():
     code = (
         "import sys; from repa.autoencoders import AUTOENCODERS as a; a.check('kl'); assert 'torch' not in sys.modules"
     )

@@ -3,7 +3,7 @@ import torch
 from repa.autoencoders import load_autoencoder
 
 
-def test_latents_are_those_of_diffusers_and_never_drawn(dc_folder, images):
+def test_latents_equal_those_of_diffusers_and_are_deterministic(dc_folder, images):
     from diffusers import AutoencoderDC
 
     autoencoder = load_autoencoder("dc-ae-f32", weights=dc_folder)
@@ -23,14 +23,14 @@ def test_latents_are_those_of_diffusers_and_never_drawn(dc_folder, images):
     assert (autoencoder.decode(latents).float() - pixels).abs().max() < 0.51
 
 
-def test_its_identity_is_that_of_the_encoder(dc_folder):
+def test_the_identity_depends_on_the_encoder_only(dc_folder):
     autoencoder = load_autoencoder("dc-ae-f32", weights=dc_folder)
     assert (autoencoder.identity["name"], autoencoder.identity["scale"]) == ("dc-ae-f32", 0.3189)
     weights = autoencoder.encoder_weights()
     assert set(weights) == {key for key in autoencoder.vae.state_dict() if not key.startswith("decoder.")}
 
 
-def test_the_published_shape_shrinks_32_times():
+def test_the_published_shape_has_factor_32():
     """Five halvings of mit-han-lab's configuration (diffusers' defaults), without its weights: on the meta device."""
     from diffusers import AutoencoderDC
 

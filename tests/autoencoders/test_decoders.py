@@ -77,14 +77,14 @@ def test_another_decoder_of_the_same_encoder_takes_the_unscaled_latents(folders,
     assert (expected - own).abs().max() > 1
 
 
-def test_mse_and_ema_decode_each_others_latents_alike(folders, latents):
+def test_sd_vae_mse_and_ema_share_a_latent_space(folders, latents):
     autoencoder = load_autoencoder("sd-vae-ft-mse", weights=folders["kl"])
     ema = load_autoencoder("sd-vae-ft-ema", weights=folders["other encoder"])  # their names say that they share a space
     decoder = load_decoder("sd-vae-ft-ema", autoencoder, weights=folders["other encoder"])
     assert torch.equal(decoder.decode(latents), ema.decode(latents))
 
 
-def test_the_full_decoder_of_latents_that_a_tiny_encoder_made(folders, latents):
+def test_the_full_decoder_decodes_latents_of_a_tiny_encoder(folders, latents):
     autoencoder = load_autoencoder("taesd", weights=folders["tiny"])
     full = load_autoencoder("sd-vae-ft-ema", weights=folders["kl"])
     decoder = load_decoder("sd-vae-ft-ema", autoencoder, weights=folders["kl"])
@@ -103,13 +103,13 @@ def test_the_full_decoder_of_latents_that_a_tiny_encoder_made(folders, latents):
         ("kl", "per channel", "taesd", "tiny", "normalised per channel"),
     ],
 )
-def test_what_is_known_not_to_fit_is_refused(spec, folder, decoder, decoder_folder, message, folders):
+def test_an_incompatible_decoder_is_refused(spec, folder, decoder, decoder_folder, message, folders):
     autoencoder = load_autoencoder(spec, weights=folders[folder])
     with pytest.raises(UserError, match=f"latents of {spec!r} cannot be decoded by {decoder!r}: .*{message}"):
         load_decoder(decoder, autoencoder, weights=folders[decoder_folder])
 
 
-def test_another_factor_is_refused(folders, tmp_path):
+def test_a_decoder_with_another_factor_is_refused(folders, tmp_path):
     half = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     half |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     autoencoder = load_autoencoder("sd-vae-ft-mse", weights=folders["kl"])
@@ -119,7 +119,7 @@ def test_another_factor_is_refused(folders, tmp_path):
         load_decoder("pixels", autoencoder)
 
 
-def test_for_latents_of_unknown_space_the_users_word_is_taken(folders, latents):
+def test_a_decoder_for_latents_of_unknown_space_is_accepted(folders, latents):
     autoencoder = load_autoencoder("kl", weights=folders["kl"])
     decoder = load_decoder("taesdxl", autoencoder, weights=folders["tiny"])
     assert torch.equal(decoder.decode(latents), load_autoencoder("taesdxl", weights=folders["tiny"]).decode(latents))
@@ -130,7 +130,7 @@ def test_a_copy_of_the_folder_is_the_same_latent_space(folders, tmp_path):
     check_decoder(load_autoencoder("kl", weights=copy), load_autoencoder("kl", weights=folders["per channel"]))
 
 
-def test_pixels_decode_themselves():
+def test_pixel_latents_decode_exactly():
     pixels = load_autoencoder("pixels")
     images = torch.randint(0, 256, (1, 3, 2, 3), dtype=torch.uint8)
     assert torch.equal(load_decoder("pixels", pixels).decode(pixels.sample(pixels.encode(images))), images)

@@ -21,7 +21,7 @@ def copy_of(folder, tmp_path, change):
     return copy
 
 
-def test_moments_are_those_of_the_posterior(kl_folder, images):
+def test_moments_are_mean_and_deviation_of_the_posterior(kl_folder, images):
     from diffusers import AutoencoderKL
 
     autoencoder = load_autoencoder("kl", weights=kl_folder)
@@ -36,7 +36,7 @@ def test_moments_are_those_of_the_posterior(kl_folder, images):
     torch.testing.assert_close(moments[:, 5:], log_variance.clamp(-30, 20).exp().sqrt())
 
 
-def test_latents_are_shifted_and_scaled_as_the_folder_says(kl_folder, images):
+def test_latents_use_shift_and_scale_of_the_folder(kl_folder, images):
     autoencoder = load_autoencoder("kl", weights=kl_folder)
     moments = autoencoder.encode(images)
     mean, std = moments[:, :5], moments[:, 5:]
@@ -60,7 +60,7 @@ def test_half_precision_moments_give_float32_latents(kl_folder):
     torch.testing.assert_close(latents, torch.full((1, 5, 2, 2), (1 - SHIFT) * SCALE))
 
 
-def test_frozen_in_eval_and_not_touched_by_autocast(kl_folder, images):
+def test_it_is_frozen_in_eval_mode_and_ignores_autocast(kl_folder, images):
     autoencoder = load_autoencoder("kl", weights=kl_folder).train()
     assert not any(module.training for module in autoencoder.modules())
     assert not any(parameter.requires_grad for parameter in autoencoder.parameters())
@@ -72,7 +72,7 @@ def test_frozen_in_eval_and_not_touched_by_autocast(kl_folder, images):
         assert torch.equal(autoencoder.decode(latents), decoded)
 
 
-def test_identity_is_that_of_the_encoder(kl_folder, tmp_path):
+def test_the_identity_depends_on_the_encoder_only(kl_folder, tmp_path):
     identity = load_autoencoder("sd-vae-ft-mse", weights=kl_folder).identity
     assert identity["name"] == "sd-vae-ft-mse"
     assert (identity["scale"], identity["shift"]) == (SCALE, SHIFT)
@@ -87,7 +87,7 @@ def test_identity_is_that_of_the_encoder(kl_folder, tmp_path):
     assert with_changed("quant_conv.weight") != identity["sha256"]
 
 
-def test_wrong_inputs_are_named(kl_folder, images):
+def test_wrong_inputs_are_refused(kl_folder, images):
     autoencoder = load_autoencoder("kl", weights=kl_folder)
     for given, message in [
         (images.float() / 255, r"float32 \(2, 3, 16, 24\)"),
@@ -103,7 +103,7 @@ def test_wrong_inputs_are_named(kl_folder, images):
         autoencoder.decode(torch.zeros(2, 10, 4, 4))
 
 
-def test_folders_that_cannot_be_loaded(kl_folder, tiny_folder, tmp_path):
+def test_folders_that_cannot_be_loaded_are_refused(kl_folder, tiny_folder, tmp_path):
     def fails(message, weights, spec="sd-vae-ft-mse"):
         with pytest.raises(UserError, match=message):
             load_autoencoder(spec, weights=weights)
@@ -124,7 +124,7 @@ def test_folders_that_cannot_be_loaded(kl_folder, tiny_folder, tmp_path):
     fails("'kl' needs weights", None, spec="kl")
 
 
-def test_without_network_the_way_out_is_named(monkeypatch):
+def test_without_network_the_error_says_what_to_do(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -132,7 +132,7 @@ def test_without_network_the_way_out_is_named(monkeypatch):
         load_autoencoder("sd-vae-ft-ema", weights="nobody/not-a-repository")
 
 
-def test_a_missing_and_a_broken_diffusers_are_answered(monkeypatch, kl_folder):
+def test_missing_and_broken_diffusers_are_reported(monkeypatch, kl_folder):
     class Broken(types.ModuleType):
         def __getattr__(self, name):
             raise RuntimeError("operator torchvision::nms does not exist")

@@ -17,7 +17,7 @@ def of(folder, **config):
 
 
 @pytest.mark.parametrize("name", ["sd-vae-ft-mse", "sd-vae-ft-ema", "sdxl-vae", "sd3-vae", "flux-vae"])
-def test_no_name_brings_a_scale_of_its_own(name, tmp_path):
+def test_scales_come_from_the_folder_not_from_the_name(name, tmp_path):
     save_kl(tmp_path, scaling_factor=0.625, shift_factor=0.75, latent_channels=3)
     autoencoder = load_autoencoder(name, weights=tmp_path)
     assert (autoencoder.name, autoencoder.channels, autoencoder.factor) == (name, 3, 4)
@@ -26,12 +26,12 @@ def test_no_name_brings_a_scale_of_its_own(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "save"), [("dc-ae-f32", save_dc), *[(n, save_tiny) for n in ("taesd3", "taef1")]])
-def test_nor_do_those_without_a_posterior(name, save, tmp_path):
+def test_scales_of_deterministic_autoencoders_come_from_the_folder(name, save, tmp_path):
     autoencoder = load_autoencoder(name, weights=save(tmp_path, scaling_factor=0.625, latent_channels=2))
     assert (autoencoder.scale, autoencoder.shift, autoencoder.channels) == (0.625, 0, 2)
 
 
-def test_a_config_without_scale_is_stable_diffusions(tmp_path):
+def test_a_config_without_scale_uses_stable_diffusions(tmp_path):
     """Those of sd-vae-ft-mse and -ema have none: diffusers' default holds, as in every pipeline."""
     folder = save_kl(tmp_path)
     config = json.loads((folder / "config.json").read_text())
@@ -41,7 +41,7 @@ def test_a_config_without_scale_is_stable_diffusions(tmp_path):
     assert (load_autoencoder("kl", weights=folder).scale, load_autoencoder("kl", weights=folder).shift) == (0.18215, 0)
 
 
-def test_latents_of_a_mean_and_a_deviation_for_each_channel(tmp_path, images):
+def test_latents_can_be_normalised_per_channel(tmp_path, images):
     autoencoder = of(tmp_path, scaling_factor=0.5, latents_mean=MEAN, latents_std=STD)
     moments = autoencoder.encode(images)
     noise = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(2))
@@ -59,7 +59,7 @@ def test_latents_of_a_mean_and_a_deviation_for_each_channel(tmp_path, images):
     assert not [key for key in autoencoder.state_dict() if "scale" in key or "shift" in key]
 
 
-def test_what_the_scale_makes_of_latents_is_undone(tmp_path):
+def test_decoding_undoes_the_scale(tmp_path):
     for i, config in enumerate([{"shift_factor": -0.7}, {"latents_mean": MEAN, "latents_std": STD}]):
         autoencoder = of(tmp_path / str(i), scaling_factor=0.13025, **config)
         autoencoder.images = lambda z: z[:, :3]  # a decoder whose pixels are the latents
@@ -79,6 +79,6 @@ def test_what_the_scale_makes_of_latents_is_undone(tmp_path):
         ({"latents_mean": MEAN, "latents_std": (0.0, *STD[1:])}, "a positive latents_std"),
     ],
 )
-def test_half_a_normalisation_is_refused(config, message, tmp_path):
+def test_a_mean_without_a_deviation_is_refused(config, message, tmp_path):
     with pytest.raises(UserError, match=message):
         of(tmp_path, **config)

@@ -26,7 +26,7 @@ def test_decoding_rounds_to_the_nearest_level_and_clips():
     assert levels[0, 0, 0].tolist() == [0, 0, 0, 1, 99, 100, 255, 255]
 
 
-def test_pixels_are_no_weights_and_not_worth_storing():
+def test_pixels_need_no_weights_and_are_not_stored():
     pixels = load_autoencoder("pixels")
     assert not pixels.stores_moments
     assert pixels.identity == {"name": "pixels", "sha256": None, "scale": 1.0, "shift": 0.0, "stochastic": False}

@@ -20,7 +20,7 @@ def images():
     return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_latents_are_tokens_normalised_at_each_place(folder, images):
+def test_latents_are_tokens_normalised_per_position(folder, images):
     """Literally: what the encoder gives for pixels in [0, 1], less the mean and over the deviation of its channel and place."""
     autoencoder = load_autoencoder("rae", weights=folder)
     assert (autoencoder.channels, autoencoder.factor, autoencoder.resolution) == (64, 8, 32)
@@ -41,7 +41,7 @@ def test_latents_are_tokens_normalised_at_each_place(folder, images):
     assert (found.float() - 255 * decoded.clamp(0, 1)).abs().max() < 0.51
 
 
-def test_the_statistics_are_part_of_its_identity(folder, tmp_path):
+def test_the_statistics_are_part_of_the_identity(folder, tmp_path):
     own = load_autoencoder("rae", weights=folder).identity
     assert own["stochastic"] is False
     assert own == load_autoencoder("rae", weights=save_rae(tmp_path / "same", scaling_factor=0.5)).identity
@@ -49,14 +49,14 @@ def test_the_statistics_are_part_of_its_identity(folder, tmp_path):
     assert own["sha256"] != load_autoencoder("rae", weights=other).identity["sha256"]
 
 
-def test_the_published_shape():
+def test_the_published_shape_has_the_papers_tokens_and_time_shift():
     """DINOv2-B: 16 x 16 tokens of 768 numbers, whose time shift is 6.93."""
     found = autoencoder_cost("rae-dinov2-b", 256)
     assert (found.channels, found.factor, found.stored_channels) == (768, 16, 768)
     assert DiffusionConfig(shift="auto").for_latents((768, 16, 16)).shift == pytest.approx(6.928203230275509)
 
 
-def test_mistakes_are_answered(folder):
+def test_invalid_input_is_refused(folder):
     with pytest.raises(UserError, match="'rae' needs weights"):
         load_autoencoder("rae")
     autoencoder = load_autoencoder("rae", weights=folder)
@@ -72,7 +72,7 @@ def test_mistakes_are_answered(folder):
         {"encoder_norm_mean": "x"}, {"encoder_hidden_size": -1}, {"quantization_config": {"quant_method": "x"}},
     ],
 )  # fmt: skip
-def test_a_configuration_that_lies_is_a_sentence(lie, tmp_path):
+def test_a_wrong_configuration_gives_a_one_line_error(lie, tmp_path):
     save_rae(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, **lie}))

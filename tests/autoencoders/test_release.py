@@ -5,7 +5,7 @@ from repa.autoencoders import load_autoencoder
 
 
 @pytest.mark.parametrize(("spec", "folder"), [("kl", "kl_folder"), ("pixels", None)])
-def test_latents_need_scale_and_shift_alone(spec, folder, images, request):
+def test_latents_can_be_sampled_after_the_networks_are_released(spec, folder, images, request):
     weights = request.getfixturevalue(folder) if folder else None
     autoencoder = load_autoencoder(spec, weights=weights)
     moments = autoencoder.encode(images)

@@ -34,7 +34,7 @@ def psnr(a, b):
     return 10 * math.log10(255**2 / float((a.float() - b.float()).square().mean()))
 
 
-def test_it_says_what_it_is(vae):
+def test_the_packaged_weights_are_small_and_record_their_origin(vae):
     assert (vae.channels, vae.factor, vae.name) == (4, 4, "tiny-vae")
     assert sum(path.stat().st_size for path in PACKAGED.iterdir()) < 2_000_000
     with safe_open(PACKAGED / "diffusion_pytorch_model.safetensors", "pt") as file:
@@ -43,7 +43,7 @@ def test_it_says_what_it_is(vae):
     assert "CIFAR-10" in facts["data"]
 
 
-def test_it_keeps_more_of_a_photograph_than_a_small_copy_does(vae, photographs):
+def test_reconstructions_beat_a_small_copy_of_the_photograph(vae, photographs):
     """A copy of a quarter of the side has 3 numbers for each 4 by 4 pixels, a latent 4."""
     again = vae.decode(vae.sample(vae.encode(photographs), noise=torch.zeros(20, 4, 16, 16)))
     copy = F.interpolate(photographs.float(), size=(16, 16), mode="bicubic", antialias=True)
@@ -57,14 +57,14 @@ def test_latents_have_about_unit_variance(vae, photographs):
     assert latents.mean().abs() < 0.3
 
 
-def test_turned_latents_are_a_turned_image(vae, photographs):
+def test_rotated_latents_decode_to_a_rotated_image(vae, photographs):
     mean = vae.encode(photographs)[:, :4]
     turned = vae.decode((torch.rot90(mean, 1, (2, 3)) - vae.shift) * vae.scale)
     upright = vae.decode((mean - vae.shift) * vae.scale)
     assert psnr(turned, torch.rot90(photographs, 1, (2, 3))) > psnr(upright, photographs) - 2
 
 
-def test_a_run_in_its_latents(tmp_path):
+def test_a_run_trains_and_samples_in_its_latents(tmp_path):
     """Offline, from images to samples."""
     data, out = str(tmp_path / "data"), str(tmp_path / "run")
     words = [
@@ -96,7 +96,7 @@ def tool():
     sys.path.remove(str(TOOLS))
 
 
-def test_the_losses_are_those_of_the_posterior(tool, photographs):
+def test_the_training_losses_match_their_formulas(tool, photographs):
     class Posterior:
         mean, logvar = torch.full((20, 4, 16, 16), 0.5), torch.full((20, 4, 16, 16), -1.0)
 

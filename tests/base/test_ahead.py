@@ -8,7 +8,7 @@ from repa.base.ahead import by_processes, by_threads, most_workers
 from repa.base.errors import UserError
 
 
-def test_threads_keep_order_and_stay_a_few_items_ahead():
+def test_threads_keep_order_and_run_a_few_items_ahead():
     started = []
 
     def square(x):
@@ -23,7 +23,7 @@ def test_threads_keep_order_and_stay_a_few_items_ahead():
     assert list(by_threads(square, [7], depth=3)) == [49]
 
 
-def test_an_error_of_a_thread_is_raised_where_its_result_would_have_come():
+def test_an_error_in_a_thread_is_raised_in_place_of_its_result():
     stream = by_threads(lambda x: 1 // (x - 2), range(4), depth=4)
     assert [next(stream), next(stream)] == [-1, -1]
     with pytest.raises(ZeroDivisionError):
@@ -37,7 +37,7 @@ def rows_and_process(num: int) -> tuple[np.ndarray, int]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_processes_keep_order_and_tell_the_users_errors_alone(num_workers):
+def test_processes_keep_order_and_pass_on_user_errors(num_workers):
     stream = by_processes(rows_and_process, iter(range(9)), num_workers)
     results = list(itertools.islice(stream, 5))
     assert [rows.tolist() for rows, _ in results] == [[num] * 3 for num in range(5)]
@@ -49,6 +49,6 @@ def test_processes_keep_order_and_tell_the_users_errors_alone(num_workers):
         next(stream)
 
 
-def test_more_processes_than_a_machine_takes_are_refused():
+def test_too_many_processes_are_refused():
     with pytest.raises(UserError, match=f"at most {most_workers()}: give fewer"):
         next(by_processes(rows_and_process, [1], most_workers() + 1))

@@ -11,7 +11,7 @@ from repa.base.arrays import load_npz, map_npz
 from repa.base.errors import UserError
 
 
-def test_no_flipped_bit_changes_or_hides_an_array(tmp_path):
+def test_a_flipped_bit_never_changes_or_hides_an_array(tmp_path):
     arrays = {"mu": np.arange(3.0), "sigma": np.eye(3), "count": np.array(7)}
     file = io.BytesIO()
     np.savez(file, **arrays)
@@ -29,7 +29,7 @@ def test_no_flipped_bit_changes_or_hides_an_array(tmp_path):
 
 
 @pytest.mark.parametrize("read", [lambda path: load_npz(path, "arrays"), lambda path: map_npz(path, "arrays", "mu")])
-def test_an_array_that_is_there_twice_is_refused(read, tmp_path):
+def test_a_duplicate_array_is_refused(read, tmp_path):
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         warnings.simplefilter("ignore")  # zipfile's own about the name
         for value in (1.0, 2.0):

@@ -47,7 +47,7 @@ def test_yaml_reads_exponents_without_a_point(tmp_path):
         ({"rate": None}, ["'rate'", "None"]),
     ],
 )
-def test_mistakes_are_one_sentence_that_names_field_value_and_what_is_allowed(values, wanted):
+def test_errors_name_the_field_its_value_and_what_is_allowed(values, wanted):
     with pytest.raises(UserError) as error:
         Outer.parse(values)
     message = str(error.value)
@@ -56,7 +56,7 @@ def test_mistakes_are_one_sentence_that_names_field_value_and_what_is_allowed(va
         assert part in message
 
 
-def test_a_number_is_not_written_true(tmp_path):
+def test_booleans_are_not_accepted_as_numbers(tmp_path):
     class Numbers(Config):
         count: int = 1
         rates: tuple[Annotated[float, Field(ge=0)], ...] = ()
@@ -69,7 +69,7 @@ def test_a_number_is_not_written_true(tmp_path):
             Numbers.load(tmp_path / "c.yaml")
 
 
-def test_broken_files_are_sentences(tmp_path):
+def test_broken_files_give_one_line_errors(tmp_path):
     with pytest.raises(UserError, match="no configuration file"):
         Outer.load(tmp_path / "absent.yaml")
     (tmp_path / "broken.yaml").write_text("rate: [1, 2\n")
@@ -80,7 +80,7 @@ def test_broken_files_are_sentences(tmp_path):
         Outer.load(tmp_path / "list.yaml")
 
 
-def test_a_file_of_a_megabyte_is_no_configuration(tmp_path):
+def test_a_huge_configuration_file_is_refused(tmp_path):
     (tmp_path / "large.yaml").write_text("#" * (2**20 + 1))
     with pytest.raises(UserError, match="at most 1,048,576 bytes"):
         Outer.load(tmp_path / "large.yaml")

@@ -51,7 +51,7 @@ def start(tmp_path: Path, *argv) -> list[tuple[int, str]]:
 @pytest.mark.parametrize(
     ("who", "mistake"), [(1, "open_data"), pytest.param(0, "claim_folder", marks=pytest.mark.slow)]
 )
-def test_the_mistake_of_one_process_ends_all_and_is_said_once(who, mistake, data_folder, tiny_config, tmp_path):
+def test_a_user_error_in_one_process_ends_all_and_is_printed_once(who, mistake, data_folder, tiny_config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())
     ends = start(tmp_path, who, mistake, "train", "tiny.yaml", "--data", data_folder, "--out", "r")
     assert [code for code, _ in ends] == [2, 2]
@@ -61,7 +61,7 @@ def test_the_mistake_of_one_process_ends_all_and_is_said_once(who, mistake, data
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
-def test_alone_nothing_is_changed():
+def test_a_single_process_raises_errors_unchanged():
     assert dist.on_main(lambda: 5) == 5
     error = UserError("mine")
     with pytest.raises(UserError) as caught, dist.together():

@@ -111,7 +111,7 @@ def test_the_core_trains_and_measures_and_names_the_extras_of_the_rest(tmp_path)
 
 
 @pytest.mark.parametrize("package", sorted(EXTRAS))
-def test_every_extra_brings_what_it_is_asked_for(package):
+def test_every_extra_installs_the_modules_it_promises(package):
     brought = closure(PROJECT["optional-dependencies"][EXTRAS[package]])
     owners = metadata.packages_distributions().get(package, [package])
     assert any(re.sub(r"[-_.]+", "-", name).lower() in brought for name in owners)

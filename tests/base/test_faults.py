@@ -18,7 +18,7 @@ NUMBERS = sorted(errno.errorcode)
 
 
 @pytest.mark.parametrize("number", NUMBERS)
-def test_every_error_of_the_system_that_names_a_file_is_a_sentence(number):
+def test_system_errors_that_name_a_file_become_one_line_errors(number):
     sentence = sentence_of(OSError(number, os.strerror(number), "/data/x.npy"))
     assert sentence.startswith("/data/x.npy: ")
     assert sentence.endswith(".")
@@ -34,7 +34,7 @@ def test_every_error_of_the_system_that_names_a_file_is_a_sentence(number):
         MemoryError("Unable to allocate 4 EiB"),
     ],
 )
-def test_errors_without_a_name_that_only_a_machine_makes(error):
+def test_system_errors_without_a_file_name_become_one_line_errors(error):
     assert sentence_of(error).endswith(".")
 
 
@@ -47,14 +47,14 @@ def test_errors_without_a_name_that_only_a_machine_makes(error):
         SafetensorError("Error while deserializing header: HeaderTooLarge"),  # only the reader's boundary knows its file
     ],
 )  # fmt: skip
-def test_bugs_of_ours_stay_bugs(error):
+def test_programming_errors_keep_their_traceback(error):
     assert sentence_of(error) is None
 
 
 @pytest.mark.parametrize(
     "number", [n for n in NUMBERS if n not in (errno.ENOENT, errno.EEXIST, errno.EINVAL, errno.ENOTSUP)]
 )
-def test_a_write_that_fails_names_what_was_written(number, tmp_path, monkeypatch):
+def test_a_failed_write_names_the_file(number, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
 
@@ -69,7 +69,7 @@ def test_a_write_that_fails_names_what_was_written(number, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_file_systems_without_permissions_or_fsync_are_good_enough(tmp_path, monkeypatch):
+def test_file_systems_without_permissions_or_fsync_work(tmp_path, monkeypatch):
     def refuse(number):
         def fail(*arguments):
             raise OSError(number, os.strerror(number), str(tmp_path))
@@ -84,7 +84,7 @@ def test_file_systems_without_permissions_or_fsync_are_good_enough(tmp_path, mon
     assert (tmp_path / "a").read_text() + (tmp_path / "f" / "b").read_text() == "xy"
 
 
-def test_readers_name_the_file(tmp_path):
+def test_read_errors_name_the_file(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"\x93NUMPY\x01\x00")
     readers = (load_file, zipfile.ZipFile, lambda p: np.load(p, allow_pickle=False))
@@ -118,6 +118,6 @@ def test_pipes_devices_and_sockets_are_not_opened(tmp_path):
         files.read_json(tmp_path / "loop")
 
 
-def test_what_a_terminal_would_obey_is_written_out():
+def test_terminal_control_characters_are_escaped():
     assert escaped("a\x1b[31mb\rc\x07\u202ed\x9b\udcff") == "a\\x1b[31mb\\rc\\x07\\u202ed\\x9b\\udcff"
     assert escaped("Käse 猫 🐈\n\tnext") == "Käse 猫 🐈\n\tnext"

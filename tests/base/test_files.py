@@ -33,7 +33,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "f" / "x").read_text() == "1"
 
 
-def test_a_folder_can_be_read_by_those_the_umask_lets(tmp_path):
+def test_a_new_folder_has_the_permissions_of_the_umask(tmp_path):
     with files.atomic_folder(tmp_path / "f") as temporary:
         save_file({"x": torch.zeros(1)}, temporary / "x.safetensors")  # makes it for its owner alone
         (temporary / "y").write_text("1")
@@ -42,7 +42,7 @@ def test_a_folder_can_be_read_by_those_the_umask_lets(tmp_path):
     )
 
 
-def test_a_full_disk_is_a_sentence_and_the_old_file_stays(tmp_path):
+def test_a_full_disk_gives_a_one_line_error_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     files.write_text(path, "old")
     with pytest.raises(UserError, match="disk is full"), files.atomic_path(path):
@@ -55,7 +55,7 @@ def test_space_is_checked_before_work(tmp_path):
         files.require_space(tmp_path / "not" / "yet", 1 << 62, "Writing samples")
 
 
-def test_damaged_json_names_the_file(tmp_path):
+def test_an_error_about_damaged_json_names_the_file(tmp_path):
     (tmp_path / "m.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"m\.json cannot be read as JSON"):
         files.read_json(tmp_path / "m.json")
@@ -71,24 +71,24 @@ def test_damaged_json_names_the_file(tmp_path):
         ("-Infinity", "-Infinity"),
     ],
 )
-def test_json_that_says_two_things_or_no_number_is_refused(tmp_path, text, named):
+def test_json_with_duplicate_keys_or_nan_is_refused(tmp_path, text, named):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(UserError, match=rf"m\.json .*{named}"):
         files.read_json(tmp_path / "m.json")
 
 
-def test_json_is_not_written_with_what_would_be_refused_when_it_is_read(tmp_path):
+def test_json_that_could_not_be_read_back_is_not_written(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         files.write_json(tmp_path / "m.json", {"a": float("inf")})
     assert not (tmp_path / "m.json").exists()
 
 
-def test_sizes_for_people():
+def test_sizes_are_printed_in_readable_units():
     assert files.size(1536) == "1.5 KiB"
     assert files.size(12) == "12 B"
 
 
-def test_an_array_that_does_not_fit_is_no_file(tmp_path):
+def test_an_array_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
     """`np.save` leaves a file that is cut short, and says nothing."""
     import resource
 
@@ -106,7 +106,7 @@ def test_an_array_that_does_not_fit_is_no_file(tmp_path):
         assert np.array_equal(load_npy(tmp_path / "b.npy", "an array"), value)
 
 
-def test_folders_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch):
+def test_a_folders_files_are_synced_before_it_is_renamed(tmp_path, monkeypatch):
     synced, real = [], os.fsync
 
     def fsync(handle):
@@ -123,7 +123,7 @@ def test_folders_are_on_the_disk_before_their_name_is(tmp_path, monkeypatch):
     assert synced[-1] == tmp_path.stat().st_ino
 
 
-def test_rows_as_csv(tmp_path):
+def test_rows_are_written_as_csv(tmp_path):
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None, "c": 3}]
     files.write_csv(tmp_path / "all.csv", rows)
     assert (tmp_path / "all.csv").read_text() == "a,b,c\nx,1.0,\nlong,,3\n"
@@ -131,13 +131,13 @@ def test_rows_as_csv(tmp_path):
     assert (tmp_path / "named.csv").read_text() == "c,a,b\n,x,1.0\n3,long,\n"
 
 
-def test_bytes_of_a_path_that_are_not_utf_8_come_back(tmp_path):
+def test_paths_that_are_not_utf_8_round_trip(tmp_path):
     for name in ("\udcff", "a\ud83d"):
         files.write_json(tmp_path / "a.json", {"name": name})
         assert files.read_json(tmp_path / "a.json") == {"name": name}
 
 
-def test_a_folder_behind_a_link_is_filled(tmp_path):
+def test_a_folder_behind_a_symlink_is_filled(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")
     with files.atomic_folder(tmp_path / "link") as temporary:
@@ -146,14 +146,14 @@ def test_a_folder_behind_a_link_is_filled(tmp_path):
     assert (tmp_path / "link").is_symlink()
 
 
-def test_json_beyond_the_limit_is_not_parsed(tmp_path, monkeypatch):
+def test_json_beyond_the_size_limit_is_not_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MOST_JSON", 10)
     (tmp_path / "a.json").write_text("[1, 2, 3, 4]")
     with pytest.raises(UserError, match="it has 12 B"):
         files.read_json(tmp_path / "a.json")
 
 
-def test_a_sealed_file_notices_every_changed_byte(tmp_path):
+def test_every_changed_byte_of_a_sealed_file_is_found(tmp_path):
     values = {"b": [1, 2.5e-7, None, "é\udcff"], "a": {"x": True, "2": (3, 4)}, "long": "word " * 9}
     files.write_sealed(tmp_path / "x.json", values)
     whole = (tmp_path / "x.json").read_bytes()
@@ -174,7 +174,7 @@ def test_a_sealed_file_notices_every_changed_byte(tmp_path):
     assert seen > 7 * len(whole)
 
 
-def test_a_file_that_was_sealed_says_how_to_change_it(tmp_path):
+def test_the_error_about_a_broken_seal_says_how_to_change_the_file(tmp_path):
     files.write_sealed(tmp_path / "x.json", {"fid": 3.1})
     text = (tmp_path / "x.json").read_text()
     (tmp_path / "x.json").write_text(text.replace("3.1", "2.1"))

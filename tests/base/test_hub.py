@@ -33,13 +33,13 @@ def snapshot(tmp_path, monkeypatch):
     return write
 
 
-def test_a_whole_folder_of_the_cache_is_taken_and_nobody_asked(snapshot):
+def test_a_complete_cached_folder_is_used_without_a_request(snapshot):
     folder = snapshot(config_json="{}", model_safetensors="")
     assert REPOSITORY.folder() == REPOSITORY.cached() == folder
     assert not snapshot.asked
 
 
-def test_an_index_needs_all_its_parts(snapshot):
+def test_a_weight_index_needs_all_its_files(snapshot):
     parts = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}
     folder = snapshot(config_json="{}", model_safetensors_index_json=json.dumps({"weight_map": parts}))
     snapshot(model__1_safetensors="")
@@ -48,7 +48,7 @@ def test_an_index_needs_all_its_parts(snapshot):
     assert REPOSITORY.cached() == folder
 
 
-def test_pickles_are_asked_for_last(snapshot):
+def test_pickles_are_requested_last(snapshot):
     snapshot(config_json="{}")
     with pytest.raises(UserError, match=r"it has no model\.safetensors.* or give a folder"):
         REPOSITORY.folder()
@@ -57,6 +57,6 @@ def test_pickles_are_asked_for_last(snapshot):
     assert second - first == {"pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"}
 
 
-def test_a_name_that_the_hub_does_not_take():
+def test_an_invalid_hub_name_is_refused():
     with pytest.raises(UserError, match="could not be downloaded"):
         Repository("network", "a/b/c", FILES, "give a folder").fetched()

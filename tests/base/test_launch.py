@@ -38,7 +38,7 @@ def launched(monkeypatch):
         ({"RANK": "0"}, Place()),
     ],
 )
-def test_places(values, wanted, launched):
+def test_the_place_is_read_from_torchruns_variables(values, wanted, launched):
     launched(**values)
     assert place() == wanted
 
@@ -52,7 +52,7 @@ def test_places(values, wanted, launched):
         {"RANK": "0", "WORLD_SIZE": "0"},
     ],
 )  # fmt: skip
-def test_variables_that_do_not_fit_are_refused_before_anything_runs(values, launched, capsys):
+def test_inconsistent_variables_are_refused_before_anything_runs(values, launched, capsys):
     launched(**values)
     with pytest.raises(UserError):
         place()
@@ -79,7 +79,7 @@ def alone(rank: int, tmp_path, **more) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_process_whose_peers_never_come_says_so_and_ends(rank, tmp_path):
+def test_a_process_whose_peers_never_connect_ends_with_an_error(rank, tmp_path):
     ended = alone(rank, tmp_path)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
@@ -88,7 +88,7 @@ def test_a_process_whose_peers_never_come_says_so_and_ends(rank, tmp_path):
     assert "REPA_JOIN_MINUTES" in refusal
 
 
-def test_no_address_to_meet_at(tmp_path):
+def test_a_missing_master_address_is_refused(tmp_path):
     ended = alone(0, tmp_path, MASTER_ADDR="")
     assert ended.returncode == 2
     assert "MASTER_ADDR" in ended.stderr
@@ -111,7 +111,7 @@ def _parent(method, told):
 @pytest.mark.parametrize(
     "method", ["fork", "spawn", "forkserver"]
 )  # the default of Linux until Python 3.13, of others, and since
-def test_workers_live_as_long_as_their_parent(method):
+def test_workers_end_with_their_parent(method):
     mine, theirs = multiprocessing.Pipe()
     parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(method, theirs))
     parent.start()

@@ -17,7 +17,7 @@ ROOMS = [
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_public_name_is_there(room):
+def test_every_public_name_can_be_imported(room):
     module = importlib.import_module(room)
     for name in getattr(module, "__all__", ()):
         assert getattr(module, name) is not None
@@ -25,7 +25,7 @@ def test_every_public_name_is_there(room):
         _ = module.no_such_name
 
 
-def test_a_name_comes_from_its_module_and_a_room_is_an_attribute():
+def test_lazy_names_come_from_their_module_and_subpackages_are_attributes():
     from repa.models.dit import DiT
 
     assert repa.DiT is repa.models.DiT is DiT
@@ -34,6 +34,6 @@ def test_a_name_comes_from_its_module_and_a_room_is_an_attribute():
     assert "models" not in repa.__all__
 
 
-def test_importing_every_room_imports_no_torch():
+def test_importing_every_subpackage_imports_no_torch():
     code = f"import sys, {', '.join(ROOMS)}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -23,7 +23,7 @@ def holding(target, seconds=30.0):
     return child
 
 
-def test_the_second_is_told_who_and_a_kill_leaves_nothing_stale(tmp_path):
+def test_the_holder_is_named_and_a_kill_leaves_no_stale_lock(tmp_path):
     target = tmp_path / "run"
     child = holding(target)
     try:
@@ -41,7 +41,7 @@ def test_the_second_is_told_who_and_a_kill_leaves_nothing_stale(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     target = tmp_path / "samples.npz"
     (tmp_path / ".samples.npz.abcdefgh.tmp").write_bytes(b"half")
     (tmp_path / ".other.npz.abc.tmp").write_bytes(b"of another")
@@ -49,7 +49,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [".other.npz.abc.tmp", ".samples.npz.lock"]
 
 
-def test_what_another_command_is_writing_stays(tmp_path, monkeypatch):
+def test_files_that_another_command_is_writing_stay(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     theirs = [".run.npz.abcdefgh.tmp", ".other.abcdefgh.tmp", ".notes.tmp"]
     for name in theirs:
@@ -73,7 +73,7 @@ def test_two_names_of_a_folder_have_one_lock(tmp_path):
 
 
 @pytest.mark.parametrize("code", lock.NO_LOCKS)
-def test_without_locks_of_the_file_system_a_killed_holder_blocks_nobody(code, tmp_path, monkeypatch):
+def test_without_file_locks_a_killed_holder_blocks_nobody(code, tmp_path, monkeypatch):
     import fcntl
 
     def none(*args):
@@ -89,7 +89,7 @@ def test_without_locks_of_the_file_system_a_killed_holder_blocks_nobody(code, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_an_equal_command_made_is_done(tmp_path):
+def test_an_equal_folder_may_be_written_again_but_another_is_refused(tmp_path):
     def make(text):
         with files.new_folder(tmp_path / "out", "README.md", "the export") as folder:
             (folder / "README.md").write_text(text)
@@ -102,7 +102,7 @@ def test_a_folder_that_an_equal_command_made_is_done(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_some_share_a_lock_that_nobody_takes_alone_meanwhile(tmp_path):
+def test_a_shared_lock_excludes_an_exclusive_one(tmp_path):
     target = tmp_path / "data"
     child = holding(target)
     try:

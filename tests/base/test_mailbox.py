@@ -27,7 +27,7 @@ def together(world, work, patience=timedelta(seconds=30)):
     return found, store
 
 
-def test_values_reach_everybody_in_rank_order_round_after_round():
+def test_values_reach_every_rank_in_order_in_every_round():
     def work(mailbox, rank):
         return [
             mailbox.from_main({"of": rank}), mailbox.gather((rank, "x" * rank)), mailbox.gather(None), mailbox.from_main([rank])
@@ -43,7 +43,7 @@ def test_nothing_stays_in_the_store():
     assert store.num_keys() == 0
 
 
-def test_a_process_that_does_not_come_is_named():
+def test_a_missing_process_is_named():
     def work(mailbox, rank):
         return mailbox.gather(rank) if rank != 2 else "asleep"
 

@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_blocks_that_are_freed_and_taken_again_need_no_new_pages():
+def test_freed_blocks_are_reused_without_new_pages():
     def faults(keep: bool) -> int:
         code = FAULTS.format(src=str(Path(repa.__file__).parents[1]), keep=keep)
         # no threads of NumPy's: each may have a heap of its own; no huge pages: their faults are few anyway

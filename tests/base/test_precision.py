@@ -18,7 +18,7 @@ def test_products_are_in_the_named_precision(precision, dtype):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_auto_is_what_the_machine_gains_from(monkeypatch):
+def test_auto_chooses_the_faster_precision(monkeypatch):
     for times, precision, dtype in (
         (2.1, "bf16", torch.bfloat16),
         (1.1, "fp32", torch.float32),
@@ -31,7 +31,7 @@ def test_auto_is_what_the_machine_gains_from(monkeypatch):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 
 
-def test_products_are_timed_once_and_by_this_process_alone():
+def test_products_are_timed_once_in_processor_time():
     """Processor time: a pause between begin and end would not count."""
     product_seconds.cache_clear()
     begin = time.process_time()
@@ -40,6 +40,6 @@ def test_products_are_timed_once_and_by_this_process_alone():
     assert product_seconds(torch.float32) == first
 
 
-def test_the_meta_device_has_no_autocast_to_switch_off():
+def test_full_precision_works_on_the_meta_device():
     with no_autocast(torch.device("meta")):
         assert torch.ones(2, device="meta").is_meta

@@ -22,14 +22,14 @@ def test_unreadable_settings_are_refused(spec):
         parse_spec(spec)
 
 
-def test_functions_come_with_settings_bound_and_classes_as_instances():
+def test_building_binds_a_functions_settings_and_instantiates_classes():
     table = Registry("thing", {"isclose": "math:isclose", "fraction": "fractions:Fraction"})
     assert table.build("isclose:rel_tol=0.5")(1.0, 1.4)
     assert not table.build("isclose")(1.0, 1.4)
     assert table.build("fraction:numerator=3,denominator=6") == 0.5
 
 
-def test_unknown_names_suggest_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(UserError, match="sampler 'huen'.*Did you mean 'heun'"):
         SAMPLERS.check("huen")
 
@@ -46,18 +46,18 @@ def test_unknown_settings_are_refused_before_anything_is_imported():
      ("nt_xent:temperature=1e999", False), ("attention_ce:heads=2.0", False), ("gram:norm=l1,margin=0", True),
      ("gram:norm=l2", False)],
 )  # fmt: skip
-def test_values_are_those_that_the_annotations_allow(spec, is_right):
+def test_setting_values_must_match_their_annotations(spec, is_right):
     """Both where a configuration is read, by the source, and where the function is built, by its signature."""
     for read in (LOSSES.check, LOSSES.build):
         with contextlib.nullcontext() if is_right else pytest.raises(UserError, match=" is "):
             read(spec)
 
 
-def test_a_text_may_look_like_a_number():
+def test_a_text_setting_may_look_like_a_number():
     assert TARGETS.check("run:path=2024,depth=3") == "run:path=2024,depth=3"
 
 
-def test_a_setting_that_must_be_given_is_asked_for_when_the_configuration_is_read():
+def test_a_missing_required_setting_is_found_when_the_configuration_is_read():
     registry = Registry("target", {"block": "repa.alignment.targets:block"})
     for read in (registry.check, registry.build):
         with pytest.raises(UserError, match="block:depth="):
@@ -72,7 +72,7 @@ class Scaled:
         return self.factor * x + self.offset
 
 
-def test_settings_of_classes_are_checked_before_they_are_called(monkeypatch):
+def test_settings_of_classes_are_checked_before_construction(monkeypatch):
     """A table's and private ones alike: Python's own TypeError would be a traceback."""
     monkeypatch.setitem(sys.modules, "mylab", sys.modules[__name__])
     monkeypatch.setattr(Scaled, "__module__", "mylab")
@@ -85,7 +85,7 @@ def test_settings_of_classes_are_checked_before_they_are_called(monkeypatch):
             table.build(f"{name}:factor=2,ofset=1")
 
 
-def test_private_code_by_dotted_name():
+def test_private_code_is_built_by_its_dotted_name():
     table = Registry("thing", {})
     assert table.build("textwrap.dedent") is textwrap.dedent
     with pytest.raises(UserError, match="cannot be imported"):

@@ -52,12 +52,12 @@ KNOWN = [  # of the authors' own table for philox4x32, 10 rounds: counter, key, 
 
 
 @pytest.mark.parametrize(("counter", "key", "wanted"), KNOWN)
-def test_philox_gives_its_known_answers(counter, key, wanted):
+def test_philox_matches_its_published_test_vectors(counter, key, wanted):
     words = philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert tuple(int(word) for word in words) == wanted
 
 
-def test_a_draw_is_the_generator_written_out():
+def test_a_draw_matches_the_generator_in_plain_python():
     """Word by word in Python's integers and floats: the key of stream 7, the second draw, five numbers."""
     key, numbers = fold(3, "sample", 7), []
     for place in range(2):
@@ -75,7 +75,7 @@ def test_a_draw_is_the_generator_written_out():
     torch.testing.assert_close(streams.randn(5)[1], torch.tensor(numbers[:5]), rtol=2e-7, atol=1e-9)
 
 
-def test_the_ends_of_the_words_are_finite():
+def test_extreme_words_give_finite_normals():
     ends = torch.tensor([0, 2**32 - 1])
     x, y = box_muller(ends[:, None], ends[None, :])
     assert x.isfinite().all()

@@ -22,7 +22,7 @@ class Odd:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_numbers_of_numpy_and_paths_are_read(zipped, tmp_path):
+def test_checkpoints_with_numpy_numbers_and_paths_are_read(zipped, tmp_path):
     arguments = argparse.Namespace(
         lr=np.float32(0.5), out=pathlib.Path("a/b"), flag=np.bool_(True), big=np.uint64(2**63)
     )
@@ -35,7 +35,7 @@ def test_numbers_of_numpy_and_paths_are_read(zipped, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_another_class_is_named(zipped, tmp_path):
+def test_an_unsupported_class_is_named(zipped, tmp_path):
     torch.save({"w": torch.ones(2), "x": Odd()}, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"an object of the class [\w.]*test_weights\.Odd") as error:
         read_weights(tmp_path / "c.pt")
@@ -76,7 +76,7 @@ class Outer(nn.Module):
 
 
 @pytest.mark.parametrize("traced", [True, False])
-def test_tensors_of_torchscript_are_read_and_its_code_is_not(traced, tmp_path, monkeypatch):
+def test_tensors_of_torchscript_are_read_without_running_its_code(traced, tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = Outer()
     scripted = torch.jit.trace(net, torch.randn(1, 3, 2, 2).half()) if traced else torch.jit.script(net)
@@ -97,7 +97,7 @@ BEYOND = (  # nine numbers of a record of eight bytes
 
 
 @pytest.mark.parametrize("tree", [*CALLS, BEYOND, b"no pickle", b""])
-def test_a_hostile_tree_runs_nothing(tree, tmp_path):
+def test_a_hostile_pickle_runs_nothing(tree, tmp_path):
     path = tmp_path / "evil.pt"
     with zipfile.ZipFile(path, "w") as archive:
         records = {"data.pkl": tree, "constants.pkl": b"", "data/0": b"\0" * 8, "code/__torch__.py": b"1/0"}
@@ -129,7 +129,7 @@ def saved(tmp_path):
     return tmp_path / "whole.pt"
 
 
-def test_an_archive_that_was_packed_again_is_read(saved, tmp_path):
+def test_a_repacked_archive_is_read(saved, tmp_path):
     found = read_weights(packed(saved, tmp_path / "again.pt"))
     wanted = torch.load(saved)["ema"]
     assert found["ema"].keys() == wanted.keys()
@@ -137,7 +137,7 @@ def test_an_archive_that_was_packed_again_is_read(saved, tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
-def test_an_archive_that_was_packed_with_compression_is_refused(method, saved, tmp_path):
+def test_a_compressed_archive_is_refused(method, saved, tmp_path):
     # torch would map the compressed bytes, and take them for the numbers
     with pytest.raises(UserError, match="is compressed, which torch.save never does"):
         read_weights(packed(saved, tmp_path / "again.pt", method))
@@ -158,7 +158,7 @@ def test_a_record_that_is_too_short_is_refused(saved, tmp_path):
     ],
 )
 @pytest.mark.parametrize("script", [True, False])
-def test_a_tree_that_asks_for_memory_gets_none(script, tree, saved, tmp_path):
+def test_a_pickle_that_claims_much_memory_is_refused(script, tree, saved, tmp_path):
     with zipfile.ZipFile(packed(saved, tmp_path / "bomb.pt", **{"data.pkl": tree}), "a") as archive:
         if script:
             archive.writestr("whole/constants.pkl", b"")
@@ -170,7 +170,7 @@ def test_a_tree_that_asks_for_memory_gets_none(script, tree, saved, tmp_path):
 
 
 @pytest.mark.parametrize("second", [{"dtype": "I32"}, {}])
-def test_a_tensor_that_a_header_names_twice_is_refused(second, tmp_path):
+def test_a_duplicate_tensor_in_a_header_is_refused(second, tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.ones(2)}, path)
     assert torch.equal(read_weights(path)["a"], torch.ones(2))
@@ -184,7 +184,7 @@ def test_a_tensor_that_a_header_names_twice_is_refused(second, tmp_path):
 
 
 @pytest.mark.parametrize("size", [2**25 + 1, 2**63, 2**64 - 1])
-def test_a_header_that_claims_more_than_any_has_is_not_read(size, tmp_path):
+def test_an_oversized_header_is_not_read(size, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="its header claims"):
         read_weights(tmp_path / "x.safetensors")

@@ -37,7 +37,7 @@ def refused(capsys, *words):
     return capsys.readouterr().err
 
 
-def test_cknna_of_two_checkpoints(random_run, data_folder, tmp_path, capsys):
+def test_cknna_of_two_checkpoints_writes_rows_and_a_table(random_run, data_folder, tmp_path, capsys):
     words = [
         "analyse",
         "cknna",
@@ -66,7 +66,7 @@ def test_cknna_of_two_checkpoints(random_run, data_folder, tmp_path, capsys):
     assert (random_run / "analysis" / "cache").is_dir()
 
 
-def test_cka_lies_in_the_run_unless_told_otherwise(random_run, data_folder):
+def test_cka_is_written_into_the_run_by_default(random_run, data_folder):
     words = [
         "analyse",
         "cknna",
@@ -84,7 +84,7 @@ def test_cka_lies_in_the_run_unless_told_otherwise(random_run, data_folder):
     assert [(row["step"], row["depth"]) for row in rows] == [(20, 2)]  # the newest checkpoint
 
 
-def test_the_two_numbers_called_cknna_never_share_a_name(random_run, data_folder, capsys):
+def test_cknna_variants_have_different_names(random_run, data_folder, capsys):
     words = ["analyse", "cknna", str(random_run), "--data", str(data_folder), "--neighbours", "5", "--depths", "2"]
     assert run(words) == 0
     assert "platonic" not in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_the_two_numbers_called_cknna_never_share_a_name(random_run, data_folder
         assert read(random_run / "analysis" / f"{name}.json")[0]["variant"] == variant
 
 
-def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys):
+def test_a_probe_of_a_run_and_an_encoder_writes_both(random_run, data_folder, tmp_path, capsys):
     words = ["analyse", "probe", str(random_run), "tiny", "--data", str(data_folder), "--val", str(data_folder)]
     assert run([*words, "--times", "0", "--learning-rates", "1e-9", "0.01", "--epochs", "20", "--out", "p.json"]) == 0
     told, rows = read(tmp_path / "p.json")
@@ -110,13 +110,13 @@ def test_probe_of_a_run_and_an_encoder(random_run, data_folder, tmp_path, capsys
     assert picture(tmp_path / "p.png").std() > 10
 
 
-def test_probe_of_an_encoder_alone_has_no_columns_of_runs(data_folder, tmp_path, capsys):
+def test_a_probe_of_only_an_encoder_has_no_run_columns(data_folder, tmp_path, capsys):
     words = ["analyse", "probe", "tiny", "--data", str(data_folder), "--val", str(data_folder), "--epochs", "1"]
     assert run([*words, "--learning-rates", "0.01", "--out", "p.json"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split() == ["run", "features", "top-1"]
 
 
-def test_encoders(data_folder, tmp_path, capsys):
+def test_encoders_are_compared_with_each_other(data_folder, tmp_path, capsys):
     words = ["analyse", "encoders", str(data_folder), "--encoders", "tiny", "tiny-classifier", "--neighbours", "5"]
     assert run([*words, "--epochs", "2", "--out", "e.json"]) == 0
     _, (first, second) = read(tmp_path / "e.json")
@@ -127,7 +127,7 @@ def test_encoders(data_folder, tmp_path, capsys):
     assert f"{first['cknna.tiny-classifier']:.4f}" in out
 
 
-def test_pictures_and_progress(random_run, data_folder, tmp_path, capsys):
+def test_pictures_and_progress_are_drawn(random_run, data_folder, tmp_path, capsys):
     words = ["analyse", "pictures", str(random_run), "--data", str(data_folder), "--depths", "2"]
     assert run([*words, "--num-images", "3", "--out", "a.png"]) == 0
     assert run([*words, "--encoders", "--times", "0", "--images", "0", "39", "5", "--out", "b.png"]) == 0
@@ -143,7 +143,7 @@ def test_pictures_and_progress(random_run, data_folder, tmp_path, capsys):
     assert "2 checkpoints, 2 samples each" in capsys.readouterr().out
 
 
-def test_neighbours(data_folder, tmp_path, capsys):
+def test_neighbours_of_a_file_of_samples(data_folder, tmp_path, capsys):
     from repa.data import open_data
 
     images = open_data(data_folder).gather("images", np.arange(3, 7)).transpose(0, 2, 3, 1)
@@ -158,7 +158,7 @@ def test_neighbours(data_folder, tmp_path, capsys):
     assert picture(tmp_path / "n.png").std() > 10
 
 
-def test_neighbours_of_a_run_s_samples_lie_in_the_run(random_run, data_folder, tmp_path):
+def test_neighbours_of_a_runs_samples_are_written_into_the_run(random_run, data_folder, tmp_path):
     sample = ["sample", str(random_run), "--num-images", "3", "--sampler", "euler", "--steps", "1", "--out", "s.npz"]
     assert run(sample) == 0
     compare = ["analyse", "neighbours", "s.npz", "--data", str(data_folder), "--neighbours", "2"]
@@ -171,7 +171,7 @@ def test_neighbours_of_a_run_s_samples_lie_in_the_run(random_run, data_folder, t
     assert read(tmp_path / "neighbours.json")[1] == rows
 
 
-def test_mistakes_are_sentences(random_run, data_folder, tmp_path, capsys):
+def test_mistakes_give_one_line_errors(random_run, data_folder, tmp_path, capsys):
     run_, data = str(random_run), str(data_folder)
     assert "'cknn'" in refused(capsys, "cknn")
     assert "Did you mean 'cknna'" in refused(capsys, "cknn")
@@ -210,7 +210,7 @@ def test_every_analysis_has_help(capsys):
         assert f"repa analyse {what}" in capsys.readouterr().out
 
 
-def test_a_value_that_tells_nothing_is_empty_in_the_files(tmp_path):
+def test_undefined_values_are_empty_in_the_files(tmp_path):
     tables.write(
         tmp_path / "x.json", {"analysis": "cknna"}, [{"depth": 1, "cknna": float("nan")}, {"depth": 2, "cknna": 0.5}]
     )
@@ -218,6 +218,6 @@ def test_a_value_that_tells_nothing_is_empty_in_the_files(tmp_path):
     assert (tmp_path / "x.csv").read_text() == "depth,cknna\n1,\n2,0.5\n"
 
 
-def test_tables():
+def test_columns_are_aligned_and_missing_values_are_dashes():
     rows = [{"a": "x", "b": 1.0}, {"a": "long", "b": None, "c": 3}]
     assert tables.in_columns(rows, {"a": "name", "b": "value|.2f"}) == ["name  value", "x      1.00", "long      -"]

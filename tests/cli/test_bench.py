@@ -24,7 +24,7 @@ def _small_products(monkeypatch):
     monkeypatch.setitem(PRODUCT_SIDE, "cpu", 64)
 
 
-def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
+def test_a_recipe_is_measured_on_its_data(recipe, data_folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     trace = tmp_path / "trace.json.gz"
     words = [
@@ -56,7 +56,7 @@ def test_a_recipe_on_its_data(recipe, data_folder, tmp_path, capsys):
         assert sentence in printed
 
 
-def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_config, capsys):
+def test_without_data_the_batch_is_random_with_imagenets_size(recipe, tiny_config, capsys):
     recipe.write_text(tiny_config.override(diffusion={"shift": "auto", "contrastive": 0.05}).to_yaml())
     assert run(["bench", str(recipe), "--rounds", "1", "--precision", "fp32", "--token-width", "12"]) == 0
     printed = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_without_data_the_batch_is_random_and_of_imagenets_size(recipe, tiny_con
 
 
 @pytest.mark.slow
-def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
+def test_captioned_steps_use_the_datas_text_tokens(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
     """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
     given, whole = [], measure.MeasuredStep.backward
 
@@ -89,7 +89,7 @@ def test_steps_on_captions_are_those_of_training(tiny_config, captioned_data, tm
     assert {condition.text.shape[2] for condition in given} == {8}
 
 
-def test_an_encoder_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
+def test_an_encoder_that_runs_in_the_step_is_named(recipe, image_folder, tmp_path, capsys):
     data = tmp_path / "data"
     assert run(["prepare", str(image_folder), str(data), "--resolution", "16"]) == 0
     words = ["--rounds", "1", "--precision", "fp32", "--out", str(tmp_path / "bench.json")]
@@ -111,18 +111,18 @@ def test_an_encoder_that_runs_is_named(recipe, image_folder, tmp_path, capsys):
         (["quickstart", "--data", "/nowhere"], "/nowhere"),
     ],
 )
-def test_mistakes_are_one_sentence(words, sentence, capsys):
+def test_mistakes_give_one_line_errors(words, sentence, capsys):
     assert run(["bench", *words]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_a_recipe_that_compiles_has_no_other_compiled_step(tiny_config, tmp_path, capsys):
+def test_a_compiled_recipe_has_no_second_compiled_row(tiny_config, tmp_path, capsys):
     (tmp_path / "compiled.yaml").write_text(tiny_config.override(compile=True).to_yaml())
     assert run(["bench", str(tmp_path / "compiled.yaml"), "--compiled", "--rounds", "1"]) == 2
     assert "--compiled has no effect" in capsys.readouterr().err
 
 
-def test_wrong_folders_are_said_before_anything_is_measured(tmp_path, capsys, monkeypatch):
+def test_wrong_folders_are_refused_before_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("repa.performance.profiling.rate", lambda *_: pytest.fail("measured first"))
     assert run(["bench", "quickstart", "--data", str(tmp_path)]) == 2
     assert "holds no prepared data" in capsys.readouterr().err

@@ -39,11 +39,11 @@ eval "$(repa completion zsh)"; words=(repa {words}); CURRENT={last}+1; _repa""",
         (["train", "--nonsense", ""], set()),
     ],
 )
-def test_what_is_offered(words, offered):
+def test_completion_offers_matching_words(words, offered):
     assert set(candidates(words)) == offered
 
 
-def test_all_verbs_and_recipes():
+def test_completion_offers_all_verbs_and_recipes():
     assert candidates([""]) == sorted(VERBS)
     assert set(RECIPES) == set(candidates(["train", ""]))
     for verb in VERBS:
@@ -52,7 +52,7 @@ def test_all_verbs_and_recipes():
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_in_the_shell_itself(shell, tmp_path):
+def test_completion_works_in_the_shell(shell, tmp_path):
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     program = tmp_path / "repa"

@@ -16,7 +16,7 @@ def lines(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-def test_a_short_job_tells_no_rate(capsys, clock):
+def test_a_short_job_prints_no_rate(capsys, clock):
     with console.ProgressBar("work", "images") as bar:
         clock[0] += 30.0  # models are loaded
         bar(64, 96)
@@ -25,13 +25,13 @@ def test_a_short_job_tells_no_rate(capsys, clock):
     assert lines(capsys) == ["work: 64/96 images", "work: 96/96 images 1 MiB written"]
 
 
-def test_a_job_of_one_report_tells_no_rate(capsys, clock):
+def test_a_job_with_one_report_prints_no_rate(capsys, clock):
     with console.ProgressBar("work", "images") as bar:
         bar(5, 5)
     assert lines(capsys) == ["work: 5/5 images"]
 
 
-def test_the_rate_is_that_of_this_process(capsys, clock):
+def test_the_rate_ignores_work_done_before(capsys, clock):
     with console.ProgressBar("work", "images") as bar:
         bar(1000, 4000)  # done before
         clock[0] += 20.0
@@ -41,14 +41,14 @@ def test_the_rate_is_that_of_this_process(capsys, clock):
     assert lines(capsys) == ["work: 2,000/4,000 images (50.0/s, 40 s left)", "work: 4,000/4,000 images (75.0/s)"]
 
 
-def test_work_inside_a_step_is_told_beside_the_bar_or_now_and_then(monkeypatch, capsys):
+def test_work_inside_a_step_is_shown_next_to_the_bar_or_logged(monkeypatch, capsys):
     monkeypatch.setattr(console, "LINE_EVERY", 0.0)
     with console.ProgressBar("run", "steps") as bar:
         bar.within("making samples", 250, 1000)
     assert capsys.readouterr().err == "run: making samples 250/1,000\n"
 
 
-def test_a_note_above_a_thousand_passes():
+def test_more_than_a_thousand_passes_print_a_note():
     from repa.cli.train import about_passes
     from repa.training.config import TrainConfig
 

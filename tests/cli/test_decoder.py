@@ -33,20 +33,20 @@ def sample(house, name, *more):
         return archive["arr_0"]
 
 
-def test_previews_name_their_decoder(house):
+def test_previews_record_their_decoder(house):
     (row,) = [row for row in read_metrics(house / "run") if row["kind"] == "eval"]
     assert row["decoder"] == "taesd"
     assert row["frechet_distance"] > 0
 
 
-def test_samples_through_another_decoder_are_other_pictures_of_the_same_size(house):
+def test_samples_of_another_decoder_differ_but_have_the_same_size(house):
     own = sample(house, "own")
     fast = sample(house, "fast", "--decoder", "taesd", "--decoder-weights", str(house / "tiny"))
     assert own.shape == fast.shape == (2, 32, 32, 3)
     assert not np.array_equal(own, fast)
 
 
-def test_a_decoder_of_other_latents_is_one_sentence(house, capsys):
+def test_a_decoder_for_other_latents_gives_a_one_line_error(house, capsys):
     words = ["sample", str(house / "run"), "--out", str(house / "x.npz"), "--decoder", "pixels"]
     assert run(words) == 2
     assert "cannot be decoded by 'pixels'" in capsys.readouterr().err

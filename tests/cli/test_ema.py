@@ -35,7 +35,7 @@ def command(*words) -> int:
     return repa([str(word) for word in words])
 
 
-def test_an_average_of_another_width_is_made_and_sampled(runs, tmp_path, capsys):
+def test_an_average_of_another_width_is_computed_and_sampled(runs, tmp_path, capsys):
     snapshots, tracked = runs
     assert layout.snapshot_steps(snapshots) == list(range(4, 61, 4))
     assert command("ema", snapshots, "--width", 0.07) == 0
@@ -55,21 +55,21 @@ def test_an_average_of_another_width_is_made_and_sampled(runs, tmp_path, capsys)
     assert np.abs(a - b).max() <= 2
 
 
-def test_an_earlier_step(runs):
+def test_an_average_at_an_earlier_step_is_computed(runs):
     snapshots, _ = runs
     assert command("ema", snapshots, "--width", 0.07, "--step", 28) == 0
     assert load_run(snapshots, "ema-width-0.07", step=28).step == 28
     assert layout.checkpoint_steps(snapshots) == [30, 60]  # averages are no checkpoints
 
 
-def test_averages_of_a_checkpoint_have_names(runs):
+def test_averages_of_a_checkpoint_are_loaded_by_name(runs):
     snapshots, _ = runs
     names = ("ema", "ema-0.5", "ema-width-0.05", "ema-width-0.1", "model")
     vectors = [vector(load_run(snapshots, name).model.state_dict()) for name in names]
     assert all(not torch.equal(vectors[i], vectors[j]) for i in range(5) for j in range(i))
 
 
-def test_mistakes_are_sentences(runs, capsys):
+def test_mistakes_give_one_line_errors(runs, capsys):
     snapshots, tracked = runs
     for words, sentence in (
         (("ema", tracked, "--width", 0.1), "has no snapshots to average: train with --ema-widths 0.05 0.1"),
@@ -83,7 +83,7 @@ def test_mistakes_are_sentences(runs, capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_a_mistyped_run_leaves_no_folder(tmp_path, capsys):
+def test_a_mistyped_run_creates_no_folder(tmp_path, capsys):
     assert command("ema", tmp_path / "nope", "--width", 0.1) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

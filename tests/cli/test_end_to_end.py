@@ -52,7 +52,7 @@ def house(image_folder, tmp_path_factory) -> Path:
     return root
 
 
-def test_a_zip_is_prepared_like_its_folder(house, image_folder, tmp_path):
+def test_a_zip_gives_the_same_data_as_its_folder(house, image_folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in sorted(image_folder.rglob("*.png"), reverse=True):
             archive.write(path, path.relative_to(image_folder))
@@ -66,7 +66,7 @@ def test_a_zip_is_prepared_like_its_folder(house, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "aligned"), [("baseline", False), ("aligned", True)])
-def test_a_run_folder_holds_what_it_should(name, aligned, house):
+def test_a_run_folder_has_the_documented_files(name, aligned, house):
     folder = house / name
     config = TrainConfig.load(folder / layout.CONFIG)
     assert (config.model.latent_size, config.model.num_classes, config.batch_size) == (16, 2, 8)
@@ -87,7 +87,7 @@ def test_a_run_folder_holds_what_it_should(name, aligned, house):
     assert Image.open(layout.preview(folder, 6, ".png")).size == (34, 34)
 
 
-def test_a_finished_run_is_left_alone(house, capsys):
+def test_training_a_finished_run_changes_nothing(house, capsys):
     before = {path: path.read_bytes() for path in (house / "aligned").rglob("*") if path.is_file()}
     repa_run("train", "quickstart-repa", "--data", house / "data", "--out", house / "aligned", *SMALL)
     assert "is complete: it has 6 steps, and 6 are asked for" in capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_previews_start_from_the_same_noise(house, tmp_path):
     assert np.array_equal(preview, wanted)
 
 
-def test_samples_distances_and_a_page(house, tmp_path, capsys):
+def test_samples_are_evaluated_and_reported(house, tmp_path, capsys):
     for name in ("baseline", "aligned"):
         out, results = tmp_path / f"{name}.npz", tmp_path / f"{name}-results.json"
         repa_run(
@@ -155,7 +155,7 @@ def test_samples_of_raw_weights_and_older_steps_differ(house, tmp_path):
     assert not np.array_equal(images("--weights", "model"), newest)
 
 
-def test_show(house, capsys):
+def test_show_describes_a_recipe_data_and_a_run(house, capsys):
     repa_run("show", "quickstart")
     config = TrainConfig.parse(yaml.safe_load(capsys.readouterr().out))
     assert config.alignments[0].measure_only
@@ -177,7 +177,7 @@ def test_show(house, capsys):
         ("projectors", "conv"), ("schedules", "cosine"), ("", "samplers"),
     ],
 )  # fmt: skip
-def test_list(kind, name, capsys):
+def test_list_prints_the_names_of_every_kind(kind, name, capsys):
     repa_run("list", *filter(None, [kind]))
     assert name in [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
 
@@ -185,7 +185,7 @@ def test_list(kind, name, capsys):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 0, marks=pytest.mark.slow)]
 )
-def test_a_stopped_command_saves_and_the_same_command_finishes(number, code, house, tmp_path, capsys):
+def test_a_stopped_training_saves_and_the_same_command_finishes_it(number, code, house, tmp_path, capsys):
     run_folder = tmp_path / "r"
     argv = ["train", "quickstart-repa", "--data", str(house / "data"), "--out", str(run_folder), *WITHOUT_PREVIEWS]
     argv += ["--preview.every", "0", "--num-steps", "150", "--save-every", "1000"]

@@ -26,7 +26,7 @@ SMALL = [
 ]
 
 
-def test_a_run_that_does_not_fit_is_told_what_would(capsys):
+def test_a_run_that_does_not_fit_is_told_what_would_help(capsys):
     assert run([*SMALL, "--memory", "0.1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     total = next(line for line in lines if line.strip().startswith("sum")).split()[1:3]
@@ -48,14 +48,14 @@ def test_the_memory_of_every_device_is_known():
 
 
 @pytest.mark.parametrize(("steps", "noted"), [("3000", False), ("4000", True)])
-def test_a_note_above_a_thousand_passes(steps, noted, capsys):
+def test_more_than_a_thousand_passes_print_a_note(steps, noted, capsys):
     assert run([*SMALL, "--num-steps", steps]) == 0
     out = capsys.readouterr().out
     assert "fits in the 80 GB of one h100" in out
     assert ("passes over 100 images" in out) == noted
 
 
-def test_parts_of_a_large_batch_are_divisors_found_by_their_roots():
+def test_divisors_of_a_huge_batch_are_found_quickly():
     """Counting through 10^10 images a device would take an hour."""
     found = SimpleNamespace(config=SimpleNamespace(batch_size=2 * 10**10, accumulate=4), num_devices=2)
     with patch.object(fitting, "_with_settings", lambda found, accumulate: accumulate):
@@ -72,7 +72,7 @@ def test_parts_of_a_large_batch_are_divisors_found_by_their_roots():
         ("sit-xl2-512", "4 x 64 x 64 of sd-vae-ft-ema", 1024, "3,000,000 steps, 153600.0 epochs"),
     ],
 )
-def test_a_recipe_says_on_what_it_trains_and_when_it_ends(recipe, latents, tokens, steps, capsys):
+def test_the_estimate_names_latents_tokens_and_training_length(recipe, latents, tokens, steps, capsys):
     assert run(["estimate", recipe, "--images", "5000", "--classes", "10"]) == 0
     out = capsys.readouterr().out
     assert f", latents {latents}, {tokens} tokens; batch " in out.splitlines()[0]
@@ -80,7 +80,7 @@ def test_a_recipe_says_on_what_it_trains_and_when_it_ends(recipe, latents, token
     assert "time on 1 x h100" in out
 
 
-def test_a_configuration_says_the_side_of_its_images(tmp_path, capsys):
+def test_the_estimate_names_the_latents_of_a_configuration_file(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(
         "autoencoder: pixels\nmodel: {name: SiT-S/4, latent_size: 32, latent_channels: 3}\n"
     )
@@ -88,14 +88,14 @@ def test_a_configuration_says_the_side_of_its_images(tmp_path, capsys):
     assert "latents 3 x 32 x 32 of pixels, 64 tokens" in capsys.readouterr().out
 
 
-def test_a_loss_that_compares_the_batch_is_not_told_to_take_it_in_parts(capsys):
+def test_accumulation_is_not_advised_for_a_loss_that_compares_images(capsys):
     assert run([*SMALL, "--memory", "0.1", "--alignments.0.loss", "nt_xent"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("does not fit in the 0.1 GB" in line for line in lines)
     assert not any("--accumulate" in line for line in lines)
 
 
-def test_images_are_those_of_the_data_or_of_the_run(data_folder, random_run, capsys):
+def test_the_number_of_images_comes_from_the_data_or_the_run(data_folder, random_run, capsys):
     def head(*argv):
         assert run(["estimate", *argv, "--samples", "1"]) == 0
         return capsys.readouterr().out.splitlines()[0]
@@ -107,7 +107,7 @@ def test_images_are_those_of_the_data_or_of_the_run(data_folder, random_run, cap
     assert "epochs of 40 images" in of_data
 
 
-def test_disk_and_reading_of_the_images_that_are_there(data_folder, capsys):
+def test_disk_space_and_reading_use_the_prepared_images(data_folder, capsys):
     assert run(["estimate", "quickstart-repa", "--data", str(data_folder), "--samples", "1", "--tflops", "0.01"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "disk for 40 images" in lines  # copies are among them, or there are none

@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, capsys):
+def test_measuring_a_run_equals_sampling_it_first(random_run, data_folder, tmp_path, capsys):
     """In one pass the same figures as by way of a file, and the same record of how they were made."""
     metrics = ("--metrics", "fd", "kd", "precision", "recall")
     arguments = ("--reference", data_folder, *FEATURES, *metrics, "--batch-size", 4)
@@ -50,7 +50,7 @@ def test_a_run_is_measured_as_it_is_sampled(random_run, data_folder, tmp_path, c
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
 
 
-def test_the_distance_of_real_images_is_told(random_run, data_folder, tmp_path, capsys):
+def test_the_distance_of_real_images_is_printed(random_run, data_folder, tmp_path, capsys):
     said = {}
     for num in (4, 10):
         sampling = ("--num-images", num, "--steps", 2, "--sampler", "euler")
@@ -64,7 +64,7 @@ def test_the_distance_of_real_images_is_told(random_run, data_folder, tmp_path, 
     assert "of the reference itself" not in said[10]
 
 
-def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_path, capsys):
+def test_results_of_a_run_are_stored_in_its_folder(random_run, data_folder, tmp_path, capsys):
     run = shutil.copytree(random_run, tmp_path / "run")
     for _ in range(2):
         assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *FEATURES, "--metrics", "fd") == 0
@@ -89,7 +89,7 @@ def test_figures_of_a_run_are_kept_in_its_folder(random_run, data_folder, tmp_pa
         (("--num-images", 3), "need more than 3 images, but "),
     ],
 )
-def test_what_cannot_end_well_is_said_before_a_sample_is_made(
+def test_invalid_requests_are_refused_before_sampling(
     words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -101,7 +101,7 @@ def test_what_cannot_end_well_is_said_before_a_sample_is_made(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_reference_of_too_few_images_is_said_first(data_folder, tmp_path, capsys, monkeypatch):
+def test_a_reference_with_too_few_images_is_refused_before_sampling(data_folder, tmp_path, capsys, monkeypatch):
     for name, num in (("s", 5), ("r", 3)):
         np.savez(tmp_path / f"{name}.npz", arr_0=np.zeros((num, 16, 16, 3), np.uint8))
     monkeypatch.setattr("repa.evaluation.jobs.load_extractor", lambda *_, **__: pytest.fail("looked"))
@@ -109,7 +109,7 @@ def test_a_reference_of_too_few_images_is_said_first(data_folder, tmp_path, caps
     assert "r.npz has 3: give more" in capsys.readouterr().err
 
 
-def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, capsys):
+def test_a_reference_file_or_an_image_folder_replaces_its_data(data_folder, image_folder, tmp_path, capsys):
     reference = tmp_path / "ref.npz"
     assert repa("evaluate", "reference", data_folder, "--out", reference, *FEATURES) == 0
     assert "statistics of 40 images in the features of tiny-classifier" in capsys.readouterr().out
@@ -145,7 +145,7 @@ def test_a_reference_stands_for_its_data(data_folder, image_folder, tmp_path, ca
         (("reference", "DATA", "--out", "ref.npz", "--resolution", "8"), "of 16 pixels, which are not resized to 8"),
     ],
 )  # fmt: skip
-def test_mistakes(words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch):
+def test_invalid_input_is_refused(words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("repa.metrics.inception_weights.URL", (tmp_path / "offline").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     np.savez(tmp_path / "S.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))

@@ -52,7 +52,7 @@ def other_data(tmp_path_factory, image_folder):
     return root / "data"
 
 
-def test_a_run_goes_on_from_its_average_with_its_projector(random_run, tune):
+def test_fine_tuning_starts_from_the_average_and_keeps_the_projector(random_run, tune):
     code, new = tune(random_run, *STILL, "--seed", "1")  # another seed, so that a new projector would be another one
     assert code == 0
     before, after = load_checkpoint(random_run), load_checkpoint(new)
@@ -81,7 +81,7 @@ def test_the_projector_is_new_where_it_does_not_match(random_run, tune):
         assert not same(fresh[last], before["tiny@1.projector.4.weight"])
 
 
-def test_alignment_is_switched_on_for_a_released_network_without_it(tune, tmp_path):
+def test_alignment_can_be_added_to_a_released_network(tune, tmp_path):
     state = released.random_state(learn_sigma=True)
     torch.save(released.sit_training(state), tmp_path / "sit.pt")
     command = [
@@ -108,7 +108,7 @@ def test_alignment_is_switched_on_for_a_released_network_without_it(tune, tmp_pa
         torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-def test_a_dit_is_fine_tuned_by_its_own_objective(tune, tmp_path):
+def test_a_dit_is_fine_tuned_with_its_own_objective(tune, tmp_path):
     state = released.random_state(learn_sigma=True)
     torch.save(released.sit_training(state), tmp_path / "dit.pt")
     options = ("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm")
@@ -119,7 +119,7 @@ def test_a_dit_is_fine_tuned_by_its_own_objective(tune, tmp_path):
     assert checkpoint.projectors  # aligned, which no released DiT is
 
 
-def test_a_released_projector_comes_along_when_the_file_names_it(tune, tmp_path):
+def test_a_released_projector_is_kept_when_the_file_names_it(tune, tmp_path):
     content = {**released.random_state(), **released.projectors(features=released_features())}
     torch.save(released.repa_training(content, enc_type="tiny", encoder_depth=1), tmp_path / "repa.pt")
     code, new = tune(f"repa:{tmp_path / 'repa.pt'}", *STILL)
@@ -133,7 +133,7 @@ def released_features():
     return load_encoder("tiny").dim
 
 
-def test_other_classes_and_another_resolution(random_run, other_data, tune):
+def test_classes_and_resolution_may_change(random_run, other_data, tune):
     code, new = tune(random_run, *STILL, data=other_data)
     assert code == 0
     before, after = load_checkpoint(random_run).ema, load_checkpoint(new).model
@@ -147,7 +147,7 @@ def test_other_classes_and_another_resolution(random_run, other_data, tune):
     assert all(torch.equal(after[key], before[key]) for key in rest)
 
 
-def test_from_an_export(random_run, tune, tmp_path):
+def test_fine_tuning_starts_from_an_export(random_run, tune, tmp_path):
     assert repa(["export", str(random_run), str(tmp_path / "exported")]) == 0
     code, new = tune(tmp_path / "exported", *STILL)
     assert code == 0
@@ -155,7 +155,7 @@ def test_from_an_export(random_run, tune, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in load_checkpoint(new).model.items())
 
 
-def test_resuming_is_the_same_command_and_needs_the_start_no_more(random_run, tune, tmp_path):
+def test_the_same_command_resumes_without_the_starting_network(random_run, tune, tmp_path):
     start = shutil.copytree(random_run, tmp_path / "start")
     _, whole = tune(start, "--num-steps", "4", out="whole")
     _, halves = tune(start, "--num-steps", "2", out="halves")
@@ -168,13 +168,13 @@ def test_resuming_is_the_same_command_and_needs_the_start_no_more(random_run, tu
     assert not torch.equal(load_checkpoint(whole).model[TABLE], load_checkpoint(random_run).ema[TABLE])  # it did train
 
 
-def test_another_start_is_another_run(random_run, tune, tmp_path, capsys):
+def test_another_start_in_the_same_folder_is_refused(random_run, tune, tmp_path, capsys):
     assert tune(random_run, *STILL)[0] == 0
     assert tune("", *STILL)[0] == 2
     assert "holds a run with another configuration (init:" in capsys.readouterr().err
 
 
-def test_a_converted_folder_is_not_continued(recipe, data_folder, tmp_path, capsys):
+def test_a_converted_folder_is_not_resumed(recipe, data_folder, tmp_path, capsys):
     torch.save(released.random_state(), tmp_path / "last.pt")
     command = [
         "convert",
@@ -220,7 +220,7 @@ def test_other_channels_are_refused(tune, tmp_path, capsys):
     assert "channels 4 (here 3)" in capsys.readouterr().err
 
 
-def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
+def test_an_invalid_start_is_refused(random_run, tune, tmp_path, capsys):
     torch.save(released.random_state(), tmp_path / "last.pt")
     bare = shutil.copytree(random_run, tmp_path / "bare")
     shutil.rmtree(bare / layout.CHECKPOINTS)
@@ -236,7 +236,7 @@ def test_a_start_that_is_none(random_run, tune, tmp_path, capsys):
         assert not new.exists()
 
 
-def test_a_lora_trains_its_updates_alone_and_is_a_network_like_any_other(random_run, tune, tmp_path):
+def test_a_lora_trains_only_its_updates_and_loads_as_a_plain_network(random_run, tune, tmp_path):
     options = ("--lora.rank", "2", "--num-steps", "3", "--optimizer.learning-rate", "0.01", "--ema-decay", "0.5")
     code, new = tune(random_run, *options)
     assert code == 0
@@ -270,14 +270,14 @@ def test_a_lora_needs_a_network_to_start_from(recipe, data_folder, tmp_path, cap
     assert "LoRA needs a trained network" in capsys.readouterr().err
 
 
-def test_epochs_end_training_where_the_data_is_small(random_run, tune, capsys):
+def test_epochs_limit_training_on_small_data(random_run, tune, capsys):
     code, new = tune(random_run, "--epochs", "2", "--num-steps", "1000", "--batch-size", "6")
     assert code == 0
     assert load_checkpoint(new).step == layout.read_config(new)["num_steps"] == 14  # of 40 images twice, 6 a step
     assert "2 epochs of 40 images are 14 steps" in capsys.readouterr().out
 
 
-def test_the_recipe_for_few_images_tunes_a_run(random_run, data_folder, tmp_path, capsys):
+def test_the_recipe_for_few_images_fine_tunes_a_run(random_run, data_folder, tmp_path, capsys):
     small = ("--model.name", "SiT-S/4", "--model.hidden-dim", "32", "--model.depth", "2", "--model.num-heads", "2")
     term = ("--alignments.0.target", "tiny", "--alignments.0.depth", "1")
     argv = ["train", "finetune-256", "--data", data_folder, "--out", tmp_path / "new", *small, *term]

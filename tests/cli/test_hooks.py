@@ -32,7 +32,7 @@ def rows(run) -> dict[int, dict]:
     return {row["step"]: row for row in read_metrics(run) if row["kind"] == "eval"}
 
 
-def test_intervals_are_separate(run):
+def test_pictures_and_measurements_have_separate_intervals(run):
     assert layout.preview_steps(run) == [4, 8, 12, 14]
     assert [step for step, row in rows(run).items() if "frechet_distance" in row] == [6, 12, 14]
     with np.load(layout.preview(run, 14, ".npz")) as archive:
@@ -42,7 +42,7 @@ def test_intervals_are_separate(run):
 
 
 @pytest.mark.parametrize("step", [6, 12])  # measured only; measured and drawn
-def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
+def test_measurements_match_those_of_the_checkpoint(run, data_folder, step):
     data, extractor = open_data(data_folder), load_extractor("tiny-classifier")
     row = rows(run)[step]
     config = SampleConfig(sampler="heun", steps=3, labels=row["labels"], precision="fp32")
@@ -56,7 +56,7 @@ def test_the_figures_are_those_of_the_checkpoint(run, data_folder, step):
             assert torch.equal(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2), images[:3])
 
 
-def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_folder, tmp_path):
+def test_the_measurement_and_the_picture_are_logged(tiny_config, data_folder, tmp_path):
     lines, told = [], []
     preview = {"every": 1, "num_images": 2, "num_scored": 8, "score_every": 2, "num_steps": 1}
     config, run, cpu = tiny_config.override(num_steps=2, preview=preview), tmp_path / "run", torch.device("cpu")
@@ -74,7 +74,7 @@ def test_the_figure_and_the_place_of_the_picture_are_said(tiny_config, data_fold
     assert ("features of the training images", len(data), len(data)) in told or "features of" not in told[0][0]
 
 
-def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys):
+def test_invalid_settings_are_refused_before_training(tmp_path, data_folder, capsys):
     common = ["train", "quickstart", "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
     for words, sentence in (
         (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-classifier. Choose fd, kd"),
@@ -88,7 +88,7 @@ def test_mistakes_are_said_before_anything_is_done(tmp_path, data_folder, capsys
         TrainConfig.parse({"preview": {"score_every": 5}})
 
 
-def test_too_few_samples_for_a_metric_are_said_before_training(tiny_config, data_folder, tmp_path, capsys):
+def test_too_few_samples_for_a_metric_are_refused_before_training(tiny_config, data_folder, tmp_path, capsys):
     config = tiny_config.override(num_steps=4, preview={**PREVIEW, "num_scored": 3})
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
     words = ["train", str(tmp_path / "recipe.yaml"), "--data", str(data_folder), "--out", str(tmp_path / "run")]

@@ -25,7 +25,7 @@ def printed(capsys):
     return run
 
 
-def test_every_kind_says_what_its_names_are(printed):
+def test_every_kind_describes_its_names(printed):
     assert set(KINDS) == set(kinds()) > set(REGISTRIES)
     shown = {line.partition(" ")[0]: line for line in printed("list").splitlines()}
     for kind, (_, taken) in KINDS.items():
@@ -40,7 +40,7 @@ def test_every_kind_says_what_its_names_are(printed):
             assert len(line.split()) > 2, f"{kind}: {line}"
 
 
-def test_encoders_with_their_licence_and_what_they_need(printed):
+def test_encoders_are_listed_with_licence_and_requirements(printed):
     lines = printed("list", "encoders").splitlines()
     row = next(line for line in lines if line.startswith("dinov2-b "))
     assert row.split() == ["dinov2-b", "768", "224", "16", "x", "16", "Apache", "2.0", "facebook/dinov2-base"]
@@ -49,14 +49,14 @@ def test_encoders_with_their_licence_and_what_they_need(printed):
 
 
 @pytest.mark.parametrize("name", PACKAGED)
-def test_facts_are_those_of_the_network(name):
+def test_listed_facts_match_the_network(name):
     encoder, facts = load_encoder(name), facts_of(name)
     assert (encoder.dim, encoder.patch_size, encoder.grid_for(256)) == (facts.dim, facts.patch, facts.grid)
     assert facts.pixels == facts.grid * facts.patch
     assert facts_of("dinov2-b").grid == GRID
 
 
-def test_the_page_of_encoders_tells_the_same_licences(pytestconfig):
+def test_the_documentation_page_lists_the_same_licences(pytestconfig):
     page = (pytestconfig.rootpath / "docs" / "encoders.md").read_text()
     for line in re.findall(r"^\| `.*\|$", page, re.MULTILINE):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -65,7 +65,7 @@ def test_the_page_of_encoders_tells_the_same_licences(pytestconfig):
             assert facts_of(name).licence in cells[6], line
 
 
-def test_what_show_tells_of_an_encoder(printed):
+def test_show_describes_an_encoder(printed):
     shown = printed("show", "dinov2-vit-b")  # the reference code's spelling
     assert "facebook/dinov2-base" in shown
     assert "768" in shown
@@ -74,7 +74,7 @@ def test_what_show_tells_of_an_encoder(printed):
     assert "--features tiny-classifier" in printed("show", "tiny-classifier")
 
 
-def test_one_name_of_two_kinds_shows_both(printed):
+def test_a_name_of_two_kinds_shows_both(printed):
     shown = printed("show", "cosine")
     assert "loss cosine" in shown
     assert "weight schedule cosine" in shown
@@ -90,12 +90,12 @@ def test_every_listed_name_can_be_shown(printed):
 
 @pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_show_prints_of_a_recipe_is_the_recipe(name, every, printed):
+def test_the_configuration_that_show_prints_is_the_recipe(name, every, printed):
     text = printed("show", name, *["--all"] * every)
     assert TrainConfig.parse(yaml.safe_load(text)) == load_recipe(name)
 
 
-def test_show_prints_what_differs_and_what_everybody_looks_for(printed, random_run):
+def test_show_prints_changed_and_important_settings(printed, random_run):
     lines = printed("show", "sit-xl2-repa").splitlines()
     assert {"- target: dinov2-b", "  loss: cosine", "  weight: 0.5", "batch_size: 256"} <= set(lines)
     assert not any("qk_norm" in line for line in lines)
@@ -104,13 +104,13 @@ def test_show_prints_what_differs_and_what_everybody_looks_for(printed, random_r
     assert re.search(r"^  sampler: heun +# Sampler", printed("show", str(random_run), "--all"), re.M)
 
 
-def test_a_run_is_shown_as_its_file_has_it_without_trust(printed, tmp_path):
+def test_show_needs_no_trust_for_a_run(printed, tmp_path):
     (tmp_path / "config.yaml").write_text("lora: 3\nmodel: {backbone: mylab.nets.unet}\nmine: {a: 1}\n")
     lines = printed("show", str(tmp_path)).splitlines()
     assert {"lora: 3", "  backbone: mylab.nets.unet", "mine: {a: 1}"} <= set(lines)
 
 
-def test_on_a_terminal_rows_are_wrapped_to_its_width(monkeypatch, printed):
+def test_rows_are_wrapped_to_the_terminals_width(monkeypatch, printed):
     whole = printed("list", "losses")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "80")

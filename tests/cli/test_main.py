@@ -31,7 +31,7 @@ def refused(capsys):
     return run
 
 
-def test_usage_and_version(capsys):
+def test_usage_and_version_are_printed(capsys):
     for argv in ([], ["--help"], ["-h"], ["help"]):
         assert main.run(argv) == 0
         assert all(verb in capsys.readouterr().out for verb in ["quickstart"])
@@ -40,7 +40,7 @@ def test_usage_and_version(capsys):
 
 
 @pytest.mark.parametrize("verb", [*main.VERBS, "analyse probe", "evaluate reference"])
-def test_every_verb_helps(verb, capsys):
+def test_every_verb_has_help(verb, capsys):
     try:
         code = main.run([*verb.split(), "--help"])
     except SystemExit as ended:
@@ -49,7 +49,7 @@ def test_every_verb_helps(verb, capsys):
     assert f"usage: repa {verb}" in capsys.readouterr().out
 
 
-def test_verbs(refused):
+def test_an_unknown_verb_suggests_the_nearest(refused):
     assert "'trian'" in (line := refused("trian"))
     assert "'train'" in line
     assert "Did you mean 'train'?" in line
@@ -84,7 +84,7 @@ def test_mistakes_leave_no_trace(argv, sentence, refused, tmp_path, monkeypatch)
     assert not any(tmp_path.iterdir())
 
 
-def test_sources_that_cannot_be_used(refused, tmp_path):
+def test_unusable_sources_are_refused(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("prepare", tmp_path / "empty", tmp_path / "o", "--resolution", 16)
     with zipfile.ZipFile(tmp_path / "escape.zip", "w") as archive:
@@ -97,7 +97,7 @@ def test_sources_that_cannot_be_used(refused, tmp_path):
     assert "cat/1.png" in refused("prepare", tmp_path / "bad", tmp_path / "o", "--resolution", 16)
 
 
-def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
+def test_unusable_runs_are_refused(refused, random_run, data_folder, tmp_path):
     copy = shutil.copytree(random_run, tmp_path / "copy")
     path = layout.checkpoint_folder(copy, 20) / layout.EMA_FILE
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -114,7 +114,7 @@ def test_runs_that_cannot_be_used(refused, random_run, data_folder, tmp_path):
     assert "unknown setting" in refused("train", copy, "--data", data_folder, "--out", tmp_path / "r")
 
 
-def test_data_that_cannot_be_used(refused, data_folder, tmp_path):
+def test_unusable_data_is_refused(refused, data_folder, tmp_path):
     copy = shutil.copytree(data_folder, tmp_path / "data")
     train = ("train", "quickstart", "--data", copy, "--out", tmp_path / "r")
     assert "patches of 8" in refused("train", "quickstart", "--data", copy, "--out", tmp_path / "r", "--model.name",
@@ -130,7 +130,7 @@ def test_data_that_cannot_be_used(refused, data_folder, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_path_that_is_something_else(refused, random_run, image_folder, data_folder, tmp_path):
+def test_a_path_of_the_wrong_kind_is_refused(refused, random_run, image_folder, data_folder, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     assert str(file) in refused("train", "quickstart", "--data", data_folder, "--out", file)
@@ -140,13 +140,13 @@ def test_a_path_that_is_something_else(refused, random_run, image_folder, data_f
     assert file.read_text() == "mine"
 
 
-def test_a_bug_of_ours_is_not_blamed_on_the_user(monkeypatch, capsys):
+def test_a_programming_error_keeps_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr("repa.cli.list.kinds", lambda: {}["missing"])
     with pytest.raises(KeyError):
         main.run(["list"])
 
 
-def test_sentences_stay_on_one_line(monkeypatch, capsys):
+def test_error_messages_stay_on_one_line(monkeypatch, capsys):
     def fail():
         raise UserError("first\nsecond")
 
@@ -155,7 +155,7 @@ def test_sentences_stay_on_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "repa: first second\n"
 
 
-def test_ctrl_c_is_130(monkeypatch, capsys):
+def test_ctrl_c_exits_with_130(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
@@ -176,7 +176,7 @@ for argv in commands:
 """
 
 
-def test_help_and_mistakes_import_nothing_heavy():
+def test_help_and_errors_import_nothing_heavy():
     commands = [
         *([verb, "--help"] for verb in main.VERBS), ["--help"], ["nonsense"], ["show", "quickstart"],
         *(["list", kind] for kind in ("", "recipes", "encoders", "losses", "models", "samplers")),
@@ -198,7 +198,7 @@ def test_the_exit_code_reaches_the_shell():
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_names_that_a_terminal_cannot_show(encoding, tmp_path):
+def test_file_names_that_a_terminal_cannot_show_are_escaped(encoding, tmp_path):
     """Also bytes that are no UTF-8, which Python holds as lone surrogates."""
     folder = b"\xe7\x8c\xab-\xff"
     done = subprocess.run(
@@ -209,7 +209,7 @@ def test_names_that_a_terminal_cannot_show(encoding, tmp_path):
     assert b"Traceback" not in done.stderr
 
 
-def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):
+def test_work_that_is_reported_once_has_no_rate(capsys, monkeypatch):
     from repa.cli import console
     from repa.cli.console import ProgressBar
 
@@ -223,7 +223,7 @@ def test_work_that_is_told_once_has_no_rate(capsys, monkeypatch):
     assert "/s)" in capsys.readouterr().err
 
 
-def test_help_has_no_colours_where_none_are_wanted(monkeypatch, capsys):
+def test_help_has_no_colours_when_they_are_disabled(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit):

@@ -39,7 +39,7 @@ def cknna(*argv):
     return options.parse(CknnaArguments, list(argv))
 
 
-def test_defaults_are_the_configurations_own():
+def test_defaults_come_from_the_configuration():
     given = sample("r", "--out", "s.npz")
     assert options.part(SampleConfig, given) == SampleConfig()
     assert (given.run, given.out, given.num_images) == ("r", "s.npz", 64)
@@ -67,14 +67,14 @@ def test_order_and_spelling_do_not_matter(argv):
     assert given.guidance == ("internal:head=8,scale=1.4", "cfg:scale=2,high=0.7")
 
 
-def test_values_may_be_negative_empty_or_look_like_flags():
+def test_values_may_be_negative_empty_or_start_with_a_dash():
     given = sample("r", "--out=--s.npz", "--seed", "-3", "--checkpoint", "-1", "--labels", "3,7")
     assert (given.out, given.seed, given.checkpoint, given.labels) == ("--s.npz", -3, -1, "3,7")
     assert train("--autoencoder", "").autoencoder == ""
     assert train("--optimizer.weight-decay", "1e-2").optimizer.weight_decay == 0.01
 
 
-def test_lists_take_what_follows():
+def test_list_options_take_all_following_values():
     given = options.parse(EvaluateArguments, ["s.npz", "--metrics", "fid", "is", "--reference", "d"])
     assert given.metrics == ("fid", "inception_score")
     assert prepare("s", "o", "--resolution", "32", "--features").features == ()
@@ -93,12 +93,12 @@ def test_lists_take_what_follows():
         ("s o --resolution 32 --skip-bad yes --store-images off", True, False),
     ],
 )
-def test_booleans(argv, skip, store):
+def test_booleans_are_parsed(argv, skip, store):
     given = prepare(*argv.split())
     assert (given.source, given.out, given.skip_bad, given.store_images) == ("s", "o", skip, store)
 
 
-def test_nested_settings_leave_their_siblings():
+def test_nested_options_keep_the_other_settings():
     before, given = load_recipe("quickstart-repa"), train("--alignments.0.weight", "0.25", recipe="quickstart-repa")
     assert given.alignments == (before.alignments[0].override(weight=0.25),)
     assert given.model == before.model
@@ -124,7 +124,7 @@ def test_alignments_are_appended_and_removed():
     assert [a.key for a in given.alignments] == ["tiny@2"]
 
 
-def test_recipes_stay_as_they_are():
+def test_options_do_not_change_the_recipe_itself():
     before = load_recipe("sit-b2-repa").model_dump()
     train("--alignments.0.weight", "9", "--model.depth", "8", recipe="sit-b2-repa")
     assert load_recipe("sit-b2-repa").model_dump() == before
@@ -140,7 +140,7 @@ def test_recipes_stay_as_they_are():
         "--alignments quickstart --data d --out o --help",
     ],
 )
-def test_the_recipe_is_found_anywhere(argv):
+def test_the_recipe_may_stand_anywhere(argv):
     assert options.first(TrainArguments, argv.split(), "recipe") == "quickstart"
 
 
@@ -167,7 +167,7 @@ def test_the_recipe_is_found_anywhere(argv):
         ("r --out s --bs 3", "Did you mean '--batch-size'"),
     ],
 )  # fmt: skip
-def test_mistakes(argv, sentence):
+def test_invalid_input_is_refused(argv, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         sample(*argv.split())
     assert "\n" not in str(error.value)
@@ -202,7 +202,7 @@ def test_mistakes(argv, sentence):
         ("--batch-size 3 --accumulate 2", r"a multiple of it\.$"),
     ],
 )
-def test_mistakes_in_a_recipe(argv, sentence):
+def test_invalid_settings_in_a_recipe_are_refused(argv, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         train(*argv.split())
     assert "\n" not in str(error.value)
@@ -220,7 +220,7 @@ def test_help_shows_every_field_with_its_default(capsys):
 
 
 @pytest.mark.parametrize("recipe", [None, "sit-b2"])
-def test_help_of_a_run_without_alignments_shows_the_options_of_a_first_one(recipe, capsys):
+def test_help_without_alignments_shows_the_options_of_a_first_one(recipe, capsys):
     with pytest.raises(SystemExit):
         options.parse(TrainArguments, ["--help"], load_recipe(recipe) if recipe else None)
     text = " ".join(capsys.readouterr().out.split())
@@ -238,7 +238,7 @@ def test_help_of_a_run_without_alignments_shows_the_options_of_a_first_one(recip
         (CknnaArguments, "usage: repa analyse cknna RUNS... --data DATA [--OPTION VALUE ...]"),
     ],
 )
-def test_usage_names_each_word_once(cls, line, capsys):
+def test_usage_lists_each_word_once(cls, line, capsys):
     with pytest.raises(SystemExit):
         options.parse(cls, ["--help"])
     first, empty, description, *_ = capsys.readouterr().out.splitlines()
@@ -246,7 +246,7 @@ def test_usage_names_each_word_once(cls, line, capsys):
     assert description.split()[:3] == str(cls.__doc__).split()[:3]
 
 
-def test_a_field_without_a_default_is_asked_for_by_its_own_name():
+def test_a_missing_required_field_is_named():
     class Arguments(options.Command):
         verb = "x"
         long_name: int
@@ -263,7 +263,7 @@ def test_no_configuration_imports_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_recipe_by_its_flag_is_the_recipe_and_two_are_refused():
+def test_a_recipe_may_be_given_by_its_flag_but_only_once():
     assert options.first(TrainArguments, ["--recipe", "quickstart"], "recipe") == "quickstart"
     with pytest.raises(UserError, match="got an unexpected word 'sit-b2'"):
         options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"])
@@ -344,7 +344,7 @@ IDLE = [
 
 
 @pytest.mark.parametrize(("begin", "option", "why"), IDLE)
-def test_an_option_that_nothing_reads_is_refused_by_one_sentence(begin, option, why):
+def test_an_option_that_nothing_reads_is_refused(begin, option, why):
     verb, *words = begin.split()
 
     def parse(*more):
@@ -359,12 +359,12 @@ def test_an_option_that_nothing_reads_is_refused_by_one_sentence(begin, option, 
     assert str(refused.value).endswith(": leave it out.")
 
 
-def test_what_makes_an_option_count_may_stand_anywhere():
+def test_the_setting_that_enables_an_option_may_stand_anywhere():
     assert train("--compile-scope", "step", "--compile").compile_scope == "step"
     assert train("--head-weight", "0.1", "--model.heads", "2").head_weight == 0.1
     probe = options.parse(ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"])
     assert probe.encoders == ["tiny"]
 
 
-def test_a_recipe_may_hold_what_a_command_makes_idle():
+def test_a_recipe_may_contain_settings_that_the_command_disables():
     assert train("--preview.every", "0", "--preview.num-scored", "0").preview.features == "tiny-classifier"

@@ -33,7 +33,7 @@ def photographs() -> list[Path]:
     return sorted(path for path in SOURCE.rglob("*") if path.suffix.lower() in EXTENSIONS)
 
 
-def test_every_photograph_is_there(prepared):
+def test_every_photograph_is_prepared(prepared):
     paths = photographs()
     assert prepared.num_images == len(paths)
     assert [prepared.class_names[label] for label in prepared.labels] == [path.parent.name for path in paths]
@@ -70,7 +70,7 @@ def test_the_crop_is_the_middle_square(prepared):
             assert error < np.abs(found - other).mean(), photographs()[index]
 
 
-def test_a_few_steps_and_a_distance(prepared, tmp_path):
+def test_a_few_training_steps_and_a_distance(prepared, tmp_path):
     argv = (
         f"train quickstart-repa --data {prepared.folder} --out {tmp_path / 'r'} --model.hidden-dim 64 --model.depth 2 "
         "--model.num-heads 2 --alignments.0.projector linear --batch-size 10 --num-steps 20 --log-every 5 --preview.every 0"

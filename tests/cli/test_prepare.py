@@ -37,7 +37,7 @@ def repa(capsys, tmp_path, monkeypatch):
     return run
 
 
-def test_a_folder_from_plan_to_removal(repa, tmp_path):
+def test_a_folder_is_planned_prepared_extended_and_reduced(repa, tmp_path):
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--plan")
     assert code == 0
     assert "30 images of 20 classes" in text
@@ -75,7 +75,7 @@ def test_a_folder_from_plan_to_removal(repa, tmp_path):
     assert list(open_data("data").features) == ["tiny-classifier"]
 
 
-def test_only_a_part_then_the_rest(repa):
+def test_a_part_is_prepared_first_and_then_the_rest(repa):
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--only", "base")
     assert code == 0
     assert "this share is done, others are not" in text
@@ -118,7 +118,7 @@ def test_check_finds_damage(repa, tmp_path):
         ([SOURCE, "data", "--resolution", "16", "--only", "features:dino-b", "base"], "dino-b"),
     ],
 )
-def test_mistakes(repa, tmp_path, argv, sentence):
+def test_invalid_input_is_refused(repa, tmp_path, argv, sentence):
     code, text = repa("prepare", *argv)
     assert code == 2
     assert sentence in text
@@ -127,7 +127,7 @@ def test_mistakes(repa, tmp_path, argv, sentence):
 
 
 @pytest.mark.slow
-def test_processes_are_told_their_share_by_torchrun(repa, tmp_path):
+def test_processes_take_their_share_from_torchruns_variables(repa, tmp_path):
     """Two processes that never meet: the second finishes the folder, and tells nobody."""
     for rank in ("1", "0"):
         assert not (tmp_path / "data" / "manifest.json").exists()
@@ -142,7 +142,7 @@ def test_processes_are_told_their_share_by_torchrun(repa, tmp_path):
     assert open_data("data").num_images == 30
 
 
-def test_what_comes_next_names_recipes_for_the_side_of_the_images(repa):
+def test_the_next_command_names_a_recipe_for_the_image_size(repa):
     text = repa("prepare", "photographs:num=2", "data", "--resolution", "64", "--num-workers", "0")[1]
     assert "Next: repa train RECIPE --data data --out RUN   (for 64 pixels own-images-64;" in text
     text = repa("prepare", "photographs:num=2", "other", "--resolution", "32", "--num-workers", "0")[1]

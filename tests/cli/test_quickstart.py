@@ -45,7 +45,7 @@ def table_of(said):
     return rows
 
 
-def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys, monkeypatch):
+def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "quick"
     command = ["quickstart", "--source", str(image_folder), "--out", str(out)]
     assert run(command) == 0
@@ -95,7 +95,7 @@ def test_from_images_to_a_page(small_recipes, image_folder, tmp_path, capsys, mo
     assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # with mirrored copies
 
 
-def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
+def test_an_empty_source_gives_a_one_line_error(small_recipes, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert run(["quickstart", "--source", str(tmp_path / "empty"), "--out", str(tmp_path / "q")]) == 2
     error = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_an_empty_source_is_a_sentence(small_recipes, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_photographs_come_first_and_name_the_next_command(small_recipes, tmp_path, capsys, monkeypatch):
+def test_the_default_source_is_the_packaged_photographs(small_recipes, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("repa.cli.quickstart.NUM_CROPS", 40)
     assert run(["quickstart", "--num-steps", "2"]) == 0
@@ -138,7 +138,7 @@ def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_fo
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_after_a_checkpoint_it_continues_bit_for_bit(small_recipes, image_folder, tmp_path):
+def test_a_killed_quickstart_continues_bit_for_bit(small_recipes, image_folder, tmp_path):
     """SIGKILL, which reaches the program alone: both trainings die with it."""
     command = ["quickstart", "--source", str(image_folder), "--num-steps", "12", "--out"]
     assert run([*command, str(tmp_path / "whole")]) == 0
@@ -169,7 +169,7 @@ def test_killed_after_a_checkpoint_it_continues_bit_for_bit(small_recipes, image
         assert rows[0] == rows[1]
 
 
-def test_where_one_command_fails_its_exit_code_is_that_of_all(capfd):
+def test_the_exit_code_of_a_failed_training_is_returned(capfd):
     assert run_together([["show", "quickstart"], ["show", "quickstrat"]]) == 2
     assert (
         "Did you mean 'quickstart'?" in capfd.readouterr().err

@@ -27,7 +27,7 @@ def run(*argv):
     assert main.run([str(word) for word in argv]) == 0
 
 
-def test_no_flag_is_needed_twice(image_folder, tiny_config, tmp_path, refused, monkeypatch):
+def test_weight_folders_given_to_prepare_are_remembered(image_folder, tiny_config, tmp_path, refused, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kl = Path(save_kl(tmp_path / "kl", latent_channels=4))
     tiny = tmp_path / "tiny.safetensors"
@@ -101,7 +101,7 @@ def test_weights_of_an_encoder_that_never_runs_are_refused(tiny_config, data_fol
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_other_settings_says_how_to_go_on(tiny_config, data_folder, tmp_path, refused):
+def test_the_error_about_changed_settings_says_how_to_continue(tiny_config, data_folder, tmp_path, refused):
     recipe, out = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())
     run("train", recipe, "--data", data_folder, "--out", out, "--ema-widths", 0.1)

@@ -4,7 +4,7 @@ from repa.cli.main import run as repa
 from tests.report.fakes import config, fake_run, results_file
 
 
-def test_page_and_tables_lie_side_by_side(tmp_path, capsys):
+def test_the_page_and_its_tables_are_written_together(tmp_path, capsys):
     runs = []
     for seed in range(2):
         for name in ("base", "ours"):
@@ -27,7 +27,7 @@ def test_page_and_tables_lie_side_by_side(tmp_path, capsys):
     assert out.with_suffix(".csv").read_text().count("\n") == 1 + 2 * 2 + 1
 
 
-def test_mistakes_are_sentences(tmp_path, capsys):
+def test_mistakes_give_one_line_errors(tmp_path, capsys):
     run = fake_run(tmp_path / "a")
     for words, sentence in (
         ([str(run), "--out", "r.pdf"], "--out is r.pdf, which does not end in .html"),

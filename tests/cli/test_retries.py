@@ -16,14 +16,14 @@ http.logger.warning("A token is missing.")
 """
 
 
-def test_retries_are_one_sentence():
+def test_retries_give_a_one_line_error():
     done = subprocess.run([sys.executable, "-c", FETCH], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == [
         "repa: The server does not answer. Retrying for up to a minute.", "A token is missing.",
     ]  # fmt: skip
 
 
-def test_a_hub_that_refuses_connections(tmp_path):
+def test_a_hub_that_refuses_connections_gives_a_one_line_error(tmp_path):
     """The real client, which asks once what a repository holds and tries again for files alone; with no pause between its tries."""
     code = (
         "import sys, time; time.sleep = lambda seconds: None; from repa.cli.main import main; "

@@ -11,7 +11,7 @@ from repa.cli.main import run
 
 
 @pytest.mark.slow
-def test_compiled_samples_are_the_same_but_for_rounding(random_run, tmp_path):
+def test_compiled_samples_are_equal_up_to_rounding(random_run, tmp_path):
     """11 images in batches of 4, guided inside an interval only: batches of 8, 6, 4 and 3 rows go through the network."""
     settings = ("--num-images", "11", "--batch-size", "4", "--steps", "6", "--guidance", "cfg:scale=2,low=0.2,high=0.7")
     settings += ("--precision", "fp32")
@@ -25,7 +25,7 @@ def test_compiled_samples_are_the_same_but_for_rounding(random_run, tmp_path):
     assert torch._dynamo.utils.counters["frames"]["ok"] > 0
 
 
-def test_a_folder_of_pngs_holds_the_images_of_the_npz(random_run, tmp_path, capsys):
+def test_a_folder_of_pngs_has_the_same_images_as_the_npz(random_run, tmp_path, capsys):
     settings = ("--num-images", "5", "--batch-size", "2", "--steps", "3", "--sampler", "euler")
     assert run(["sample", str(random_run), "--out", str(tmp_path / "one.npz"), *settings]) == 0
     folder = tmp_path / "pictures"
@@ -49,7 +49,7 @@ def test_a_folder_of_pngs_holds_the_images_of_the_npz(random_run, tmp_path, caps
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_the_folder_can_be_measured(random_run, data_folder, tmp_path):
+def test_a_folder_of_pngs_can_be_evaluated(random_run, data_folder, tmp_path):
     settings = ("--num-images", "8", "--steps", "2", "--sampler", "euler")
     reference = ("--reference", str(data_folder), "--features", "tiny-classifier", "--metrics", "fd")
     found = []

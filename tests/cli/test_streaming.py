@@ -8,7 +8,7 @@ from repa.cli.main import run
 from repa.runs import load_checkpoint
 
 
-def test_training_on_a_url_continues_exactly(data_folder, tmp_path, monkeypatch):
+def test_training_on_a_url_resumes_exactly(data_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
 
     def train(out: Path, num_steps: int) -> int:

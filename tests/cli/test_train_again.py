@@ -25,7 +25,7 @@ ALONE = "sit-b2 --data 'my data' --out r"
         ),
     ],
 )
-def test_it_is_the_command_that_began_it(environment, wanted, monkeypatch):
+def test_the_printed_command_is_the_one_that_started_the_run(environment, wanted, monkeypatch):
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {**environment, "RANK": 0, "LOCAL_RANK": 0}.items():

@@ -39,7 +39,7 @@ def hidden_of(name, folder, text, length, layer=0):
 
 
 @every
-def test_features_are_those_of_transformers(folders, name):
+def test_features_equal_those_of_transformers(folders, name):
     encoder = load_text_encoder(name, weights=folders[name])
     text = encoder(TEXTS)
     length = {"clip": 77}.get(name.partition("-")[0], 120)
@@ -60,7 +60,7 @@ def test_features_are_those_of_transformers(folders, name):
 
 
 @every
-def test_rounded_weights_give_what_autocast_gives(folders, name):
+def test_weights_rounded_to_bf16_equal_autocast(folders, name):
     plain, rounded = (load_text_encoder(name, weights=folders[name]) for _ in range(2))
     rounded.round_weights(torch.bfloat16)
     assert {p.dtype for p in rounded.parameters()} == {torch.float32, torch.bfloat16}
@@ -68,7 +68,7 @@ def test_rounded_weights_give_what_autocast_gives(folders, name):
         torch.testing.assert_close(rounded(TEXTS).tokens, plain(TEXTS).tokens, rtol=0, atol=0)
 
 
-def test_settings(folders):
+def test_settings_choose_layer_and_number_of_tokens(folders):
     encoder = load_text_encoder("clip-l:tokens=9,layer=1", weights=folders["clip-l"])
     text = encoder(TEXTS)
     assert text.tokens.shape == (3, 9, 16)
@@ -80,7 +80,7 @@ def test_settings(folders):
             load_text_encoder(wrong, weights=folders["clip-l"])
 
 
-def test_what_is_missing_or_wrong_is_said(folders, tmp_path, monkeypatch):
+def test_missing_or_wrong_files_are_named(folders, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="does not exist"):
         load_text_encoder("clip-l", weights=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"config\.json"):
@@ -93,7 +93,7 @@ def test_what_is_missing_or_wrong_is_said(folders, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_damage_is_a_sentence(folders, tmp_path, file):
+def test_damaged_files_give_a_one_line_error(folders, tmp_path, file):
     for path in folders["t5-xxl"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = (tmp_path / file).read_bytes()
@@ -102,7 +102,7 @@ def test_damage_is_a_sentence(folders, tmp_path, file):
         load_text_encoder("t5-xxl", weights=tmp_path)
 
 
-def test_weights_that_are_not_there_are_not_random(folders, tmp_path):
+def test_missing_weights_are_refused_rather_than_random(folders, tmp_path):
     from safetensors.torch import load_file, save_file
 
     for path in folders["t5-xxl"].iterdir():
@@ -114,7 +114,7 @@ def test_weights_that_are_not_there_are_not_random(folders, tmp_path):
         load_text_encoder("t5-xxl", weights=tmp_path)
 
 
-def test_no_code_of_a_folder_runs(folders, tmp_path):
+def test_code_in_a_folder_does_not_run(folders, tmp_path):
     for path in folders["qwen3-0.6b"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -163,7 +163,7 @@ def load_wrong(name, weights):
     return {}
 
 
-def test_private_encoders():
+def test_private_encoders_load_by_dotted_name():
     encoder = load_text_encoder(f"{__name__}.load_lengths")
     assert encoder(["abc", ""]).tokens.flatten().tolist() == [3, 0]
     with pytest.raises(UserError, match="TextEncoder"):
@@ -188,7 +188,7 @@ def copied(folder, out, file="", **changes):
     return out
 
 
-def test_a_configuration_that_would_fetch_code_is_refused(folders, tmp_path):
+def test_a_configuration_that_would_download_code_is_refused(folders, tmp_path):
     hostile = (
         {"attn_implementation": "evil/kernel"}, {"quantization_config": {"quant_method": "gptq"}}, {"use_kernels": True},
         {"text_config": {"attn_implementation": "evil/kernel"}}, {"num_layers": 2**31}, {"num_layers": 900},
@@ -205,7 +205,7 @@ def test_a_configuration_that_would_fetch_code_is_refused(folders, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json"])
-def test_changed_folders_are_a_sentence(folders, tmp_path, file):
+def test_changed_folders_give_a_one_line_error(folders, tmp_path, file):
     for number in range(16):
         name = ("clip-l", "t5-xxl")[number % 2]
         folder = copied(folders[name], tmp_path / str(number))

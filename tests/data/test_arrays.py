@@ -26,7 +26,7 @@ def save(path: Path, **fields) -> Path:
     ids=["channels last", "channels first", "fortran"],
 )
 @pytest.mark.parametrize("packed", [np.savez, np.savez_compressed])
-def test_orders_of_axes(tmp_path, array, packed):
+def test_channels_may_come_first_or_last(tmp_path, array, packed):
     packed(tmp_path / "a.npz", x=array)
     np.save(tmp_path / "a.npy", array)
     for name in ("a.npz", "a.npy"):
@@ -36,7 +36,7 @@ def test_orders_of_axes(tmp_path, array, packed):
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 6, 5, 1), (4, 1, 6, 5)])
-def test_grey_arrays(tmp_path, shape):
+def test_grey_arrays_become_rgb(tmp_path, shape):
     grey = IMAGES[..., 0]
     np.save(tmp_path / "g.npy", grey.reshape(shape))
     np.testing.assert_array_equal(
@@ -57,7 +57,7 @@ def test_grey_arrays(tmp_path, shape):
     ],
 )
 @pytest.mark.parametrize("packed", [None, np.savez, np.savez_compressed])
-def test_arrays_that_are_no_images_are_refused(tmp_path, array, message, packed):
+def test_arrays_that_are_not_images_are_refused(tmp_path, array, message, packed):
     path = tmp_path / ("a.npy" if packed is None else "a.npz")
     np.save(path, array) if packed is None else packed(path, images=array)
     with pytest.raises(UserError, match=message):
@@ -81,7 +81,7 @@ def test_pickles_never_run(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 6, 60, 200, -1])
-def test_cut_arrays_are_refused(tmp_path, keep):
+def test_truncated_arrays_are_refused(tmp_path, keep):
     np.save(tmp_path / "a.npy", IMAGES)
     save(tmp_path / "a.npz", images=IMAGES)
     for name in ("a.npy", "a.npz"):
@@ -107,7 +107,7 @@ def test_large_compressed_arrays_are_refused(tmp_path, monkeypatch):
         open_source(tmp_path / "c.npz")
 
 
-def test_keys_are_chosen(tmp_path):
+def test_keys_of_an_npz_are_chosen_by_settings(tmp_path):
     path = save(tmp_path / "a.npz", images=IMAGES[::-1], mine=IMAGES, kind=np.array(["b", "a", "b", "a"]))
     source = open_source(f"{path}:image=mine,label=kind")
     assert (source.labels.tolist(), source.class_names) == ([1, 0, 1, 0], ["a", "b"])
@@ -119,7 +119,7 @@ def test_keys_are_chosen(tmp_path):
         open_source(save(tmp_path / "b.npz", kind=IMAGES))
 
 
-def test_labels_in_a_file_of_their_own(tmp_path):
+def test_labels_may_be_in_a_separate_file(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     np.save(tmp_path / "labels.npy", np.array([3, 0, 1, 1]))
     assert open_source(tmp_path / "images.npy", labels=str(tmp_path / "labels.npy")).labels.tolist() == [3, 0, 1, 1]
@@ -136,7 +136,7 @@ def test_labels_in_a_file_of_their_own(tmp_path):
         open_source(tmp_path / "images.npy", labels="a.csv")
 
 
-def test_what_is_no_npz_is_refused(tmp_path):
+def test_a_file_that_is_not_an_npz_is_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 no")
     with pytest.raises(UserError, match=r"a\.npz cannot be read as a zip file"):
         open_source(tmp_path / "a.npz")
@@ -146,7 +146,7 @@ def test_what_is_no_npz_is_refused(tmp_path):
         open_source(tmp_path / "b.npz")
 
 
-def test_cifar_splits_and_names(tmp_path):
+def test_cifar_has_splits_and_class_names(tmp_path):
     folder = as_cifar(tmp_path, pictures())
     test = open_source(f"{folder}:split=test")
     assert (len(test), test.labels.tolist()) == (1, [1])
@@ -201,14 +201,14 @@ def test_cifar_pickles_are_refused(tmp_path):
         open_source(tmp_path)
 
 
-def test_images_are_mapped_not_read(tmp_path):
+def test_arrays_are_memory_mapped(tmp_path):
     """Of an .npz as np.savez writes it, and of an .npy, nothing is held in memory."""
     spec = as_npz(tmp_path, pictures())
     assert isinstance(open_source(spec)._images, np.memmap)
 
 
 @pytest.mark.parametrize("whole", [1 << 30, 0])
-def test_a_changed_array_is_another_source(tmp_path, monkeypatch, whole):
+def test_a_changed_array_has_another_identity(tmp_path, monkeypatch, whole):
     """Of one that is too large to be read at every start, the evenly spaced pieces are compared."""
     monkeypatch.setattr("repa.data.sources.arrays.WHOLE", whole)
     images = np.zeros((40, 8, 8, 3), np.uint8)
@@ -219,7 +219,7 @@ def test_a_changed_array_is_another_source(tmp_path, monkeypatch, whole):
     assert open_source(tmp_path / "a.npy").identity["sha256"] != before["sha256"]
 
 
-def test_a_byte_between_the_pieces_counts_in_a_file_that_is_read_whole(tmp_path, monkeypatch):
+def test_every_byte_of_a_small_file_counts_for_the_identity(tmp_path, monkeypatch):
     monkeypatch.setattr("repa.data.sources.arrays.PIECE", 1)
     images = np.zeros((40, 8, 8, 3), np.uint8)
     for value in (0, 1):

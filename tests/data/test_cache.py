@@ -5,7 +5,7 @@ import os
 from repa.data.remote import FileCache
 
 
-def test_the_longest_unused_goes_first_and_files_under_way_stay(tmp_path):
+def test_the_least_recently_used_file_is_removed_first_and_partial_files_stay(tmp_path):
     cache, fetched = FileCache(tmp_path, 25), []
 
     def get(key):
@@ -23,7 +23,7 @@ def test_the_longest_unused_goes_first_and_files_under_way_stay(tmp_path):
     assert fetched == ["aa", "bb", "cc", "bb"]
 
 
-def test_what_a_killed_process_left_goes_when_its_file_is_fetched(tmp_path):
+def test_a_partial_file_of_a_killed_process_is_removed_by_the_next_fetch(tmp_path):
     left = tmp_path / "aa" / ".file.12345678.tmp"
     left.parent.mkdir()
     left.write_bytes(b"half")

@@ -19,7 +19,7 @@ def out(folder, tmp_path):
     return tmp_path / "out"
 
 
-def test_captions_are_those_of_their_images_and_of_their_mirrored_copies(out):
+def test_captions_belong_to_their_images_and_mirrored_copies(out):
     data = open_data(out)
     assert data.has_captions
     wanted = [(f"ant {i}", "a small ant") if i % 2 == 0 else () for i in range(7)] + [(), (), ()]
@@ -32,7 +32,7 @@ def test_captions_are_those_of_their_images_and_of_their_mirrored_copies(out):
         data.captions([22])
 
 
-def test_data_without_captions(folder, tmp_path):
+def test_data_without_captions_has_none(folder, tmp_path):
     prepare(folder, tmp_path / "out", CONFIG)
     data = open_data(tmp_path / "out")
     assert not data.has_captions
@@ -46,13 +46,13 @@ def test_data_without_captions(folder, tmp_path):
         (lambda text: text.replace("\n", " ", 1), r"has captions of 2 images, but its shard has 3"),
     ],
 )
-def test_damage_is_named(out, change, sentence):
+def test_damaged_captions_are_named(out, change, sentence):
     path = out / "captions-00000.jsonl"
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=sentence):
         open_data(out).captions([0])
 
 
-def test_halves_of_surrogate_pairs_become_what_utf8_can_say(tmp_path):
+def test_lone_surrogates_in_captions_are_replaced(tmp_path):
     """JSON can hold them, and no file of ours, no tokenizer and no page could."""
     assert texts_of(b'["a \\ud800 b", "\\ud83d\\ude00"]', 0, tmp_path / "x") == ("a \ufffd b", "\U0001f600")

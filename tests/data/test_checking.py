@@ -21,7 +21,7 @@ def out(folder, tmp_path, fakes):
     return tmp_path / "out"
 
 
-def test_equal_images_are_counted_and_mirrored_copies_are_none(tmp_path, capsys):
+def test_duplicate_images_are_counted_without_mirrored_copies(tmp_path, capsys):
     """Under other names, in other shards, and once in another class; one that differs in one pixel is another image."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels[3] = pixels[6] = pixels[0]
@@ -38,7 +38,7 @@ def test_equal_images_are_counted_and_mirrored_copies_are_none(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("name", ["images-00002.npy", "basis.tiny.npy", "scale.tiny-00000.npy"])
-def test_a_changed_byte_is_found_in_any_file(out, name):
+def test_a_changed_byte_is_found_in_every_file(out, name):
     total = sum(p.stat().st_size for p in out.glob("*.npy"))
     seen = []
     assert check_bytes(out, lambda *report: seen.append(report)) == total
@@ -62,13 +62,13 @@ def test_a_changed_byte_is_found_in_a_reference(out):
         check_bytes(out)
 
 
-def test_the_models_of_today_make_what_is_stored(out):
+def test_encoding_again_gives_the_stored_values(out):
     findings = check_models(out, num=5)
     assert [finding.field for finding in findings] == ["moments", "features.tiny"]
     assert all(finding.error == 0 and not finding.trouble for finding in findings)
 
 
-def test_a_model_that_makes_something_else_is_found(out, fakes, monkeypatch):
+def test_a_model_with_other_outputs_is_found(out, fakes, monkeypatch):
     encode = type(fakes[0]).encode
     monkeypatch.setattr(type(fakes[0]), "encode", lambda self, images, dtype: 1.1 * encode(self, images, dtype))
     moments, tokens = check_models(out)
@@ -77,7 +77,7 @@ def test_a_model_that_makes_something_else_is_found(out, fakes, monkeypatch):
     assert tokens.error == 0
 
 
-def test_stored_values_that_are_not_of_their_images_are_found(out):
+def test_stored_values_of_other_images_are_found(out):
     """Whole files, right checksums: only encoding again tells."""
     a, b = (np.load(out / f"moments-0000{k}.npy") for k in (0, 1))
     np.save(out / "moments-00000.npy", b), np.save(out / "moments-00001.npy", a)
@@ -86,7 +86,7 @@ def test_stored_values_that_are_not_of_their_images_are_found(out):
     assert moments.trouble
 
 
-def test_other_weights_are_named_with_both_sides(out, fakes):
+def test_other_weights_are_reported_with_both_checksums(out, fakes):
     fakes[1].identity["weights_sha256"] = "d" * 64
     moments, tokens = check_models(out)
     assert not moments.trouble
@@ -94,7 +94,7 @@ def test_other_weights_are_named_with_both_sides(out, fakes):
     assert f"made with weights_sha256 {'b' * 64!r}, but the weights here have {'d' * 64!r}" in tokens.trouble
 
 
-def test_weights_that_cannot_be_loaded_are_no_failure(out, monkeypatch):
+def test_weights_that_cannot_be_loaded_are_skipped(out, monkeypatch):
     def lost(spec, **options):
         raise UserError("no network.")
 
@@ -104,13 +104,13 @@ def test_weights_that_cannot_be_loaded_are_no_failure(out, monkeypatch):
     assert tokens == (tokens.field, None, "not encoded again: no network.", False)
 
 
-def test_nothing_can_be_encoded_again_without_images(folder, tmp_path, fakes):
+def test_encoding_again_needs_images(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "lean", FULL.override(store_images=False))
     with pytest.raises(UserError, match="stores no images, so nothing can be encoded again"):
         check_models(tmp_path / "lean")
 
 
-def test_a_plan_is_what_is_made_and_writes_nothing(folder, tmp_path, fakes):
+def test_a_plan_matches_the_result_and_writes_nothing(folder, tmp_path, fakes):
     config = FULL.override(flip=True)
     plan = make_plan(folder, tmp_path / "out", config, seconds=0.2)
     assert not (tmp_path / "out").exists()
@@ -129,7 +129,7 @@ def test_a_plan_is_what_is_made_and_writes_nothing(folder, tmp_path, fakes):
     assert plan.seconds(world=2) == pytest.approx(11 / plan.rate)
 
 
-def test_a_plan_counts_what_is_left(folder, tmp_path, fakes):
+def test_a_plan_counts_the_remaining_work(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", FULL, rank=1, world=2)
     before = content(tmp_path / "out")
     assert make_plan(folder, tmp_path / "out", FULL, seconds=0.1).num_todo == 6  # shards 0 and 2
@@ -142,7 +142,7 @@ def test_a_plan_counts_what_is_left(folder, tmp_path, fakes):
         make_plan(folder, tmp_path / "new", FULL, seconds=0.1)
 
 
-def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folder, tmp_path, fakes):
+def test_an_old_manifest_without_forms_and_copies_still_opens(folder, tmp_path, fakes):
     config = FULL.override(feature_forms=())
     prepare(folder, tmp_path / "out", config)
     path = tmp_path / "out" / "manifest.json"
@@ -163,7 +163,7 @@ def test_a_manifest_written_before_there_were_forms_and_copies_still_opens(folde
     ("counts", "sentence"),
     [((11,), "do not add up"), ((-1, 12), "do not add up"), ((5, 6), "do not match the counts in its manifest")],
 )
-def test_counts_that_are_not_those_of_the_labels_are_found(counts, sentence, out):
+def test_class_counts_that_contradict_the_labels_are_found(counts, sentence, out):
     path = out / "manifest.json"
     path.write_text(json.dumps({**read_json(path), "class_counts": counts}))
     with pytest.raises(UserError, match=sentence):

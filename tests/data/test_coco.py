@@ -29,7 +29,7 @@ def coco(tmp_path):
     return path
 
 
-def test_images_by_id_with_all_their_captions(coco, tmp_path):
+def test_images_are_ordered_by_id_with_all_captions(coco, tmp_path):
     source = open_source(coco)
     assert [source.name(k) for k in range(3)] == ["000003.png", "000007.png", "000012.png"]
     assert [source.captions(k) for k in range(3)] == [("of three",), ("First of seven", "second of seven."), ()]
@@ -60,7 +60,7 @@ def test_images_by_id_with_all_their_captions(coco, tmp_path):
         lambda v: v["annotations"].append(4),
     ],
 )
-def test_files_of_strangers_are_answered_in_a_sentence(coco, change):
+def test_invalid_annotation_files_give_a_one_line_error(coco, change):
     values = json.loads(coco.read_text())
     change(values)
     coco.write_text(json.dumps(values))
@@ -68,13 +68,13 @@ def test_files_of_strangers_are_answered_in_a_sentence(coco, change):
         open_source(coco)
 
 
-def test_an_image_that_is_missing_is_named(coco, tmp_path):
+def test_a_missing_image_is_named(coco, tmp_path):
     (tmp_path / "val2014/000003.png").unlink()
     with pytest.raises(UserError, match=r"000003\.png"):
         open_source(coco)
 
 
-def test_a_file_too_large_to_parse_is_refused_unread(coco):
+def test_an_oversized_annotation_file_is_refused_unread(coco):
     with open(coco, "ab") as file:
         file.truncate(2**28 + 1)  # sparse
     with pytest.raises(UserError, match=r"256\.0 MiB"):

@@ -37,7 +37,7 @@ def killed_after(batches):
     return progress
 
 
-def test_every_field_of_every_image(folder, tmp_path, fakes):
+def test_every_field_of_every_image_is_stored(folder, tmp_path, fakes):
     manifest = prepare(folder, tmp_path / "out", FULL)
     data = open_data(tmp_path / "out")
     images, labels = all_rows(data, "images"), all_rows(data, "labels")
@@ -87,7 +87,7 @@ def test_a_zip_and_photographs_prepare_too(folder, tmp_path):
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4, 6, 7])
-def test_killed_and_continued_is_byte_identical(folder, tmp_path, fakes, batches):
+def test_a_killed_prepare_continues_to_identical_bytes(folder, tmp_path, fakes, batches):
     prepare(folder, tmp_path / "whole", FULL)
     fakes[1].calls = 0
     with pytest.raises(Killed):
@@ -105,7 +105,7 @@ def test_killed_and_continued_is_byte_identical(folder, tmp_path, fakes, batches
 
 
 @pytest.mark.parametrize("point", ["files.write_json", "manifest", "rmtree"])
-def test_killed_between_writes(folder, tmp_path, fakes, monkeypatch, point):
+def test_a_kill_between_writes_loses_nothing(folder, tmp_path, fakes, monkeypatch, point):
     """While records, the manifest, or the removal of the records are under way."""
     prepare(folder, tmp_path / "whole", FULL)
 
@@ -142,7 +142,7 @@ def test_the_same_call_on_a_complete_folder_does_nothing(folder, tmp_path, fakes
 
 
 @pytest.mark.parametrize("field", ["images", "features.tiny"])
-def test_a_deleted_file_is_made_anew(folder, tmp_path, fakes, field):
+def test_a_deleted_file_is_written_again(folder, tmp_path, fakes, field):
     prepare(folder, tmp_path / "out", FULL)
     before = content(tmp_path / "out")
     (tmp_path / "out" / f"{field}-00002.npy").unlink()
@@ -153,7 +153,7 @@ def test_a_deleted_file_is_made_anew(folder, tmp_path, fakes, field):
 
 
 @pytest.mark.parametrize("name", ["features.tiny-00002.npy", "pooled.tiny-00000.npy", "basis.tiny.npy"])
-def test_lost_tokens_are_made_anew_from_the_stored_images(folder, tmp_path, fakes, name):
+def test_lost_tokens_are_computed_again_from_the_stored_images(folder, tmp_path, fakes, name):
     prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
     before = content(tmp_path / "out")
     (tmp_path / "out" / name).unlink()
@@ -182,7 +182,7 @@ def test_another_configuration_is_refused(folder, tmp_path, fakes, change, line,
     assert content(out) == before
 
 
-def test_of_long_differences_only_the_field_is_named(folder, tmp_path):
+def test_long_differences_are_shortened_to_the_field_name(folder, tmp_path):
     prepare(folder, tmp_path / "out", SMALL)
     for number in range(40):
         shutil.copytree(folder / "ants", folder / f"class{number:04}")
@@ -198,7 +198,7 @@ def test_another_source_is_refused(folder, tmp_path):
         prepare(folder, tmp_path / "out", SMALL)
 
 
-def test_other_weights_are_refused_half_way(folder, tmp_path, fakes):
+def test_changed_weights_are_refused_when_continuing(folder, tmp_path, fakes):
     with pytest.raises(Killed):
         prepare(folder, tmp_path / "out", FULL, progress=killed_after(4))
     fakes[0].identity["sha256"] = "c" * 64
@@ -206,7 +206,7 @@ def test_other_weights_are_refused_half_way(folder, tmp_path, fakes):
         prepare(folder, tmp_path / "out", FULL)
 
 
-def test_a_folder_with_other_things_is_left_alone(folder, tmp_path):
+def test_a_folder_with_other_files_is_refused(folder, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("long work")
     with pytest.raises(UserError, match="not empty and holds no prepared data"):
@@ -262,7 +262,7 @@ def test_features_without_stored_images_come_from_the_source(folder, tmp_path, f
     np.testing.assert_array_equal(all_rows(data, "features.tiny"), all_rows(whole, "features.tiny"))
 
 
-def test_a_bad_image_refuses_the_source_by_name_and_number(folder, tmp_path):
+def test_a_bad_image_is_refused_with_its_name_and_number(folder, tmp_path):
     for name in ("ants/004.png", "ants/003.png"):
         spoil(folder / name)
     with pytest.raises(
@@ -273,7 +273,7 @@ def test_a_bad_image_refuses_the_source_by_name_and_number(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["images-00000.npy", "labels-00000.npy"]
 
 
-def test_bad_images_can_be_left_out_and_are_named(folder, tmp_path, fakes):
+def test_bad_images_can_be_skipped_and_are_named(folder, tmp_path, fakes):
     spoil(folder / "ants" / "004.png")
     with pytest.raises(UserError, match="1 of the images 4 to 6"):
         prepare(folder, tmp_path / "out", FULL)
@@ -299,7 +299,7 @@ def test_a_shard_of_bad_images_is_empty(folder, tmp_path, fakes):
     assert open_data(tmp_path / "out").gather("features.tiny", np.arange(8)).shape == (8, 4, 3)
 
 
-def test_nothing_but_bad_images(folder, tmp_path):
+def test_a_source_of_only_bad_images_is_refused(folder, tmp_path):
     for path in folder.rglob("*.png"):
         spoil(path)
     with pytest.raises(UserError, match=r"No image of pictures can be read; the first is ants/000\.png"):
@@ -319,7 +319,7 @@ def test_grey_and_palette_and_deep_images_mix(tmp_path):
     assert [sorted({*image.flatten().tolist()}) for image in images] == [[50], [255], [50], [0]]
 
 
-def test_mistakes_that_the_models_reveal(folder, tmp_path, fakes):
+def test_settings_that_do_not_fit_the_models_are_refused(folder, tmp_path, fakes):
     with pytest.raises(UserError, match="store_images is off, but pixels stores no moments"):
         prepare(folder, tmp_path / "out", SMALL.override(store_images=False))
     assert not (tmp_path / "out").exists()
@@ -331,7 +331,7 @@ def test_values_beyond_float16_are_refused(folder, tmp_path, fakes, monkeypatch)
         prepare(folder, tmp_path / "out", FULL)
 
 
-def test_a_disk_too_small_is_refused_before_work(folder, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_found_before_work(folder, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"Preparing 11 images needs 2\.1 KiB, but .* has 2\.0 KiB free"):
@@ -339,7 +339,7 @@ def test_a_disk_too_small_is_refused_before_work(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_gives_an_error_and_work_can_continue(folder, tmp_path, monkeypatch):
     prepare(folder, tmp_path / "whole", SMALL)
     append, calls = writing._GrowingArray.append, []
 
@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up(folder, tmp_path, monkeypatch):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_processes_share_the_shards_without_meeting(folder, tmp_path, fakes):
+def test_processes_share_the_shards_without_communicating(folder, tmp_path, fakes):
     """Process 1 of 2 is done long before process 0, whichever is last makes the manifest."""
     prepare(folder, tmp_path / "whole", FULL)
     out, done = tmp_path / "out", []
@@ -374,7 +374,7 @@ def test_processes_share_the_shards_without_meeting(folder, tmp_path, fakes):
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_the_shards_of_a_lost_process_are_made_by_the_next_run(folder, tmp_path, fakes):
+def test_shards_of_a_lost_process_are_made_by_the_next_run(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL, rank=0, world=3)
     with pytest.raises(Killed):
@@ -385,7 +385,7 @@ def test_the_shards_of_a_lost_process_are_made_by_the_next_run(folder, tmp_path,
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fakes):
+def test_a_shard_locked_by_another_process_is_skipped(folder, tmp_path, fakes):
     """The same command twice: a child holds shard 1 while this process runs through."""
     prepare(folder, tmp_path / "whole", FULL)
     out = tmp_path / "out"
@@ -410,7 +410,7 @@ def test_a_shard_that_another_process_is_at_is_left_to_it(folder, tmp_path, fake
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_what_was_finished_while_models_were_loaded_is_not_made_again(folder, tmp_path, fakes, monkeypatch):
+def test_shards_finished_while_models_load_are_not_made_again(folder, tmp_path, fakes, monkeypatch):
     """The same command twice: the first finishes everything after the second has looked what is missing."""
     out, real = tmp_path / "out", pipeline.load_model
 
@@ -425,7 +425,7 @@ def test_what_was_finished_while_models_were_loaded_is_not_made_again(folder, tm
     assert not (out / "parts").exists()
 
 
-def test_processes_with_other_weights_at_the_same_time_make_no_data_set(folder, tmp_path, fakes, monkeypatch):
+def test_concurrent_processes_with_different_weights_are_refused(folder, tmp_path, fakes, monkeypatch):
     out, real = tmp_path / "out", pipeline.load_model
 
     def slow(*arguments):
@@ -441,7 +441,7 @@ def test_processes_with_other_weights_at_the_same_time_make_no_data_set(folder, 
     assert not (out / "manifest.json").exists()
 
 
-def test_a_prepared_folder_is_finished_by_whoever_sees_it_first(folder, tmp_path, fakes):
+def test_two_processes_may_both_finish_the_folder(folder, tmp_path, fakes):
     """Two processes may both find that all is done; the second finds the manifest of the first."""
     prepare(folder, tmp_path / "out", FULL, rank=0, world=2)
     before = content(tmp_path / "out")
@@ -456,7 +456,7 @@ def test_a_prepared_folder_is_finished_by_whoever_sees_it_first(folder, tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(folder, tmp_path, fakes, workers):
+def test_the_number_of_workers_does_not_change_the_data(folder, tmp_path, fakes, workers):
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL.override(num_workers=workers))
     a, b = content(tmp_path / "out"), content(tmp_path / "whole")
@@ -468,7 +468,7 @@ def test_workers_change_nothing(folder, tmp_path, fakes, workers):
 
 
 @pytest.mark.slow
-def test_two_real_processes(folder, tmp_path):
+def test_two_processes_prepare_one_folder(folder, tmp_path):
     prepare(folder, tmp_path / "whole", SMALL)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "repa"]
     options = ["--resolution", "8", "--shard-size", "3", "--batch-size", "2", "--num-workers", "0"]
@@ -480,7 +480,7 @@ def test_two_real_processes(folder, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_real_configuration_names_its_mistakes():
+def test_invalid_configurations_are_refused():
     for values, message in [
         ({"resolution": 4}, "resolution"),
         ({"resolution": 8, "features": ["tinny"]}, "Did you mean 'tiny'"),
@@ -497,7 +497,7 @@ def test_a_real_configuration_names_its_mistakes():
     assert weights_for("dinov2-b", config.feature_weights) == "w/x"
 
 
-def test_more_workers_than_a_machine_takes_are_refused(folder, tmp_path):
+def test_too_many_workers_are_refused(folder, tmp_path):
     config = PrepareConfig(resolution=8, num_workers=100_000)
     for make in (prepare, make_plan):
         with pytest.raises(UserError, match="num_workers is 100,000"):

@@ -29,7 +29,7 @@ def computed(log):
     return compute
 
 
-def test_only_what_is_missing_is_computed(tmp_path):
+def test_only_missing_features_are_computed(tmp_path):
     log, cache = [], FeatureCache.open(tmp_path / "cache", "an encoder")
     assert torch.equal(cache.fill(["a", "b"], computed(log)), rows(0, 1))
     assert torch.equal(cache.fill(["b", "c", "a"], computed(log)), rows(1, 1, 0))
@@ -43,7 +43,7 @@ def test_only_what_is_missing_is_computed(tmp_path):
         again[["a", "d"]]
 
 
-def test_one_process_sees_what_another_added(tmp_path):
+def test_a_process_sees_what_another_added(tmp_path):
     first, second = (FeatureCache.open(tmp_path / "cache") for _ in range(2))
     first.add(["a"], rows(7))
     assert torch.equal(second[["a"]], rows(7))
@@ -55,7 +55,7 @@ def _fill(folder, start):
         cache.fill([key, key + 1], lambda missing, key=key: rows(*(key + m for m in missing)))
 
 
-def test_processes_fill_one_folder_at_once(tmp_path):
+def test_processes_fill_one_folder_concurrently(tmp_path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_fill, args=(tmp_path / "cache", start)) for start in (0, 10)]
     for worker in workers:
@@ -80,7 +80,7 @@ def test_nothing_is_stored_beyond_the_limit(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["byte", "cut", "header", "gone"])
-def test_damaged_entries_are_made_again(tmp_path, damage):
+def test_damaged_entries_are_computed_again(tmp_path, damage):
     FeatureCache.open(tmp_path / "cache").add(["a", "b"], rows(1, 2))
     (path,) = (tmp_path / "cache").glob("*.safetensors")
     content = bytearray(path.read_bytes())
@@ -122,7 +122,7 @@ def test_another_encoder_shape_or_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["fp16", "int8"])
-def test_prepared_features_by_number(tmp_path, form):
+def test_prepared_features_are_read_by_image_number(tmp_path, form):
     config = PrepareConfig(resolution=32, features=("tiny",), feature_forms=(form,), num_workers=0)
     prepare("photographs:num=6", tmp_path / "data", config)
     cache = FeatureCache.open(tmp_path / "data")
@@ -160,7 +160,7 @@ def _strangers_file(folder, entries, **header):
         {"keys": "9" * 5000},
     ],
 )
-def test_a_header_that_lies_is_passed_over(tmp_path, header):
+def test_entries_with_a_wrong_header_are_ignored(tmp_path, header):
     FeatureCache.open(tmp_path / "cache").add(["b"], rows(2))
     _strangers_file(tmp_path / "cache", rows(1), **header)
     with pytest.warns(UserWarning, match="skipped"):
@@ -170,7 +170,7 @@ def test_a_header_that_lies_is_passed_over(tmp_path, header):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "broken link", "folder"])
-def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+def test_special_files_are_not_opened(tmp_path, kind):
     FeatureCache.open(tmp_path / "cache").add(["b"], rows(2))
     path = tmp_path / "cache" / f"{'a' * 32}.safetensors"
     if kind == "fifo":
@@ -183,7 +183,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
         assert len(FeatureCache.open(tmp_path / "cache")) == 1
 
 
-def test_entries_of_other_types_or_not_finite_are_made_again(tmp_path):
+def test_entries_of_another_type_or_not_finite_are_computed_again(tmp_path):
     for number, entries in enumerate(
         (rows(1).double(), rows(1).bool(), rows(1).to(torch.complex64), rows(1) * torch.nan)
     ):
@@ -196,7 +196,7 @@ def test_entries_of_other_types_or_not_finite_are_made_again(tmp_path):
         assert torch.equal(cache.fill(["a"], lambda missing: rows(5)), rows(5))
 
 
-def test_a_careless_caller_of_the_cache(tmp_path):
+def test_invalid_calls_of_the_cache_are_refused(tmp_path):
     cache = FeatureCache.open(tmp_path / "cache", {"layers": (1, 2)})
     for keys, features in ((["a"], torch.tensor(1.0)), ([], torch.ones(0, 4, 3)), (["a"], rows(1, 2))):
         with pytest.raises(UserError, match="keys do not match"):
@@ -209,12 +209,12 @@ def test_a_careless_caller_of_the_cache(tmp_path):
         FeatureCache.open(tmp_path / "file")
 
 
-def test_a_folder_that_another_process_has_just_begun_is_a_cache(tmp_path):
+def test_a_cache_just_created_by_another_process_is_opened(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".cache.json.abcdefgh.tmp").touch()
     assert FeatureCache.open(tmp_path).fill([0], lambda missing: torch.ones(1, 2, 3)).shape == (1, 2, 3)
 
 
-def test_a_folder_that_cannot_be_made_is_said():
+def test_a_folder_that_cannot_be_created_is_reported():
     with pytest.raises(UserError, match=r"/proc/features accepts no new files. Choose another folder"):
         FeatureCache.open("/proc/features", "enc").add(["a"], torch.zeros(1, 2, 3))

@@ -34,7 +34,7 @@ def plain(folder, tmp_path, fakes):
     return open_data(tmp_path / "plain")
 
 
-def test_int8_tokens(folder, tmp_path, plain):
+def test_int8_tokens_are_close_to_the_originals(folder, tmp_path, plain):
     manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms=("int8",)))
     data, facts = open_data(tmp_path / "out"), manifest.features["tiny"]
     assert manifest.fields["features.tiny"] == ("int8", (4, 3))
@@ -48,7 +48,7 @@ def test_int8_tokens(folder, tmp_path, plain):
 
 
 @pytest.mark.parametrize("form", ["pca2", "pca2-int8"])
-def test_coordinates(folder, tmp_path, plain, form):
+def test_principal_coordinates_reproduce_the_tokens(folder, tmp_path, plain, form):
     manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms=(f"tiny={form}",)))
     facts = manifest.features["tiny"]
     assert (facts.dim, facts.form, facts.basis.file, facts.basis.shape) == (3, form, "basis.tiny.npy", (3, 3))
@@ -60,7 +60,7 @@ def test_coordinates(folder, tmp_path, plain, form):
     assert len(list((tmp_path / "out").glob("basis*"))) == 1
 
 
-def test_a_sample_for_directions_comes_from_all_over(folder, tmp_path, fakes, monkeypatch):
+def test_principal_directions_use_images_from_the_whole_source(folder, tmp_path, fakes, monkeypatch):
     """Of a source sorted by class the first images would be one class."""
     monkeypatch.setattr("repa.data.encoding.SAMPLE", 3)
     seen = []
@@ -73,7 +73,7 @@ def test_a_sample_for_directions_comes_from_all_over(folder, tmp_path, fakes, mo
     np.testing.assert_array_equal(np.concatenate(seen[:2]), images[[0, 5, 10]])
 
 
-def test_another_form_is_refused_and_too_many_directions_too(folder, tmp_path, fakes):
+def test_a_changed_form_and_too_many_directions_are_refused(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", FULL.override(feature_forms=("int8",)))
     with pytest.raises(UserError, match="feature_forms of tiny: int8 -> fp16"):
         prepare(folder, tmp_path / "out", FULL)
@@ -82,7 +82,7 @@ def test_another_form_is_refused_and_too_many_directions_too(folder, tmp_path, f
     assert not (tmp_path / "new").exists()
 
 
-def test_a_lost_basis_is_found_again_or_refused(folder, tmp_path, fakes):
+def test_a_lost_basis_is_computed_again_or_refused(folder, tmp_path, fakes):
     config, out = FULL.override(feature_forms=("pca2",)), tmp_path / "out"
     prepare(folder, out, config)
     before = content(out)
@@ -101,7 +101,7 @@ def test_a_lost_basis_is_found_again_or_refused(folder, tmp_path, fakes):
         prepare(folder, out, config)
 
 
-def test_flipped_copies_follow_and_do_not_count(folder, tmp_path, plain):
+def test_flipped_copies_follow_the_images_and_do_not_count(folder, tmp_path, plain):
     manifest = prepare(folder, tmp_path / "out", FULL.override(flip=True))
     data = open_data(tmp_path / "out")
     assert (manifest.num_images, manifest.originals, manifest.class_counts) == (22, range(11), (7, 4))
@@ -117,14 +117,14 @@ def test_flipped_copies_follow_and_do_not_count(folder, tmp_path, plain):
     np.testing.assert_array_equal(cells[11:], cells[:11, :, ::-1])
 
 
-def test_a_bad_image_is_left_out_of_both_copies(folder, tmp_path, fakes):
+def test_a_bad_image_is_skipped_in_both_copies(folder, tmp_path, fakes):
     spoil(folder / "ants" / "004.png")
     manifest = prepare(folder, tmp_path / "out", FULL.override(flip=True, skip_bad=True))
     assert (manifest.num_images, len(manifest.originals), manifest.skipped) == (20, 10, ["ants/004.png"])
     open_data(tmp_path / "out").check()
 
 
-def test_flipped_shards_that_are_no_copy_are_refused(folder, tmp_path, fakes):
+def test_flipped_shards_that_do_not_match_are_refused(folder, tmp_path, fakes):
     prepare(folder, tmp_path / "out", SMALL.override(flip=True))
     values = read_json(tmp_path / "out" / "manifest.json")
     values["shards"][1]["flipped"] = True
@@ -134,7 +134,7 @@ def test_flipped_shards_that_are_no_copy_are_refused(folder, tmp_path, fakes):
         Manifest.open(tmp_path / "out")
 
 
-def test_captions_lie_beside_the_shards(folder, tmp_path, fakes, monkeypatch):
+def test_captions_are_stored_next_to_the_shards(folder, tmp_path, fakes, monkeypatch):
     spoil(folder / "ants" / "001.png")
 
     def with_captions(spec, **options):
@@ -159,7 +159,7 @@ def test_captions_lie_beside_the_shards(folder, tmp_path, fakes, monkeypatch):
     assert (tmp_path / "out" / "captions-00001.jsonl").exists()
 
 
-def test_parts_can_be_made_one_after_the_other(folder, tmp_path, fakes, plain):
+def test_fields_can_be_made_one_after_the_other(folder, tmp_path, fakes, plain):
     out, calls = tmp_path / "out", fakes[1].calls
     assert prepare(folder, out, FULL, only=["base"]) is None
     assert fakes[1].calls == calls
@@ -173,7 +173,7 @@ def test_parts_can_be_made_one_after_the_other(folder, tmp_path, fakes, plain):
             prepare(folder, out, FULL, only=[wrong])
 
 
-def test_a_field_that_is_removed_leaves_the_others_alone(folder, tmp_path, fakes):
+def test_removing_a_field_keeps_the_others(folder, tmp_path, fakes):
     out, config = tmp_path / "out", FULL.override(features=("tiny", "dinov2-b"), feature_forms=("dinov2-b=pca2-int8",))
     prepare(folder, out, FULL)
     before = content(out)
@@ -224,7 +224,7 @@ def test_images_can_be_removed_where_latents_are_stored(folder, tmp_path, plain,
             remove(plain.folder, wrong)
 
 
-def test_a_removal_that_was_killed_is_continued(folder, tmp_path, plain, monkeypatch):
+def test_a_killed_removal_is_continued(folder, tmp_path, plain, monkeypatch):
     prepare(folder, tmp_path / "out", FULL.override(features=()))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("pathlib.Path.unlink", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -234,7 +234,7 @@ def test_a_removal_that_was_killed_is_continued(folder, tmp_path, plain, monkeyp
     assert content(plain.folder) == content(tmp_path / "out")
 
 
-def test_the_records_of_an_encoder_whose_name_begins_alike_stay(folder, tmp_path, fakes):
+def test_records_of_an_encoder_with_a_similar_name_stay(folder, tmp_path, fakes):
     config = FULL.override(features=("tiny", "tiny-classifier"))
     prepare(folder, tmp_path / "out", config, only=("features:tiny", "features:tiny-classifier"))
     remove(tmp_path / "out", "features:tiny")
@@ -242,7 +242,7 @@ def test_the_records_of_an_encoder_whose_name_begins_alike_stay(folder, tmp_path
     assert records == {"tiny-classifier"}
 
 
-def test_an_encoder_that_was_asked_for_in_vain_can_be_given_up(folder, tmp_path, fakes, monkeypatch):
+def test_an_encoder_that_cannot_be_loaded_can_be_removed_again(folder, tmp_path, fakes, monkeypatch):
     """Its weights cannot be loaded: without it the folder is whole again."""
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL)

@@ -41,13 +41,13 @@ def classes(source):
     return [source.class_names[label] for label in source.labels]
 
 
-def test_numbers_of_folders_and_texts_are_sorted_by_value(tmp_path):
+def test_numeric_class_names_are_sorted_by_value(tmp_path):
     source = open_source(tree(tmp_path, *(f"{n}/a.png" for n in (0, 1, 2, 3, 10, 11))))
     assert source.class_names == ["0", "1", "2", "3", "10", "11"]
 
 
 @pytest.mark.parametrize("splits", [("train", "val", "test"), ("training", "validation")])
-def test_splits_are_no_classes(splits, tmp_path):
+def test_split_folders_are_not_classes(splits, tmp_path):
     tree(tmp_path, *(f"{split}/{name}/1.png" for split in splits for name in ("cat", "dog")))
     with pytest.raises(UserError, match="splits"):
         open_source(tmp_path)
@@ -56,13 +56,13 @@ def test_splits_are_no_classes(splits, tmp_path):
     assert open_source(tmp_path, labels="folders").class_names == sorted(splits)
 
 
-def test_one_split_around_the_classes_is_announced(tmp_path):
+def test_a_single_split_folder_around_the_classes_is_announced(tmp_path):
     source = open_source(tree(tmp_path, "train/cat/1.png", "train/dog/1.png"))
     assert source.class_names == ["cat", "dog"]
     assert "train" in source.labels_from
 
 
-def test_a_class_with_subfolders_is_not_two_classes(tmp_path):
+def test_subfolders_of_a_class_need_a_choice(tmp_path):
     tree(tmp_path, "cat/2019/1.png", "cat/2020/2.png")
     with pytest.raises(UserError, match="--labels folders:2"):
         open_source(tmp_path)
@@ -70,7 +70,7 @@ def test_a_class_with_subfolders_is_not_two_classes(tmp_path):
     assert open_source(tmp_path, labels="folders:last").class_names == ["2019", "2020"]
 
 
-def test_folders_of_the_system_and_other_files_are_counted(tmp_path):
+def test_system_folders_and_other_files_are_counted(tmp_path):
     tree(tmp_path, "cat/1.png", "dog/1.png", "@eaDir/x.png", "$RECYCLE.BIN/y.png", "lost+found/z.png")
     (tmp_path / "bird").mkdir()
     (tmp_path / "cat/1.raw").write_bytes(b"x")
@@ -82,7 +82,7 @@ def test_folders_of_the_system_and_other_files_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["jfif", "jpe", "ppm", "tga", "jp2", "avif", "apng"])
-def test_every_ending_of_a_format_that_is_decoded_is_taken(ending, tmp_path):
+def test_every_extension_of_a_decodable_format_is_read(ending, tmp_path):
     tree(tmp_path, "a.png")
     kind = {"jfif": "JPEG", "jpe": "JPEG", "tga": "TGA", "jp2": "JPEG2000", "avif": "AVIF", "ppm": "PPM", "apng": "PNG"}
     try:
@@ -94,7 +94,7 @@ def test_every_ending_of_a_format_that_is_decoded_is_taken(ending, tmp_path):
     source.decode(1)
 
 
-def test_a_zip_with_backslashes_has_its_folders(tmp_path):
+def test_backslashes_in_a_zip_are_folders(tmp_path):
     with zipfile.ZipFile(tmp_path / "w.zip", "w") as archive:
         for number, name in enumerate(("cat\\1.png", "dog\\1.png")):
             archive.writestr(name, png(number))
@@ -103,7 +103,7 @@ def test_a_zip_with_backslashes_has_its_folders(tmp_path):
     source.decode(1)
 
 
-def test_other_ways_to_write_the_path_of_a_member(tmp_path):
+def test_other_spellings_of_member_paths_are_normalised(tmp_path):
     names = ["./cat/1.png", "cat//2.png", "cat/./3.png", "dog\\1.png"]
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for number, name in enumerate(names):
@@ -119,7 +119,7 @@ def test_other_ways_to_write_the_path_of_a_member(tmp_path):
         open_source(tmp_path / "x.zip")
 
 
-def test_backslashes_in_a_tar_are_folders_too(tmp_path):
+def test_backslashes_in_a_tar_are_folders(tmp_path):
     tar(tmp_path / "x.tar", **{"cat\\1.png": png(), "dog\\1.png": png()})
     with pytest.raises(UserError, match="folders such as cat, dog"):
         open_source(tmp_path / "x.tar")
@@ -133,7 +133,7 @@ def tar(path, **members):
             archive.addfile(info, io.BytesIO(data))
 
 
-def test_one_tar_a_class(tmp_path):
+def test_one_tar_per_class_needs_a_choice(tmp_path):
     for number, name in enumerate(("n01440764", "n01443537")):
         tar(tmp_path / f"{name}.tar", **{f"{name}_1.png": png(number), f"{name}_2.png": png(number + 5)})
     with pytest.raises(UserError, match="--labels tars"):
@@ -143,13 +143,13 @@ def test_one_tar_a_class(tmp_path):
     assert open_source(tmp_path, labels="none").class_names == ["all"]
 
 
-def test_shards_that_are_counted_through_need_no_choice(tmp_path):
+def test_numbered_shards_need_no_choice(tmp_path):
     for number in range(2):
         tar(tmp_path / f"train-{number:04}.tar", **{f"{number}.png": png(number)})
     assert open_source(tmp_path).class_names == ["all"]
 
 
-def test_dots_in_the_names_of_a_sample(tmp_path):
+def test_dots_in_sample_names_are_part_of_the_name(tmp_path):
     members = {}
     for number, label in enumerate(("cat", "dog")):
         members |= {f"{number}.v2.png": png(number), f"{number}.v2.cls": label.encode()}
@@ -158,21 +158,21 @@ def test_dots_in_the_names_of_a_sample(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["class", "target"])
-def test_a_key_of_the_json_that_looks_like_a_label(key, tmp_path):
+def test_a_json_key_that_looks_like_a_label_needs_a_choice(key, tmp_path):
     tar(tmp_path / "a.tar", **{"0.png": png(), "0.json": json.dumps({key: 1}).encode()})
     with pytest.raises(UserError, match=f"label={key}"):
         open_source(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("column", ["labels", "fine_label", "class", "cls", "target"])
-def test_columns_that_are_called_as_labels_are(column, tmp_path):
+def test_columns_named_like_labels_are_recognised(column, tmp_path):
     parquet.write_table(pa.table({"image": [png(0), png(1)], column: [1, 0]}), tmp_path / "p.parquet")
     source = open_source(tmp_path / "p.parquet")
     assert source.labels.tolist() == [1, 0]
     assert column in source.labels_from
 
 
-def test_columns_that_no_rule_knows_are_named_with_how_to_take_one(tmp_path):
+def test_unknown_columns_are_named_with_how_to_choose_one(tmp_path):
     file = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"image": [png(0), png(1)], "text": ["a", "b"], "species": ["owl", "cat"]}), file)
     source = open_source(file)
@@ -183,13 +183,13 @@ def test_columns_that_no_rule_knows_are_named_with_how_to_take_one(tmp_path):
     assert open_source(f"{file}:label=species").class_names == ["cat", "owl"]
 
 
-def test_two_columns_that_could_be_the_label_are_refused(tmp_path):
+def test_two_possible_label_columns_are_refused(tmp_path):
     parquet.write_table(pa.table({"image": [png()], "fine_label": [1], "coarse_label": [0]}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="label=fine_label"):
         open_source(tmp_path / "p.parquet")
 
 
-def test_splits_of_parquet_files_are_refused(tmp_path):
+def test_parquet_files_of_several_splits_are_refused(tmp_path):
     for name in ("train", "test"):
         parquet.write_table(pa.table({"image": [png()], "label": [0]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="splits"):
@@ -197,7 +197,7 @@ def test_splits_of_parquet_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["metadata.csv", "metadata.jsonl"])
-def test_the_metadata_of_imagefolder(file, tmp_path):
+def test_imagefolder_metadata_is_read(file, tmp_path):
     tree(tmp_path, "a.png", "b.png")
     rows = [{"file_name": "a.png", "label": "dog"}, {"file_name": "b.png", "label": "cat"}]
     csv = "file_name,label\n" + "".join(f"{row['file_name']},{row['label']}\n" for row in rows)
@@ -217,25 +217,25 @@ def test_numbers_written_as_floats_are_numbers(tmp_path):
     assert table(tmp_path, "name,label\na.png,10.0\nb.png,2.0\nc.png,0.0\n").labels.tolist() == [10, 2, 0]
 
 
-def test_spaces_and_forms_of_accents_make_no_classes(tmp_path):
+def test_spaces_and_unicode_forms_do_not_split_classes(tmp_path):
     source = table(tmp_path, "name,label\na.png, cat\nb.png,cat\nc.png,caf\u0065\u0301\n")
     assert source.class_names == ["caf\u00e9", "cat"]
 
 
-def test_the_table_of_celeba(tmp_path):
+def test_the_celeba_table_is_read(tmp_path):
     tree(tmp_path, *(f"{name}.png" for name in "abc"))
     (tmp_path / "attr.csv").write_text("image_id,Smiling,Young\na.png,-1,1\nb.png,1,1\nc.png,-1,-1\n", encoding="utf-8")
     source = open_source(tmp_path, labels=f"{tmp_path / 'attr.csv'}:Smiling")
     assert (source.class_names, source.labels.tolist()) == (["-1", "1"], [0, 1, 0])
 
 
-def test_halves_are_no_labels(tmp_path):
+def test_fractional_numbers_are_not_labels(tmp_path):
     with pytest.raises(UserError, match="a label is a whole number"):
         parquet.write_table(pa.table({"image": [png()], "label": [0.5]}), tmp_path / "p.parquet")
         open_source(tmp_path / "p.parquet")
 
 
-def test_pictures_that_were_replaced_are_another_source(tmp_path):
+def test_replaced_images_change_the_identity(tmp_path):
     tree(tmp_path, "a/1.bmp", "b/2.bmp")
     before = open_source(tmp_path).identity
     data = (tmp_path / "a/1.bmp").read_bytes()
@@ -243,7 +243,7 @@ def test_pictures_that_were_replaced_are_another_source(tmp_path):
     assert open_source(tmp_path).identity != before
 
 
-def test_profiles_of_colour_are_converted(tmp_path):
+def test_colour_profiles_are_converted(tmp_path):
     """Under a profile whose primaries are those of sRGB nothing changes; under another, colours do."""
     flat = Image.new("RGB", (4, 4), (200, 30, 30))
 
@@ -258,7 +258,7 @@ def test_profiles_of_colour_are_converted(tmp_path):
     assert np.array_equal(np.asarray(decode_image(out.getvalue(), "x")), np.asarray(flat))
 
 
-def test_the_inventory_is_printed_and_kept(tmp_path, capsys):
+def test_the_inventory_is_printed_and_stored(tmp_path, capsys):
     tree(tmp_path / "in", "cat/1.png", "cat/2.png", "dog/1.png")
     (tmp_path / "in/cat/notes.md").write_text("x", encoding="utf-8")
     assert repa(["prepare", str(tmp_path / "in"), str(tmp_path / "out"), "--resolution", "8"]) == 0
@@ -270,7 +270,7 @@ def test_the_inventory_is_printed_and_kept(tmp_path, capsys):
     assert manifest.class_counts == (2, 1)
 
 
-def test_a_locale_of_few_letters_reads_utf_8(tmp_path, monkeypatch):
+def test_utf_8_is_read_in_an_ascii_locale(tmp_path, monkeypatch):
     import os
     import subprocess
     import sys
@@ -284,7 +284,7 @@ def test_a_locale_of_few_letters_reads_utf_8(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
 
 
-def test_a_picture_with_a_long_text_is_taken(tmp_path):
+def test_a_png_with_a_long_text_chunk_is_read(tmp_path):
     from PIL import PngImagePlugin
 
     info = PngImagePlugin.PngInfo()
@@ -297,7 +297,7 @@ def test_a_picture_with_a_long_text_is_taken(tmp_path):
 @pytest.mark.parametrize(
     "splits", [("train2017", "val2017"), ("training_set", "test_set"), ("seg_train", "seg_test", "seg_pred")]
 )
-def test_splits_by_longer_names(splits, tmp_path):
+def test_longer_split_names_are_recognised(splits, tmp_path):
     with pytest.raises(UserError, match="splits"):
         open_source(tree(tmp_path, *(f"{split}/{split}/{name}/1.png" for split in splits for name in ("cat", "dog"))))
     assert open_source(tmp_path, labels="folders:last").class_names == ["cat", "dog"]
@@ -306,12 +306,12 @@ def test_splits_by_longer_names(splits, tmp_path):
     )
 
 
-def test_names_that_hold_a_word_of_splits_are_classes(tmp_path):
+def test_class_names_that_contain_a_split_name_are_classes(tmp_path):
     assert open_source(tree(tmp_path, "test_tube/1.png", "bus/1.png")).class_names == ["bus", "test_tube"]
 
 
 @pytest.mark.parametrize("ending", ["tar", "parquet"])
-def test_shards_of_several_splits_are_not_one_set(ending, tmp_path):
+def test_shards_of_several_splits_are_refused(ending, tmp_path):
     for split in ("my_train", "my_val"):
         tar(tmp_path / f"{split}.tar", **{"a.png": png(), "a.cls": b"0"})
         table = pa.table({"image": [png()], "label": [0]})
@@ -321,13 +321,13 @@ def test_shards_of_several_splits_are_not_one_set(ending, tmp_path):
     assert len(open_source(f"{tmp_path}/my_val.{ending}")) == 1
 
 
-def test_folders_inside_classes_are_told(tmp_path):
+def test_folders_inside_classes_are_reported(tmp_path):
     source = open_source(tree(tmp_path, "cat/2019/1.png", "dog/2020/2.png", "dog/3.png"))
     assert source.class_names == ["cat", "dog"]
     assert "2019, 2020" in source.labels_from
 
 
-def test_folders_of_the_system_are_counted_wherever_they_lie(tmp_path):
+def test_system_folders_are_counted_at_any_depth(tmp_path):
     tree(
         tmp_path,
         "cat/1.png",
@@ -346,7 +346,7 @@ def test_folders_of_the_system_are_counted_wherever_they_lie(tmp_path):
     assert source.left_out == {"folder without images: bird": 1, "hidden files and folders of the system": 1}
 
 
-def test_numbers_with_signs_are_sorted_by_value(tmp_path):
+def test_signed_numbers_are_sorted_by_value(tmp_path):
     assert open_source(tree(tmp_path, "-10/1.png", "2/1.png", "-1/1.png")).class_names == ["-10", "-1", "2"]
 
 
@@ -364,7 +364,7 @@ def test_numbers_with_signs_are_sorted_by_value(tmp_path):
         ("identity_CelebA.txt", "0.png 7\n1.png 5\n", "identity_CelebA.txt:label"),
     ],
 )
-def test_tables_beside_loose_images_are_not_passed_over(file, text, choice, tmp_path):
+def test_tables_next_to_loose_images_need_a_choice(file, text, choice, tmp_path):
     tree(tmp_path, "0.png", "1.png")
     (tmp_path / "0.txt").write_text("hello world")  # a caption
     (tmp_path / "README.txt").write_text("two words\n")
@@ -384,13 +384,13 @@ def test_tables_beside_loose_images_are_not_passed_over(file, text, choice, tmp_
 
 
 @pytest.mark.parametrize("text", ["path;label\n0.png;a\n1.png;b\n", "path,label\n./0.png,a\n.\\1.png,b\n"])
-def test_other_ways_to_write_a_table(text, tmp_path):
+def test_tables_in_other_dialects_are_read(text, tmp_path):
     tree(tmp_path / "images", "0.png", "1.png")
     (tmp_path / "labels.csv").write_text(text)
     assert classes(open_source(tmp_path / "images", labels=f"{tmp_path / 'labels.csv'}:label")) == ["a", "b"]
 
 
-def test_files_of_samples_that_are_not_read_are_counted_or_asked_about(tmp_path):
+def test_unread_files_of_samples_are_counted_or_need_a_choice(tmp_path):
     tar(tmp_path / "a.tar", **{"0.png": png(), "0.label": b"1", "0.depth": b"x", "1.png": png(), "1.label": b"0"})
     source = open_source(tmp_path / "a.tar")
     assert classes(source) == ["1", "0"]
@@ -409,7 +409,7 @@ def test_files_of_samples_that_are_not_read_are_counted_or_asked_about(tmp_path)
         ({"0.cls.txt": b"3"}, {"1.cls.txt": b"4"}, r"cls\.txt"),
     ],
 )
-def test_what_looks_like_a_label_in_any_sample(first, second, choice, tmp_path):
+def test_a_label_like_key_in_any_sample_needs_a_choice(first, second, choice, tmp_path):
     tar(tmp_path / "a.tar", **{"0.png": png()}, **first, **{"1.png": png()}, **second)
     for _ in range(2):  # the second time from the index in the cache
         with pytest.raises(UserError, match=f"label={choice},"):
@@ -422,7 +422,7 @@ def test_hidden_files_in_a_tar_are_counted(tmp_path):
         assert open_source(tmp_path / "a.tar").left_out == {"hidden files and folders of the system": 3}
 
 
-def test_arrays_that_are_left_out_are_named(tmp_path):
+def test_skipped_arrays_are_named(tmp_path):
     images = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=np.array([1.0, 0.0]), x_test=images)
     source = open_source(tmp_path / "a.npz")
@@ -432,18 +432,18 @@ def test_arrays_that_are_left_out_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (3, 32, 32)])
-def test_one_picture_is_not_many_grey_ones(shape, tmp_path):
+def test_one_colour_image_is_not_read_as_many_grey_ones(shape, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
     with pytest.raises(UserError, match="single colour image"):
         open_source(tmp_path / "a.npy")
 
 
-def test_bytes_called_caption_do_not_hide_the_image(tmp_path):
+def test_a_binary_column_named_caption_does_not_hide_the_image(tmp_path):
     parquet.write_table(pa.table({"image": [png()], "caption": [b"hello"], "label": [0]}), tmp_path / "a.parquet")
     assert len(open_source(tmp_path / "a.parquet")) == 1
 
 
-def test_captions_block_nothing_and_are_counted(tmp_path, capsys):
+def test_captions_need_no_choice_and_are_counted(tmp_path, capsys):
     tree(tmp_path / "x", *(f"cat/{n}.png" for n in range(4)))
     (tmp_path / "x/cat/0.TXT").write_text("hello")
     (tmp_path / "x/cat/1.txt").write_bytes("caf\u00e9".encode("latin-1"))
@@ -458,7 +458,7 @@ def test_captions_block_nothing_and_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ['{"file_name": "0.png", "text": "hello"}\n{"file_name": "1.png", "text": ["a", "b"]}\n', "[1]\n", "\udcff"]
 )
-def test_captions_of_metadata(text, tmp_path):
+def test_captions_in_metadata_are_read(text, tmp_path):
     tree(tmp_path, "0.png", "1.png")
     (tmp_path / "metadata.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     source = open_source(tmp_path, labels="none")
@@ -467,7 +467,7 @@ def test_captions_of_metadata(text, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["labels.csv", "images/labels.csv"])
-def test_a_table_beside_the_one_folder_of_images(file, tmp_path):
+def test_a_table_next_to_the_only_image_folder_is_read(file, tmp_path):
     """The choice that the refusal names is taken: paths may start at the folder of the images."""
     tree(tmp_path, "images/0.png", "images/1.png")
     (tmp_path / file).write_text("file_name,label\n0.png,a\n1.png,b\n")
@@ -477,7 +477,7 @@ def test_a_table_beside_the_one_folder_of_images(file, tmp_path):
     assert open_source(tmp_path, labels="folders").class_names == ["images"]
 
 
-def test_a_table_that_names_images_beside_folders_of_numbers(tmp_path):
+def test_a_table_next_to_numbered_folders_needs_a_choice(tmp_path):
     tree(tmp_path, "00/0.png", "01/1.png")
     (tmp_path / "words.csv").write_text("class,meaning\n00,cat\n01,dog\n")
     assert open_source(tmp_path).class_names == ["00", "01"]
@@ -488,7 +488,7 @@ def test_a_table_that_names_images_beside_folders_of_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "text"), [("cls", "1"), ("json", '{"label": 1}')])
-def test_the_files_of_a_webdataset_that_was_unpacked(ending, text, tmp_path):
+def test_files_of_an_unpacked_webdataset_need_a_choice(ending, text, tmp_path):
     for number in "01":
         tree(tmp_path / "x", f"{number}.png")
         (tmp_path / "x" / f"{number}.{ending}").write_text(text.replace("1", number))
@@ -502,14 +502,14 @@ def test_the_files_of_a_webdataset_that_was_unpacked(ending, text, tmp_path):
             open_source(archive)
 
 
-def test_a_tar_with_one_folder_around_the_classes(tmp_path):
+def test_a_tar_with_one_outer_folder_has_its_classes(tmp_path):
     tar(tmp_path / "a.tar", **{"imgs/cat/0.png": png(), "imgs/dog/1.png": png()})
     with pytest.raises(UserError, match="imgs/cat, imgs/dog"):
         open_source(tmp_path / "a.tar")
     assert open_source(tmp_path / "a.tar", labels="folders:2").class_names == ["cat", "dog"]
 
 
-def test_metadata_between_semicolons_and_with_several_rows_an_image(tmp_path):
+def test_metadata_with_semicolons_and_several_rows_per_image_is_read(tmp_path):
     tree(tmp_path, "0.png", "1.png")
     (tmp_path / "metadata.csv").write_text("File_Name;label;text\n0.png;a;one\n1.png;b;two\n./0.png;a;three\n")
     source = open_source(tmp_path)
@@ -527,20 +527,20 @@ def test_metadata_between_semicolons_and_with_several_rows_an_image(tmp_path):
         ("dataset.json", '{"labels": null, "labels": [["0.png", 1]]}'),
     ],
 )
-def test_a_label_given_twice_is_not_the_last(file, text, tmp_path):
+def test_two_labels_for_one_image_are_refused(file, text, tmp_path):
     tree(tmp_path, "0.png")
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match="twice"):
         open_source(tmp_path)
 
 
-def test_other_ends_of_lines_in_captions(tmp_path):
+def test_caption_files_with_other_line_endings_are_read(tmp_path):
     tree(tmp_path, "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a\u2028b\x85c"}\n', encoding="utf-8")
     assert open_source(tmp_path).captions(0) == ("a\u2028b\x85c",)
 
 
-def test_what_lies_in_a_folder_without_images_is_told(tmp_path):
+def test_files_in_a_folder_without_images_are_reported(tmp_path):
     (tmp_path / "default/train").mkdir(parents=True)
     (tmp_path / "default/train/0000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"but 1 files \.parquet"):
@@ -548,13 +548,13 @@ def test_what_lies_in_a_folder_without_images_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("splits", [("trainA", "testA"), ("TrainSet", "TestSet")])
-def test_splits_in_camel_case(splits, tmp_path):
+def test_split_names_in_camel_case_are_recognised(splits, tmp_path):
     tree(tmp_path, *(f"{split}/{number}.png" for split in splits for number in range(2)))
     with pytest.raises(UserError, match="looks like splits"):
         open_source(tmp_path)
 
 
-def test_splits_inside_the_folders_of_classes(tmp_path):
+def test_splits_inside_class_folders_need_a_choice(tmp_path):
     tree(tmp_path, "cat/train/1.png", "cat/val/2.png", "dog/train/3.png")
     with pytest.raises(UserError, match=r"looks like splits \(train, val\)"):
         open_source(tmp_path)
@@ -562,7 +562,7 @@ def test_splits_inside_the_folders_of_classes(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["metadata.csv", "train/metadata.csv", "dataset.json"])
-def test_labels_of_several_splits_are_not_one_set(file, tmp_path):
+def test_labels_of_several_splits_need_a_choice(file, tmp_path):
     tree(tmp_path, "train/a.png", "test/b.png")
     if file == "dataset.json":
         (tmp_path / file).write_text('{"labels": [["train/a.png", 0], ["test/b.png", 1]]}')
@@ -579,13 +579,13 @@ def test_labels_of_several_splits_are_not_one_set(file, tmp_path):
     assert "the splits test, train are one set" in source.labels_from
 
 
-def test_splits_inside_a_tar_are_told(tmp_path):
+def test_splits_inside_a_tar_are_reported(tmp_path):
     tar(tmp_path / "a.tar", **{"train/0.png": png(), "train/0.cls": b"0", "val/1.png": png(), "val/1.cls": b"1"})
     assert "the splits train, val are one set" in open_source(tmp_path / "a.tar").labels_from
 
 
 @pytest.mark.parametrize("ending", ["tar", "parquet"])
-def test_shards_in_folders_of_splits_are_not_one_set(ending, tmp_path):
+def test_shards_in_split_folders_are_refused(ending, tmp_path):
     for split in ("train", "test"):
         path = tmp_path / "val of someone" / split / f"0.{ending}"
         path.parent.mkdir(parents=True)
@@ -599,13 +599,13 @@ def test_shards_in_folders_of_splits_are_not_one_set(ending, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["{0,0}.tar", "{0,*}.tar"])
-def test_no_shard_counts_twice(pattern, tmp_path):
+def test_no_shard_is_counted_twice(pattern, tmp_path):
     tar(tmp_path / "0.tar", **{"0.png": png()})
     with pytest.raises(UserError, match=r"0\.tar twice"):
         open_source(tmp_path / pattern)
 
 
-def test_metadata_in_every_folder(tmp_path):
+def test_metadata_in_every_folder_is_read(tmp_path):
     tree(tmp_path, "a/1.png", "b/1.png")
     (tmp_path / "a/metadata.csv").write_text("file_name,text\n1.png,one\n")
     (tmp_path / "b/metadata.jsonl").write_text('{"file_name": "./1.png", "text": "two"}\n')
@@ -620,7 +620,7 @@ def test_metadata_in_every_folder(tmp_path):
     assert classes(open_source(tmp_path)) == ["x", "y"]
 
 
-def test_a_listing_inside_the_one_folder(tmp_path):
+def test_a_listing_inside_the_only_folder_is_read(tmp_path):
     tree(tmp_path, "x/a.png", "x/b.png")
     (tmp_path / "x/dataset.json").write_text('{"labels": [["a.png", 0], ["b.png", 1]]}')
     with pytest.raises(UserError, match=r"x/dataset\.json, which looks like labels"):
@@ -628,7 +628,7 @@ def test_a_listing_inside_the_one_folder(tmp_path):
     assert classes(open_source(tmp_path, labels=str(tmp_path / "x/dataset.json"))) == ["0", "1"]
 
 
-def test_classes_of_similar_names_are_told(tmp_path):
+def test_classes_with_similar_names_are_reported(tmp_path):
     assert (
         "similar names: Cat, cat"
         in open_source(tree(tmp_path / "a", "Cat/1.png", "cat/1.png", "dog/1.png")).labels_from
@@ -637,7 +637,7 @@ def test_classes_of_similar_names_are_told(tmp_path):
     assert "similar" not in open_source(tree(tmp_path / "c", "-1/1.png", "1/1.png", "c/1.png", "c++/1.png")).labels_from
 
 
-def test_words_for_a_missing_label_among_numbers(tmp_path):
+def test_a_missing_label_among_numbers_is_refused(tmp_path):
     tree(tmp_path / "s", "a.png", "b.png", "c.png")
     (tmp_path / "t.csv").write_text("file,label\na.png,3\nb.png,N/A\nc.png,4\n")
     with pytest.raises(UserError, match=r"b\.png has no label"):
@@ -646,7 +646,7 @@ def test_words_for_a_missing_label_among_numbers(tmp_path):
     assert classes(open_source(tmp_path / "s", labels=f"{tmp_path / 't.csv'}:label")) == ["cat", "none", "4"]
 
 
-def test_columns_that_are_not_read_are_counted(tmp_path):
+def test_unread_columns_are_counted(tmp_path):
     table = {
         "image": [png()] * 2,
         "label": [0, 1],
@@ -659,14 +659,14 @@ def test_columns_that_are_not_read_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dictionary", "string_view"])
-def test_captions_of_other_types_of_text(kind, tmp_path):
+def test_captions_of_other_text_types_are_read(kind, tmp_path):
     texts = pa.array(["a cat", "a dog"])
     texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(pa.string_view())
     parquet.write_table(pa.table({"image": [png()] * 2, "caption": texts}), tmp_path / "t.parquet")
     assert open_source(tmp_path / "t.parquet").captions(1) == ("a dog",)
 
 
-def test_one_parquet_file_a_class(tmp_path):
+def test_one_parquet_file_per_class_needs_a_choice(tmp_path):
     for name in ("cat", "dog"):
         parquet.write_table(pa.table({"image": [png()]}), tmp_path / f"{name}.parquet")
     with pytest.raises(UserError, match="--labels none"):
@@ -679,14 +679,14 @@ def test_one_parquet_file_a_class(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["cls", "category", "Y"])
-def test_arrays_that_are_called_as_labels_are(key, tmp_path):
+def test_arrays_named_like_labels_are_recognised(key, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), **{key: np.arange(2)})
     with pytest.raises(UserError, match=f"label={key}"):
         open_source(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("texts", [("0", "1"), ("0 0.5 0.5 0.1 0.2", "3 0.1 0.1 0.2 0.2\n1 0.2 0.2 0.1 0.1")])
-def test_numbers_next_to_images_are_no_captions(texts, tmp_path):
+def test_numeric_columns_are_not_captions(texts, tmp_path):
     root = tree(tmp_path / "s", "a.png", "b.png")
     for name, text in zip("ab", texts, strict=True):
         (root / f"{name}.txt").write_text(text)

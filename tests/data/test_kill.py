@@ -42,7 +42,7 @@ def killed(folder, out, config, encoder, after: float) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("processes", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_the_same_command_several_times_at_once(folder, tmp_path, fakes, processes):
+def test_concurrent_equal_commands_make_one_data_set(folder, tmp_path, fakes, processes):
     """They take shards in turn, meet in no other way, and one of them makes the manifest."""
     encoder = fakes[1]
     prepare(folder, tmp_path / "whole", PACKED.override(num_workers=0))
@@ -76,7 +76,7 @@ def test_the_same_command_several_times_at_once(folder, tmp_path, fakes, process
         pytest.param(30, PACKED, marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_random_times(folder, tmp_path, fakes, tries, config):
+def test_kills_at_random_times_lose_at_most_a_shard(folder, tmp_path, fakes, tries, config):
     """Each folder is killed twice; a kill costs the shard that was written, and the next one's batches encoded ahead."""
     encoder = fakes[1]
     prepare(folder, tmp_path / "warm", config)

@@ -46,14 +46,14 @@ def test_a_dataset_json_at_the_root_gives_the_labels(edm, tmp_path, packed):
     assert open_source(edm, labels="folders").class_names == ["00000", "00001"]
 
 
-def test_null_labels_are_one_class(edm):
+def test_null_labels_become_one_class(edm):
     listing(edm, None)
     source = open_source(edm)
     assert source.labels.tolist() == [0, 0, 0]
     assert source.class_names == ["all"]
 
 
-def test_a_dataset_json_may_lie_elsewhere(edm, tmp_path):
+def test_a_dataset_json_may_be_elsewhere(edm, tmp_path):
     (tmp_path / "other.json").write_text(json.dumps({"labels": [[name, 1] for name in NAMES]}))
     assert open_source(edm, labels=str(tmp_path / "other.json")).labels.tolist() == [1, 1, 1]
 
@@ -91,7 +91,7 @@ def test_damaged_listings_are_refused(edm, text):
         open_source(edm)
 
 
-def test_a_column_of_names_makes_sorted_classes(edm, tmp_path):
+def test_a_column_of_names_gives_sorted_classes(edm, tmp_path):
     text = "wnid,file_name\nn02,00001/img2.png\nn10,00000/img0.png\nn02,00000/img1.png\n"
     source = open_source(edm, labels=f"{table(tmp_path, text)}:wnid")
     assert source.class_names == ["n02", "n10"]
@@ -99,14 +99,14 @@ def test_a_column_of_names_makes_sorted_classes(edm, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "mark"), [("labels.csv", ","), ("labels.tsv", "\t")])
-def test_a_column_of_numbers_is_the_labels_themselves(edm, tmp_path, name, mark):
+def test_a_column_of_numbers_gives_the_labels(edm, tmp_path, name, mark):
     rows = [("path", "label"), (NAMES[0], "10"), (NAMES[1], "9"), (NAMES[2], "0")]
     source = open_source(edm, labels=table(tmp_path, "\ufeff" + "\n".join(mark.join(row) for row in rows), name))
     assert source.labels.tolist() == [10, 9, 0]
     assert len(source.class_names) == 11
 
 
-def test_a_column_of_parquet(edm, tmp_path):
+def test_a_parquet_column_gives_the_labels(edm, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -141,7 +141,7 @@ def test_bad_tables_are_refused(edm, tmp_path, text, message):
         open_source(edm, labels=table(tmp_path, text))
 
 
-def test_what_is_no_text_is_no_table(edm, tmp_path):
+def test_a_binary_file_is_not_a_table(edm, tmp_path):
     (tmp_path / "labels.csv").write_bytes(b"file,label\n\xff\xfe,a\n")
     with pytest.raises(UserError, match=r"labels\.csv cannot be read as a table"):
         open_source(edm, labels=str(tmp_path / "labels.csv"))
@@ -156,24 +156,24 @@ def test_what_is_no_text_is_no_table(edm, tmp_path):
         ("folders:3", "lies in 1 folders"),
     ],
 )
-def test_what_is_no_choice_of_labels_is_refused(edm, labels, message):
+def test_an_invalid_choice_of_labels_is_refused(edm, labels, message):
     with pytest.raises(UserError, match=message):
         open_source(edm, labels=labels)
 
 
-def test_none_allows_loose_images_beside_folders(edm):
+def test_labels_none_allows_loose_images_next_to_folders(edm):
     noise_image(0).save(edm / "loose.png")
     assert open_source(edm, labels="none").labels.tolist() == [0] * 4
 
 
-def test_unicode_names_match(tmp_path):
+def test_unicode_forms_of_a_name_match(tmp_path):
     (tmp_path / "d").mkdir()
     noise_image(0).save(tmp_path / "d" / "Grünspecht 🐦.png")
     source = open_source(tmp_path / "d", labels=table(tmp_path, "file,label\nGrünspecht 🐦.png,Vögel\n"))
     assert source.class_names == ["Vögel"]
 
 
-def test_compact_strings_are_a_list():
+def test_compact_strings_behave_like_a_list():
     texts = ["", "a", "Käfer", "🐞", "", "caf\udce9", "\ud800", "z" * 300]
     compact = Strings(texts)
     assert list(compact) == texts
@@ -185,7 +185,7 @@ def test_compact_strings_are_a_list():
     assert len(Strings([])) == 0
 
 
-def test_names_take_few_bytes():
+def test_names_take_little_memory():
     import sys
 
     compact = Strings(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(100_000))

@@ -42,7 +42,7 @@ def case(request, image_folder, tmp_path_factory):
     return spec, weights, open_data(root / "data"), resolution, shape
 
 
-def test_moments_on_disk_are_those_of_the_images(case):
+def test_stored_moments_match_the_images(case):
     spec, weights, data, resolution, (channels, side) = case
     autoencoder = load_autoencoder(spec, weights=weights)
     assert (data.latent_channels, data.latent_size, data.resolution) == (channels, side, resolution)
@@ -76,7 +76,7 @@ def test_a_run_trains_and_samples_at_that_shape(case, tmp_path):
     assert (samples.dtype, samples.shape) == (torch.uint8, (2, 3, resolution, resolution))
 
 
-def test_a_run_is_previewed_by_a_faster_decoder(image_folder, tmp_path):
+def test_a_faster_decoder_previews_a_run(image_folder, tmp_path):
     """A fast decoder stands where the run's autoencoder stood; the latents that it gets are the run's own."""
     weights = save_kl(tmp_path / "kl", latent_channels=4, shift_factor=0.3)
     config = PrepareConfig(resolution=32, autoencoder="sd-vae-ft-mse", autoencoder_weights=str(weights))
@@ -100,7 +100,7 @@ def test_a_run_is_previewed_by_a_faster_decoder(image_folder, tmp_path):
     assert not torch.equal(images, full)
 
 
-def test_a_resolution_between_two_latents_is_refused(image_folder, tmp_path):
+def test_a_resolution_that_the_factor_does_not_divide_is_refused(image_folder, tmp_path):
     weights = save_dc(tmp_path / "weights")
     config = PrepareConfig(resolution=30, autoencoder="dc-ae-f32", autoencoder_weights=str(weights))
     with pytest.raises(UserError, match="needs images with sides that are multiples of 4, but got 30 x 30"):

@@ -30,7 +30,7 @@ def background_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
-def test_facts_of_the_data(data):
+def test_prepared_data_knows_its_shapes_labels_and_source(data):
     assert (data.num_images, data.num_classes, data.class_names) == (11, 2, ("ants", "bees"))
     assert (data.latent_channels, data.latent_size, data.resolution, data.autoencoder) == (2, 2, 8, "kl")
     assert data.labels.tolist() == [0] * 7 + [1] * 4
@@ -55,7 +55,7 @@ def test_every_epoch_visits_every_image_once(data):
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_order_is_the_documented_one(data):
+def test_the_order_is_the_documented_one(data):
     """Batches that straddle epochs, and one that is larger than three of them."""
     permutations = [permute(np.arange(11), 11, fold(5, "epoch", e)) for e in range(12)]
     for batch_size in (4, 11, 36):
@@ -64,7 +64,7 @@ def test_order_is_the_documented_one(data):
             assert loader.indices(step).tolist() == endless_order(permutations, step * batch_size, batch_size)
 
 
-def test_order_of_all_images_is_equally_likely():
+def test_every_image_is_equally_likely_to_come_first():
     """Every image comes first about equally often over epochs and seeds."""
 
     class Numbers:
@@ -92,7 +92,7 @@ def test_processes_partition_the_same_global_batch(data, world):
         assert torch.equal(together, batch.features["tiny"].patches)
 
 
-def test_rows_of_all_fields_belong_together(data):
+def test_rows_of_all_fields_belong_to_the_same_images(data):
     loader = Loader(data, batch_size=5, seed=2, features=("tiny",), images=True, pooled=True)
     batch, indices = loader.batch(4), loader.indices(4)
     assert batch.labels.dtype == torch.int64
@@ -131,7 +131,7 @@ def test_threads_end_when_the_consumer_fails(data):
     assert not background_threads()
 
 
-def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
+def test_errors_in_the_thread_are_raised_at_their_step(data, monkeypatch):
     loader = Loader(data, batch_size=1, seed=0)
     bad = int(loader.indices(5)[0])
     gather = data.reader.gather
@@ -150,7 +150,7 @@ def test_errors_of_the_thread_arrive_at_their_step(data, monkeypatch):
     assert not background_threads()
 
 
-def test_mistakes_are_said(data, folder, tmp_path):
+def test_invalid_input_is_refused(data, folder, tmp_path):
     with pytest.raises(UserError, match="4 processes cannot share a batch of 10 images equally"):
         Loader(data, batch_size=10, seed=0, world=4)
     with pytest.raises(UserError, match=r"no tokens of 'dinov2-b' \(only tiny\)"):
@@ -160,7 +160,7 @@ def test_mistakes_are_said(data, folder, tmp_path):
         Loader(open_data(tmp_path / "lean"), batch_size=4, seed=0, images=True)
 
 
-def test_cifar(tmp_path):
+def test_cifar_10_has_its_known_mean(tmp_path):
     """Real data, where it is at hand: $REPA_TEST_DATA or ../shared/data."""
     root = Path(os.environ.get("REPA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
     path = root / "cifar10-test.zip"
@@ -229,7 +229,7 @@ class TestStored:
         np.testing.assert_allclose(batch.features["dino-b"].pooled, wanted.mean(1), atol=2e-3)
         assert batch.features["mae-l"].pooled is None
 
-    def test_what_nobody_needs_at_a_step_is_not_read(self, stored, monkeypatch):
+    def test_fields_not_needed_at_a_step_are_not_read(self, stored, monkeypatch):
         asked = []
         gather = stored.reader.gather
 
@@ -273,7 +273,7 @@ def resident() -> int:
 class TestLabels:
     """Labels of the whole data set are held in memory, in as few bytes as their number allows."""
 
-    def test_they_take_one_byte_an_image_and_are_those_of_the_images(self, tmp_path, monkeypatch):
+    def test_labels_take_one_byte_per_image(self, tmp_path, monkeypatch):
         write_data(tmp_path / "data", (5, 3, 0, 6))
         data = open_data(tmp_path / "data")
         loader = Loader(data, batch_size=7, seed=1)
@@ -287,7 +287,7 @@ class TestLabels:
             assert (labels.dtype, labels.tolist()) == (torch.int64, (loader.indices(step) % 3).tolist())
         assert set(reads) == {"moments"}
 
-    def test_more_than_fit_are_read_with_each_batch(self, tmp_path, monkeypatch):
+    def test_labels_beyond_the_memory_limit_are_read_with_each_batch(self, tmp_path, monkeypatch):
         write_data(tmp_path / "data", (5, 9))
         batch = Loader(open_data(tmp_path / "data"), batch_size=7, seed=1).batch(1)
         monkeypatch.setattr("repa.data.dataset.LABELS_IN_MEMORY", 13)
@@ -296,7 +296,7 @@ class TestLabels:
         assert torch.equal(Loader(data, batch_size=7, seed=1).batch(1).labels, batch.labels)
 
     @pytest.mark.parametrize("wrong", [-1, 3, 2, 256])  # 256 is 0 in one byte
-    def test_labels_that_were_changed_are_noticed_at_the_start(self, tmp_path, wrong):
+    def test_changed_labels_are_found_at_the_start(self, tmp_path, wrong):
         write_data(tmp_path / "data", (5, 9))
         path = tmp_path / "data" / "labels-00001.npy"
         labels = np.load(path)
@@ -306,7 +306,7 @@ class TestLabels:
         with pytest.raises(UserError, match="do not match the counts in its manifest: `repa check .* --full`"):
             Loader(open_data(tmp_path / "data"), batch_size=7, seed=1)
 
-    def test_mirrored_copies_count_too(self, folder, tmp_path):
+    def test_labels_include_mirrored_copies(self, folder, tmp_path):
         config = FULL.override(autoencoder="pixels", features=(), flip=True)
         prepare(folder, tmp_path / "out", config)
         data = open_data(tmp_path / "out")

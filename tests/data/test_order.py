@@ -19,12 +19,12 @@ def chi_squared(counts, expected) -> float:
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 8, 9, 31, 64, 65, 1000, 4097])
-def test_it_is_a_permutation(num):
+def test_the_order_is_a_permutation(num):
     for key in range(3):
         assert sorted(permute(np.arange(num), num, key)) == list(range(num))
 
 
-def test_a_place_does_not_depend_on_the_others_that_are_asked_for():
+def test_a_position_does_not_depend_on_the_others_requested():
     whole = permute(np.arange(1000), 1000, 5)
     places = np.array([999, 0, 7, 7, 512])
     np.testing.assert_array_equal(permute(places, 1000, 5), whole[places])
@@ -32,7 +32,7 @@ def test_a_place_does_not_depend_on_the_others_that_are_asked_for():
 
 
 @pytest.mark.parametrize("num", [4, 7])
-def test_every_pair_of_images_is_equally_likely_at_any_two_places(num):
+def test_every_pair_of_images_is_equally_likely_at_any_two_positions(num):
     """Over keys; asymmetric in the places, and for sets so small that a Feistel network of few rounds fails."""
     trials = 1500
     orders = [permute(np.arange(num), num, fold(0, key)) for key in range(trials)]
@@ -58,13 +58,13 @@ def test_a_large_set_is_well_mixed():
     assert (order == other).sum() < 10  # one agreement is expected of two independent permutations
 
 
-def test_the_order_is_fixed_for_ever():
+def test_the_order_never_changes_between_versions():
     """A run that continues must see the order that it began with: changing this breaks runs in progress."""
     assert GlobalShuffle(1_281_167, seed=0).rows(3, np.array([0, 1, 1_281_166])).tolist() == [9456, 998109, 407031]
     assert WindowShuffle(SIZES, seed=0, window=2).rows(1, np.arange(6)).tolist() == [20, 21, 0, 3, 2, 5]
 
 
-def test_epochs_and_seeds_differ():
+def test_epochs_and_seeds_have_different_orders():
     rows = [tuple(GlobalShuffle(50, seed).rows(epoch, np.arange(50))) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(rows)) == 4
 
@@ -104,7 +104,7 @@ def test_a_window_holds_whole_shards_and_mixes_them():
     assert mixed > 40
 
 
-def test_what_to_fetch_is_this_window_and_the_next_over_the_end_of_an_epoch():
+def test_the_current_and_the_next_window_are_fetched_across_epochs():
     order = WindowShuffle(SIZES, seed=2, window=4)  # windows of 4, 4 and 1 shards
     first, second, last = (order.shards_from(0, 0)[:4], order.shards_from(0, 0)[4:], order.shards_from(0, 31)[0])
     assert sorted([*first, *second, last]) == list(range(9))

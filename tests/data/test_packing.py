@@ -18,7 +18,7 @@ def tokens_of(num=6, grid=3, dim=40, seed=0):
     return tokens
 
 
-def test_int8_is_one_scale_a_token_and_rounding():
+def test_int8_has_one_scale_per_token_and_rounds():
     tokens = tokens_of()
     rows = pack(tokens, "int8")
     assert (rows["features"].dtype, rows["scale"].dtype) == (torch.int8, torch.float32)
@@ -45,7 +45,7 @@ def test_int8_uses_its_whole_range_and_keeps_tiny_tokens():
     assert rows["features"].min() >= -127
 
 
-def test_the_documented_cosine_of_int8():
+def test_int8_keeps_the_documented_cosine():
     """Gaussian tokens of 768 numbers, whose peak is about 3.5 rms: the docs say 0.9997 up to a peak of 6."""
     tokens = torch.randn(2, 64, 768, generator=torch.Generator().manual_seed(1))
     assert (tokens.abs().amax(-1) < 6 * tokens.square().mean(-1).sqrt()).all()
@@ -53,7 +53,7 @@ def test_the_documented_cosine_of_int8():
     assert torch.cosine_similarity(unpack(rows["features"], rows["scale"]), tokens, dim=-1).min() > 0.9997
 
 
-def test_the_basis_is_that_of_an_svd():
+def test_the_basis_equals_that_of_an_svd():
     tokens = tokens_of()
     basis = principal_basis([tokens[:2], tokens[2:]], 7)
     mean, directions = oracle.principal_directions(tokens.flatten(0, 1).numpy(), 7)
@@ -63,7 +63,7 @@ def test_the_basis_is_that_of_an_svd():
     np.testing.assert_allclose(basis[1:] @ basis[1:].T, np.eye(7), atol=1e-5)
 
 
-def test_all_directions_give_the_tokens_back_and_few_the_projection():
+def test_all_directions_restore_the_tokens_and_few_project_them():
     tokens = tokens_of()
     whole = torch.from_numpy(principal_basis([tokens], 40))
     rows = pack(tokens, "pca40", whole)
@@ -77,7 +77,7 @@ def test_all_directions_give_the_tokens_back_and_few_the_projection():
     assert back.shape == tokens.shape  # the width that an alignment sees does not change
 
 
-def test_coordinates_as_int8():
+def test_int8_coordinates_are_within_half_a_step():
     tokens = tokens_of()
     basis = torch.from_numpy(principal_basis([tokens], 10))
     rows = pack(tokens, "pca10-int8", basis)
@@ -87,7 +87,7 @@ def test_coordinates_as_int8():
     assert (error <= rows["scale"] / 2 * 10**0.5 * 1.001 + 0.1).all()  # orthonormal directions keep lengths
 
 
-def test_autocast_around_does_not_matter():
+def test_autocast_does_not_affect_packing():
     tokens = tokens_of()
     basis = torch.from_numpy(principal_basis([tokens], 5))
     rows = pack(tokens, "pca5", basis)
@@ -105,7 +105,7 @@ def test_values_beyond_float16_are_refused(form, value):
         pack(tokens, form)
 
 
-def test_forms_are_written_out_for_each_encoder():
+def test_the_form_is_resolved_for_each_encoder():
     assert [split_format(f) for f in ("fp16", "int8", "pca64", "pca8-int8")] == [
         (0, "fp16"), (0, "int8"), (64, "fp16"), (8, "int8"),
     ]  # fmt: skip

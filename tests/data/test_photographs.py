@@ -15,7 +15,7 @@ def pixels(index, resolution=16, seed=0):
     return np.asarray(photograph_crop(index, resolution, seed))
 
 
-def test_all_come_with_the_package(monkeypatch):
+def test_all_photographs_are_in_the_package(monkeypatch):
     """They load with the network cut off, in colour, square, and together fit in 2 MB."""
     monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("went to the network"))
     load_photographs.cache_clear()
@@ -25,14 +25,14 @@ def test_all_come_with_the_package(monkeypatch):
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 2e6
 
 
-def test_every_photograph_says_where_it_comes_from():
+def test_every_photograph_records_its_origin():
     table = (FOLDER / "ATTRIBUTION.md").read_text()
     rows = re.findall(r"^\| `(.+)` \| (.+) \| https://\S+ \| .+ \|$", table, re.M)
     assert [name for name, author in rows] == sorted(path.name for path in FOLDER.glob("*.jpg"))
     assert "CC0 1.0" in table
 
 
-def test_a_crop_depends_on_seed_and_index_alone():
+def test_a_crop_depends_only_on_seed_and_index():
     later = pixels(5)
     for index in range(5):
         pixels(index)
@@ -60,7 +60,7 @@ def test_classes_are_the_photographs():
     assert source.identity["seed"] == 7
 
 
-def test_other_photographs_are_another_source(monkeypatch):
+def test_changed_photographs_have_another_identity(monkeypatch):
     from repa.data.sources import photographs
 
     first = open_source("photographs").identity
@@ -70,7 +70,7 @@ def test_other_photographs_are_another_source(monkeypatch):
     assert open_source("photographs").identity != first
 
 
-def test_sides_places_and_mirroring_follow_their_distributions(monkeypatch):
+def test_size_position_and_mirroring_of_crops_follow_their_distributions(monkeypatch):
     """The boxes that Pillow is asked for: uniform sides, inside the photograph, half of them mirrored."""
     boxes, mirrored = [], []
     resize = Image.Image.resize
@@ -113,7 +113,7 @@ def test_the_smallest_crop_is_a_setting():
             open_source(f"photographs:smallest={value}")
 
 
-def test_captions_say_what_is_seen():
+def test_captions_describe_the_crop():
     plain, told = (open_source(f"photographs:num=400,seed=2{more}") for more in ("", ",captions=true"))
     assert plain.captions(3) == ()
     assert not plain.has_captions
@@ -141,7 +141,7 @@ def test_captions_say_what_is_seen():
         open_source("photographs:captions=2")
 
 
-def test_without_labels_they_are_one_class_of_the_same_pictures():
+def test_without_labels_the_same_crops_are_one_class():
     whole, one = (open_source("photographs:num=30", labels=labels) for labels in ("", "none"))
     assert (one.class_names, set(one.labels)) == (["all"], {0})
     assert one.identity != whole.identity

@@ -33,13 +33,13 @@ def reads(monkeypatch):
     return sizes
 
 
-def test_rows_are_those_of_the_images(data):
+def test_rows_match_the_images(data):
     for indices in ([13, 0, 5, 5, 4, 7, 8], [0], range(14), [6, 7, 8, 9, 1, 2, 3]):
         np.testing.assert_array_equal(data.gather("moments", indices), np.stack([moments(i) for i in indices]))
         assert data.gather("labels", indices).tolist() == [label(i) for i in indices]
 
 
-def test_rows_that_follow_each_other_are_one_read(data, reads):
+def test_consecutive_rows_are_one_read(data, reads):
     size = moments(0).nbytes
     data.gather("moments", range(14))
     assert sorted(reads) == [3 * size, 5 * size, 6 * size]
@@ -48,7 +48,7 @@ def test_rows_that_follow_each_other_are_one_read(data, reads):
     assert sorted(reads) == [size, size, 2 * size]
 
 
-def test_rows_go_where_they_are_wanted(data):
+def test_rows_are_read_into_the_given_buffer(data):
     whole = np.zeros((4, *moments(0).shape), np.float16)
     assert data.gather("moments", [3, 12], out=whole[1:3]).base is not None
     np.testing.assert_array_equal(
@@ -60,13 +60,13 @@ def test_rows_go_where_they_are_wanted(data):
         data.gather("moments", [3], out=np.zeros((1, *moments(0).shape), np.float32))
 
 
-def test_short_answers_of_the_system_are_asked_again(data, monkeypatch):
+def test_short_reads_are_continued(data, monkeypatch):
     real = os.preadv
     monkeypatch.setattr(os, "preadv", lambda handle, buffers, at: real(handle, [buffers[0][:7]], at))
     np.testing.assert_array_equal(data.gather("moments", [13, 2]), np.stack([moments(13), moments(2)]))
 
 
-def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_no_crash(data):
+def test_a_file_truncated_while_open_gives_an_error(data):
     data.gather("moments", [0])
     path = data.folder / "moments-00000.npy"
     os.truncate(path, 300)
@@ -83,7 +83,7 @@ def test_other_versions_of_the_format_are_refused(data):
         data.gather("labels", [6])
 
 
-def test_files_are_closed_when_they_leave_the_cache(data, monkeypatch):
+def test_files_evicted_from_the_cache_are_closed(data, monkeypatch):
     monkeypatch.setattr("repa.data.reader.MAX_OPEN", 2)
     rows = open_data(data.folder).reader
     before = len(os.listdir("/dev/fd"))
@@ -106,7 +106,7 @@ def test_files_are_closed_when_they_leave_the_cache(data, monkeypatch):
         (1024, 1 << 20, 10**6, 60_500, 60_000),
     ],
 )
-def test_the_limit_of_open_files_is_raised_for_many_shards(monkeypatch, soft, hard, num, raised, kept):
+def test_the_open_file_limit_is_raised_for_many_shards(monkeypatch, soft, hard, num, raised, kept):
     limits = [(soft, hard)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: limits[-1])
     monkeypatch.setattr(resource, "setrlimit", lambda which, new: limits.append(new))
@@ -114,7 +114,7 @@ def test_the_limit_of_open_files_is_raised_for_many_shards(monkeypatch, soft, ha
     assert limits[-1] == (raised, hard)
 
 
-def test_a_reader_needs_no_files_but_those_it_reads(data):
+def test_a_reader_needs_only_the_files_it_reads(data):
     (data.folder / "moments-00001.npy").unlink()
     with pytest.raises(UserError, match=r"moments-00001\.npy is missing"):
         open_data(data.folder)

@@ -55,17 +55,17 @@ def test_images_moments_and_labels_belong_together(layout):
     np.testing.assert_array_equal(again.moments(2), moments_of(2))
 
 
-def test_null_labels_are_one_class(layout):
+def test_null_labels_become_one_class(layout):
     write_labels(layout, None)
     assert open_source(layout).class_names == ["all"]
 
 
-def test_none_is_one_class_of_labels_that_are_there(layout):
+def test_labels_none_ignores_existing_labels(layout):
     assert open_source(layout, labels="none").class_names == ["all"]
     assert open_source(layout, labels="none").identity != open_source(layout).identity
 
 
-def test_names_pair_where_positions_would_not(layout):
+def test_images_and_moments_are_paired_by_number(layout):
     """Image 1 and the moments of 3 are gone: as many files on both sides, and by position the wrong pairs."""
     (layout / "images/00000/img00000001.png").unlink()
     (layout / "vae-sd" / latent(3)).unlink()
@@ -81,7 +81,7 @@ def test_moments_without_an_image_are_refused(layout):
         open_source(layout)
 
 
-def test_two_images_of_one_number_are_refused(layout):
+def test_two_images_with_one_number_are_refused(layout):
     noise_image(9, SIDE, SIDE).save(layout / "images/00000/img00000001.jpg")
     with pytest.raises(UserError, match="two images or moments of one number"):
         open_source(layout)
@@ -101,7 +101,7 @@ def test_two_images_of_one_number_are_refused(layout):
         (lambda m: np.array([{}], object), "cannot be read as an array: .*Python objects"),
     ],
 )
-def test_other_moments_are_refused(layout, change, message):
+def test_moments_of_an_unexpected_form_are_refused(layout, change, message):
     np.save(layout / "vae-sd" / latent(0), change(moments_of(0)))
     with pytest.raises(UserError, match=rf"img-mean-std-00000000\.npy .*{message}"):
         open_source(layout)
@@ -126,7 +126,7 @@ def test_another_resolution_is_refused(layout):
         open_source(layout).image(0, 16)
 
 
-def test_labels_must_be_there_and_agree(layout):
+def test_missing_and_contradicting_labels_are_refused(layout):
     write_labels(layout, [[f"00000/img{index:08d}.png", index % 3] for index in range(NUM)], "images")
     assert open_source(layout).labels.tolist() == [0, 1, 2, 0, 1]
     write_labels(layout, [[f"00000/img{index:08d}.png", 0] for index in range(NUM)], "images")
@@ -140,7 +140,7 @@ def test_labels_must_be_there_and_agree(layout):
         open_source(layout)
 
 
-def test_files_of_other_names_are_refused(layout):
+def test_files_with_unexpected_names_are_refused(layout):
     np.save(layout / "vae-sd/00000/latent7.npy", moments_of(0))
     with pytest.raises(UserError, match=r"latent7\.npy is not named like REPA's files"):
         open_source(layout)
@@ -165,7 +165,7 @@ def made(layout, fakes) -> Path:
     return layout
 
 
-def test_the_stored_moments_become_ours_to_half_precision(made, tmp_path):
+def test_stored_moments_are_kept_in_half_precision(made, tmp_path):
     config = PrepareConfig(resolution=SIDE, autoencoder="sd-vae-ft-mse", shard_size=2, num_workers=0)
     prepare(made, tmp_path / "out", config)
     data = open_data(tmp_path / "out")
@@ -179,7 +179,7 @@ def test_the_stored_moments_become_ours_to_half_precision(made, tmp_path):
     np.testing.assert_array_equal(data.gather("images", rows), images.transpose(0, 3, 1, 2))
 
 
-def test_flipped_copies_are_encoded(made, tmp_path):
+def test_flipped_copies_are_encoded_by_the_autoencoder(made, tmp_path):
     config = PrepareConfig(resolution=SIDE, autoencoder="sd-vae-ft-mse", flip=True, num_workers=0)
     prepare(made, tmp_path / "out", config)
     moments = open_data(tmp_path / "out").gather("moments", np.arange(2 * NUM)).astype(np.float64)
@@ -188,7 +188,7 @@ def test_flipped_copies_are_encoded(made, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["other images", "other autoencoder", "other shape"])
-def test_moments_of_something_else_are_refused(made, tmp_path, wrong):
+def test_moments_of_other_images_are_refused(made, tmp_path, wrong):
     for index in range(NUM):
         path = made / "vae-sd" / latent(index)
         other = block_moments(np.asarray(noise_image(index + 1, SIDE, SIDE)))

@@ -67,14 +67,14 @@ def cached() -> list[str]:
 
 
 @pytest.mark.parametrize("protocol", ["memory://data", "file://{folder}"])
-def test_rows_are_those_of_the_folder(folder, store, protocol):
+def test_rows_match_the_local_folder(folder, store, protocol):
     data = open_data(protocol.format(folder=folder))
     assert (data.num_images, data.class_names, data.folder) == (TOTAL, ("a", "b", "c"), protocol.format(folder=folder))
     indices = [TOTAL - 1, 3, 3, 8, 0]
     np.testing.assert_array_equal(data.gather("moments", indices), np.stack([moments(i) for i in indices]))
 
 
-def test_only_what_is_read_is_fetched_and_once(store, fetched):
+def test_only_files_that_are_read_are_fetched_and_only_once(store, fetched):
     data = open_data("memory://data")
     assert fetched == []  # the manifest is read as a whole
     data.gather("moments", [0, 4])
@@ -84,7 +84,7 @@ def test_only_what_is_read_is_fetched_and_once(store, fetched):
     assert len(fetched) == 2
 
 
-def test_processes_and_threads_that_want_one_file_fetch_it_once(store, fetched):
+def test_concurrent_readers_fetch_a_file_once(store, fetched):
     data = [open_data("memory://data") for _ in range(6)]
     threads = [threading.Thread(target=d.gather, args=("moments", [0])) for d in data]
     for thread in threads:
@@ -94,7 +94,7 @@ def test_processes_and_threads_that_want_one_file_fetch_it_once(store, fetched):
     assert fetched == ["moments-00000.npy"]
 
 
-def test_other_bytes_than_the_manifest_says_are_refused_and_not_kept(store):
+def test_bytes_that_contradict_the_manifest_are_refused_and_not_cached(store):
     data = open_data("memory://data")
     name = next(name for name in store.store if name.endswith("moments-00003.npy"))
     content = bytearray(store.cat(name))
@@ -107,7 +107,7 @@ def test_other_bytes_than_the_manifest_says_are_refused_and_not_kept(store):
     assert cached() == []
 
 
-def test_new_data_under_the_same_url_is_not_mixed_with_the_old(store, tmp_path):
+def test_new_data_at_the_same_url_is_not_mixed_with_the_old(store, tmp_path):
     before = open_data("memory://data").gather("moments", [0])
     write_data(tmp_path / "other", SIZES, extra={"moments": lambda i: moments(i + 1)})
     upload(tmp_path / "other", store)
@@ -116,7 +116,7 @@ def test_new_data_under_the_same_url_is_not_mixed_with_the_old(store, tmp_path):
     np.testing.assert_array_equal(after[0], moments(1))
 
 
-def test_the_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(store, fetched, monkeypatch):
+def test_the_cache_stays_within_its_limit_and_drops_the_least_recently_used(store, fetched, monkeypatch):
     shards = open_data("memory://data").manifest.shards
     room = sum(shards[number].files["moments"].size for number in (0, 3, 4))  # shard 1 is smaller than shard 4
     monkeypatch.setenv("REPA_STREAM_GB", str((room + 10) / 1e9))
@@ -135,7 +135,7 @@ def test_the_cache_stays_within_its_bound_and_drops_what_was_used_longest_ago(st
     assert fetched.count("moments-00001.npy") == 1
 
 
-def test_a_copy_that_another_process_evicts_while_it_is_looked_for_is_fetched_again(tmp_path, monkeypatch):
+def test_a_copy_evicted_by_another_process_is_fetched_again(tmp_path, monkeypatch):
     """Keys that begin with other digits have another lock."""
     cache, fetched = remote.FileCache(tmp_path, limit=100), []
 
@@ -150,7 +150,7 @@ def test_a_copy_that_another_process_evicts_while_it_is_looked_for_is_fetched_ag
     assert len(fetched) == 2
 
 
-def test_a_store_that_refuses_now_and_then_is_asked_again(store, monkeypatch):
+def test_requests_to_a_flaky_store_are_retried(store, monkeypatch):
     kind, attempts = fsspec.implementations.memory.MemoryFileSystem, []
     real = kind.get_file
 
@@ -167,7 +167,7 @@ def test_a_store_that_refuses_now_and_then_is_asked_again(store, monkeypatch):
         open_data("memory://data").gather("labels", [0])
 
 
-def test_shards_are_fetched_ahead_and_asked_for_once(store, fetched, monkeypatch):
+def test_shards_are_requested_ahead_only_once(store, fetched, monkeypatch):
     """All shards are in the first window, so that every step wants the same."""
     asked, path = [], remote.RemoteFiles.path
 
@@ -204,7 +204,7 @@ def test_batches_are_the_same_for_any_number_of_processes_and_from_any_step(stor
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
-def test_shards_are_fetched_ahead_and_only_the_wanted_fields(store, fetched, monkeypatch):
+def test_only_needed_fields_of_the_next_window_are_fetched_ahead(store, fetched, monkeypatch):
     """With windows of 2 of 6 shards: when a batch of the first is there, the second is on its way, the third is not."""
     monkeypatch.setattr("repa.data.order.WindowShuffle.__init__.__defaults__", (2,))
     monkeypatch.setattr("repa.data.loader.DEPTH", 1)
@@ -223,7 +223,7 @@ def test_shards_are_fetched_ahead_and_only_the_wanted_fields(store, fetched, mon
     stream.close()
 
 
-def test_mistakes_are_said(store, tmp_path, monkeypatch):
+def test_invalid_input_is_refused(store, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"memory://nothing/manifest\.json does not exist"):
         open_data("memory://nothing")
     with pytest.raises(UserError, match=r"nosuch://data/manifest\.json cannot be opened: .*nosuch"):
@@ -251,13 +251,13 @@ def test_a_hostile_manifest_cannot_write_elsewhere(store, tmp_path):
     assert not list(tmp_path.rglob("escaped*"))
 
 
-def test_a_manifest_that_was_changed_is_named_by_its_url(store):
+def test_a_changed_manifest_is_named_by_its_url(store):
     store.pipe("/data/manifest.json", store.cat("/data/manifest.json").replace(b'"num_images": ', b'"num_images": 1'))
     with pytest.raises(UserError, match=r"^memory://data/manifest\.json does not match its checksum"):
         open_data("memory://data")
 
 
-def test_a_run_on_a_url_is_the_run_on_the_folder_in_everything_but_the_order(data_folder, tmp_path):
+def test_a_run_on_a_url_differs_only_in_the_order_of_images(data_folder, tmp_path):
     """The same rows under the same names; only which batch they come in differs."""
     here, there = open_data(data_folder), open_data(f"file://{data_folder}")
     assert there.summary() == here.summary()

@@ -42,7 +42,7 @@ def test_arrays_are_plain_npy_files(tmp_path):
 
 
 @pytest.mark.parametrize("expected", [0, 6, 7, 8])
-def test_checksums_are_those_of_the_files_whatever_was_expected(tmp_path, expected):
+def test_checksums_are_correct_when_an_image_is_left_out(tmp_path, expected):
     """An image that is left out changes the header, which was hashed before."""
     with ShardWriter(tmp_path, 0, expected=expected) as writer:
         for start in range(0, 7, 3):
@@ -52,7 +52,7 @@ def test_checksums_are_those_of_the_files_whatever_was_expected(tmp_path, expect
     assert len(np.load(path)) == 7
 
 
-def test_the_length_of_an_array_may_have_any_number_of_digits(tmp_path):
+def test_array_headers_fit_lengths_of_any_size(tmp_path):
     with ShardWriter(tmp_path, 0) as writer:
         for _ in range(120):
             writer.append({"labels": np.zeros(10, np.int64)})
@@ -66,7 +66,7 @@ def test_a_failed_shard_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_names_of_files_are_plain():
+def test_file_names_are_plain():
     assert (
         array_name("features.my.module.Encoder:seed=1,size=a/b", 3)
         == "features.my.module.Encoder_seed_1_size_a_b-00003.npy"
@@ -127,7 +127,7 @@ def test_gather_does_not_read_whole_shards(tmp_path):
     assert peak < 1 << 20
 
 
-def test_what_is_not_there_is_said(out):
+def test_missing_fields_and_rows_are_named(out):
     data = open_data(out)
     with pytest.raises(UserError, match=r"no field 'moments': choose from images, labels"):
         data.gather("moments", np.array([0]))
@@ -197,7 +197,7 @@ def test_damaged_manifests_are_refused_in_one_sentence(out, change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_broken_json_and_missing_data(out, tmp_path):
+def test_broken_json_and_missing_data_are_refused(out, tmp_path):
     (out / MANIFEST).write_text('{"version": 1,')
     with pytest.raises(UserError, match=r"manifest\.json cannot be read as JSON"):
         open_data(out)
@@ -208,7 +208,7 @@ def test_broken_json_and_missing_data(out, tmp_path):
         open_data(tmp_path)
 
 
-def test_the_manifest_for_people(out):
+def test_the_summary_describes_the_manifest(out):
     lines = open_data(out).manifest.describe()
     assert "11 of 2 classes at 8 pixels" in lines[1]
     assert "images uint8 3x8x8" in lines[4]

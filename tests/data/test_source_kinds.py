@@ -40,7 +40,7 @@ def expected_pixels(kind):
     return images
 
 
-def test_pixels_labels_names_and_captions(kind, tmp_path):
+def test_pixels_labels_names_and_captions_are_read(kind, tmp_path):
     source = make(kind, tmp_path)
     assert len(source) == 5
     for index, image in enumerate(expected_pixels(kind)):
@@ -58,7 +58,7 @@ def test_pixels_labels_names_and_captions(kind, tmp_path):
         assert [source.captions(index) for index in range(5)] == [item.captions for item in pictures()]
 
 
-def test_read_by_threads_after_a_pickle_and_in_a_child(kind, tmp_path):
+def test_sources_work_in_threads_after_pickling_and_after_a_fork(kind, tmp_path):
     source = make(kind, tmp_path)
     first = [np.asarray(source.decode(i)).tobytes() for i in range(5)]
     with ThreadPoolExecutor(4) as pool:
@@ -76,7 +76,7 @@ def test_read_by_threads_after_a_pickle_and_in_a_child(kind, tmp_path):
     assert np.asarray(source.decode(2)).tobytes() == first[2]
 
 
-def test_identity_is_stable_and_follows_labels_and_images(kind, tmp_path):
+def test_the_identity_changes_only_with_labels_and_images(kind, tmp_path):
     before, later, other = tmp_path / "a", tmp_path / "b", tmp_path / "c"
     for folder in (before, later, other):
         folder.mkdir()

@@ -32,7 +32,7 @@ def test_class_folders_in_sorted_order(folder):
     assert source.image(7, 8).size == expected.size
 
 
-def test_order_is_by_path_not_by_number_or_case(tmp_path):
+def test_the_order_is_by_path_not_by_number_or_case(tmp_path):
     for name in ("b10.PNG", "b9.png", "B1.png", "a/../a.jpeg"):
         noise_image(0).save(tmp_path / Path(name).name)
     assert list(open_source(tmp_path).paths) == ["B1.png", "a.jpeg", "b10.PNG", "b9.png"]
@@ -47,7 +47,7 @@ def test_a_flat_folder_is_one_class(tmp_path):
     assert source.labels.tolist() == [0]
 
 
-def test_deeper_folders_belong_to_the_top_one(tmp_path):
+def test_nested_folders_belong_to_the_top_class(tmp_path):
     for name in ("a/x/1.png", "a/2.png", "b/y/z/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         noise_image(0).save(tmp_path / name)
@@ -55,14 +55,14 @@ def test_deeper_folders_belong_to_the_top_one(tmp_path):
     assert (source.class_names, source.labels.tolist()) == (["a", "b"], [0, 0, 1])
 
 
-def test_a_link_to_a_folder_above_ends(tmp_path):
+def test_a_link_to_a_parent_folder_is_not_followed_forever(tmp_path):
     (tmp_path / "a").mkdir()
     noise_image(0).save(tmp_path / "a" / "1.png")
     os.symlink(tmp_path, tmp_path / "a" / "loop")
     assert list(open_source(tmp_path).paths) == ["a/1.png"]
 
 
-def test_links_in_a_circle_are_broken_links(tmp_path):
+def test_circular_links_are_broken_links(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         noise_image(0).save(tmp_path / name / "1.png")
@@ -75,7 +75,7 @@ def test_links_in_a_circle_are_broken_links(tmp_path):
         source.decode(1)
 
 
-def test_links_that_lead_to_a_folder_in_a_million_ways_are_refused(tmp_path):
+def test_links_that_multiply_folders_are_refused(tmp_path):
     for level in range(20):
         (tmp_path / f"{level}").mkdir()
         for name in ("a", "b"):
@@ -87,7 +87,7 @@ def test_links_that_lead_to_a_folder_in_a_million_ways_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
-def test_paths_of_endless_folders_are_refused(kind, tmp_path):
+def test_too_deeply_nested_folders_are_refused(kind, tmp_path):
     path = "/".join(["data"] * 102) + "/1.png"  # a folder called data is not a class, so all of them would be looked at
     (tmp_path / "s" / path).parent.mkdir(parents=True)
     noise_image(0).save(tmp_path / "s" / path)
@@ -116,7 +116,7 @@ def test_a_zip_with_one_class_folder_keeps_its_name(folder, tmp_path):
     assert open_source(pack(folder / "ants", tmp_path / "q.zip")).class_names == ["all"]
 
 
-def test_a_zip_can_be_read_after_a_fork_and_a_pickle(folder, tmp_path):
+def test_a_zip_can_be_read_after_a_fork_and_after_pickling(folder, tmp_path):
     source = open_source(pack(folder, tmp_path / "p.zip"))
     path, last = source.paths[3], source.paths[5]
     assert pickle.loads(pickle.dumps(source)).read(path, "") == source.read(path, "") == (folder / path).read_bytes()
@@ -131,7 +131,7 @@ def test_a_zip_can_be_read_after_a_fork_and_a_pickle(folder, tmp_path):
     assert os.read(reading, 64) == source.read(last, "")[:64]
 
 
-def test_ten_thousand_and_one_classes(tmp_path):
+def test_more_than_ten_thousand_classes_are_supported(tmp_path):
     buffer = io.BytesIO()
     noise_image(0).save(buffer, "BMP")
     with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
@@ -142,7 +142,7 @@ def test_ten_thousand_and_one_classes(tmp_path):
     np.testing.assert_array_equal(source.labels, np.arange(10_001))
 
 
-def test_identity_follows_the_list_of_files_not_the_place(folder, tmp_path):
+def test_the_identity_depends_on_the_files_not_on_their_location(folder, tmp_path):
     before = open_source(folder).identity
     folder.rename(tmp_path / "elsewhere")
     moved = open_source(tmp_path / "elsewhere").identity
@@ -163,7 +163,7 @@ def test_identity_follows_the_list_of_files_not_the_place(folder, tmp_path):
         (lambda root: "photographs:seed=x", "'seed' of the source .* is 'x'"),
     ],
 )
-def test_what_is_no_source_is_refused(tmp_path, make, message):
+def test_an_invalid_source_is_refused(tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         open_source(make(tmp_path))
 
@@ -184,7 +184,7 @@ def test_unreadable_images_are_named(folder):
         source.image(8, 8)
 
 
-def test_a_needle_is_named_too(tmp_path):
+def test_an_image_with_an_extreme_aspect_ratio_is_named(tmp_path):
     noise_image(0, 1, 60000).save(tmp_path / "needle.png")
     with pytest.raises(UserError, match=r"^needle\.png: 1 x 60000"):
         open_source(tmp_path).image(0, 256)
@@ -213,7 +213,7 @@ def test_zip_bombs_are_refused_by_their_declared_size(tmp_path):
         open_source(tmp_path / "bomb.zip")
 
 
-def test_zip_bombs_that_understate_their_size_are_cut_off(tmp_path):
+def test_zip_bombs_that_understate_their_size_are_stopped(tmp_path):
     """The archive says 100 bytes but would unpack to 8 MiB: no more than 100 are ever made."""
     with zipfile.ZipFile(tmp_path / "liar.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/liar.png", bytes(8 << 20))
@@ -251,14 +251,14 @@ def test_encrypted_zips_are_refused(folder, tmp_path):
         open_source(path)
 
 
-def test_zips_of_other_methods_are_refused(folder, tmp_path):
+def test_zips_with_unsupported_compression_are_refused(folder, tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_LZMA) as archive:
         archive.write(folder / "ants" / "000.png", "a.png")
     with pytest.raises(UserError, match=r"a\.png .* is not compressed with Deflate"):
         open_source(tmp_path / "x.zip")
 
 
-def test_file_names_that_are_not_utf8(tmp_path):
+def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
     try:
         (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     except OSError:
@@ -269,7 +269,7 @@ def test_file_names_that_are_not_utf8(tmp_path):
     assert source.image(0, 8).size == (8, 8)
 
 
-def test_zips_with_a_file_twice_are_refused(tmp_path):
+def test_zips_with_duplicate_files_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "t.zip", "w") as archive, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         archive.writestr("a/1.png", b"")
@@ -278,7 +278,7 @@ def test_zips_with_a_file_twice_are_refused(tmp_path):
         open_source(tmp_path / "t.zip")
 
 
-def test_cut_zips_are_refused_or_named(folder, tmp_path):
+def test_truncated_zips_are_refused(folder, tmp_path):
     path = pack(folder, tmp_path / "p.zip")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -304,7 +304,7 @@ def test_broken_links_and_huge_files_are_named(folder, monkeypatch):
         source.decode(0)
 
 
-def test_a_caption_that_is_no_text_is_left_out(folder):
+def test_a_caption_that_is_not_text_is_left_out(folder):
     (folder / "ants" / "000.txt").write_bytes(b"\xff\xfe")
     (folder / "ants" / "note.txt").write_text("of no image")
     source = open_source(folder)
@@ -336,7 +336,7 @@ def no_source(labels):
     return [1, 2]
 
 
-def test_a_source_of_ones_own_by_its_dotted_name_or_as_it_is(tmp_path):
+def test_a_private_source_is_given_by_dotted_name_or_as_an_object(tmp_path):
     source = open_source(f"{__name__}.shapes:num=6")
     assert (len(source), source.image(5, 8).getpixel((0, 0))) == (6, (200, 5, 0))
     assert open_source(source) is source
@@ -354,7 +354,7 @@ def test_a_source_of_ones_own_by_its_dotted_name_or_as_it_is(tmp_path):
             open_source(__name__ + spec)
 
 
-def test_a_typed_source_is_code_that_the_user_named(tmp_path, monkeypatch):
+def test_a_private_source_is_trusted_only_when_typed_as_the_source(tmp_path, monkeypatch):
     with trust.command(["prepare", f"{__name__}.shapes", "DATA"]):
         assert len(open_source(f"{__name__}.shapes")) == 4
     (tmp_path / f"{__name__}.shapes").mkdir()  # a folder of a stranger may have any name

@@ -26,7 +26,7 @@ def write(path, **columns) -> str:
     return str(path)
 
 
-def test_plain_columns_without_hugging_face(tmp_path):
+def test_plain_columns_are_read(tmp_path):
     path = write(tmp_path / "p.parquet", jpg=BYTES, label=[4, 0, 0, 1, 2], text=list("abcde"))
     source = open_source(path)
     assert (source.labels.tolist(), len(source.class_names)) == ([4, 0, 0, 1, 2], 5)
@@ -40,7 +40,7 @@ def test_plain_columns_without_hugging_face(tmp_path):
     np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[0])
 
 
-def test_sound_is_not_taken_for_the_image(tmp_path):
+def test_an_audio_column_is_not_taken_for_the_image(tmp_path):
     """Its cells have the type of images: only what `datasets` writes beside it tells them apart."""
     features = datasets.Features({"sound": datasets.Audio(decode=False), "picture": datasets.Image(decode=False)})
     cells = {name: [{"bytes": data, "path": None} for data in BYTES] for name in features}
@@ -50,7 +50,7 @@ def test_sound_is_not_taken_for_the_image(tmp_path):
         np.testing.assert_array_equal(np.asarray(source.decode(4)), pixels(pictures())[4])
 
 
-def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
+def test_only_the_requested_row_groups_are_read(tmp_path, monkeypatch):
     source = open_source(as_parquet(tmp_path, pictures()))
     read = []
     real = parquet.ParquetFile.read_row_group
@@ -109,7 +109,7 @@ def test_labels_beyond_the_names_are_refused(tmp_path):
         open_source(tmp_path / "p.parquet")
 
 
-def test_several_splits_other_columns_and_damage_are_refused(tmp_path):
+def test_several_splits_unknown_columns_and_damage_are_refused(tmp_path):
     write(tmp_path / "train-0.parquet", image=BYTES)
     write(tmp_path / "test-0.parquet", image=BYTES)
     with pytest.raises(UserError, match=r"several splits \(test, train: test-0, train-0\): .*test-0\.parquet"):
@@ -125,7 +125,7 @@ def test_several_splits_other_columns_and_damage_are_refused(tmp_path):
             open_source(tmp_path / "test-0.parquet")
 
 
-def test_damage_between_is_named_when_it_is_read(tmp_path):
+def test_damage_inside_a_file_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"image": BYTES}), path)
     data = bytearray(path.read_bytes())
@@ -142,7 +142,7 @@ def test_huge_cells_are_named(tmp_path, monkeypatch):
         source.decode(4)
 
 
-def test_captions_that_are_no_texts_are_left_out_and_counted(tmp_path):
+def test_captions_that_are_not_text_are_left_out_and_counted(tmp_path):
     source = open_source(write(tmp_path / "p.parquet", image=BYTES, caption=[1, 2, 3, 4, 5]))
     assert not source.has_captions
     assert source.left_out == {"column 'caption', which holds no texts": 1}
@@ -154,7 +154,7 @@ def test_huge_row_groups_are_refused(tmp_path, monkeypatch):
         open_source(write(tmp_path / "p.parquet", image=BYTES))
 
 
-def test_the_hub_is_asked_for_config_split_and_revision(monkeypatch):
+def test_config_split_and_revision_are_passed_to_the_hub(monkeypatch):
     import datasets
 
     asked = []
@@ -174,12 +174,12 @@ def test_the_hub_is_asked_for_config_split_and_revision(monkeypatch):
     assert asked[1] == ("owner/name", None, "train", None)
 
 
-def test_streaming_is_refused_with_another_way():
+def test_streaming_is_refused_and_an_alternative_is_named():
     with pytest.raises(UserError, match=r"has no length .*hf://datasets/o/n@refs/convert/parquet/default/train/"):
         open_source("hf:o/n:streaming=true")
 
 
-def test_what_the_hub_cannot_give_is_one_sentence(monkeypatch):
+def test_hub_errors_become_one_line_errors(monkeypatch):
     def offline(*args, **options):
         raise ConnectionError("Couldn't reach 'o/n' on the Hub\nmore lines")
 
@@ -193,7 +193,7 @@ def test_what_the_hub_cannot_give_is_one_sentence(monkeypatch):
             open_source(f"hf:{name}")
 
 
-def test_saved_splits_are_chosen(tmp_path):
+def test_a_saved_split_is_chosen(tmp_path):
     import datasets
 
     table = _table(pictures())
@@ -211,7 +211,7 @@ def test_saved_splits_are_chosen(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["cut short", "no arrow", "offsets outside", "offsets backwards"])
-def test_damaged_arrow_files_are_refused_before_they_are_read(tmp_path, kind):
+def test_damaged_arrow_files_are_refused_before_reading(tmp_path, kind):
     """Arrow follows offsets without a look: one that leads out of its file would end the process."""
     table, path = pyarrow.table({"image": [b"x" * 60, b"x" * 60]}), tmp_path / "a.arrow"
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
@@ -229,7 +229,7 @@ def test_damaged_arrow_files_are_refused_before_they_are_read(tmp_path, kind):
         open_source(path)
 
 
-def test_images_beside_the_table_are_read(tmp_path):
+def test_image_files_next_to_the_table_are_read(tmp_path):
     """A data set made by `imagefolder` holds paths."""
     import datasets
 
@@ -293,13 +293,13 @@ def test_a_table_with_a_transform_is_refused():
 
 
 @pytest.mark.parametrize("labels", ["folders", "labels.csv"])
-def test_labels_of_tables_are_columns(tmp_path, labels):
+def test_label_files_and_folders_are_refused_for_tables(tmp_path, labels):
     path = write(tmp_path / "p.parquet", image=BYTES)
     with pytest.raises(UserError, match=rf"labels is '{labels}': of .* they are a column"):
         open_source(path, labels=labels)
 
 
-def test_a_data_set_in_memory_is_a_source(tmp_path):
+def test_an_in_memory_data_set_is_a_source(tmp_path):
     images = [Image.new("RGB", (8, 8), (60 * n, 0, 0)) for n in range(4)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 1, 0]}, features=features)

@@ -71,7 +71,7 @@ def interrupt_at_the_third_shard(monkeypatch):
     return calls
 
 
-def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
+def test_text_tokens_are_added_later_resumed_and_removed(source, tmp_path, monkeypatch):
     prepare(source, tmp_path / "whole", CONFIG)
     out = tmp_path / "out"
     prepare(source, out, CONFIG.override(text=""))
@@ -95,7 +95,7 @@ def test_added_later_interrupted_and_removed(source, tmp_path, monkeypatch):
     assert open_data(out).text is None
 
 
-def test_finished_tokens_of_captions_stay_where_an_encoder_is_removed(source, tmp_path, monkeypatch):
+def test_finished_text_tokens_stay_when_an_encoder_is_removed(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     prepare(source, out, CONFIG.override(text="", features=("tiny",)))
     calls = interrupt_at_the_third_shard(monkeypatch)
@@ -108,7 +108,7 @@ def test_finished_tokens_of_captions_stay_where_an_encoder_is_removed(source, tm
     assert content(out) == content(tmp_path / "whole")
 
 
-def test_what_is_refused(source, folder, tmp_path):
+def test_changed_text_settings_and_missing_captions_are_refused(source, folder, tmp_path):
     out = tmp_path / "out"
     prepare(source, out, CONFIG)
     with pytest.raises(UserError, match=r"\(text: "):
@@ -125,7 +125,7 @@ def test_what_is_refused(source, folder, tmp_path):
         add(tmp_path / "plain", f"text:{TINY}")
 
 
-def test_manifests_and_rows_that_do_not_fit_are_refused(source, tmp_path):
+def test_manifests_and_rows_that_disagree_are_refused(source, tmp_path):
     out = tmp_path / "out"
     prepare(source, out, CONFIG)
     manifest = read_json(out / "manifest.json")

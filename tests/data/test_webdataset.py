@@ -47,7 +47,7 @@ def test_rows_keep_the_order_of_the_shards(tmp_path):
     assert open_source(tmp_path / "shards").name(0) == "z in s1.tar"  # a folder of shards, sorted
 
 
-def test_numbers_are_labels_and_missing_ones_are_named(tmp_path):
+def test_numbers_are_labels_and_missing_labels_are_named(tmp_path):
     write_shard(tmp_path / "n.tar", pictures(), names=False)
     source = open_source(tmp_path / "n.tar")
     assert (source.labels.tolist(), source.class_names) == ([0, 0, 0, 1, 1], ["0", "1"])
@@ -57,18 +57,18 @@ def test_numbers_are_labels_and_missing_ones_are_named(tmp_path):
     assert open_source(tmp_path / "m.tar", labels="none").class_names == ["all"]
 
 
-def test_a_json_beside_a_cls_may_hold_anything(tmp_path):
+def test_a_json_next_to_a_cls_is_ignored(tmp_path):
     path = tar(tmp_path / "b.tar", a_png=PNG, a_cls="1", a_json="[[0, 0, 5, 5]]", b_png=PNG, b_cls="0", b_json="{")
     assert open_source(path).labels.tolist() == [1, 0]
 
 
-def test_keys_that_are_numbers_in_a_table_of_labels(tmp_path):
+def test_numeric_keys_match_a_table_of_labels(tmp_path):
     (tmp_path / "l.jsonl").write_text('{"key": 0, "label": "x"}\n{"key": 1, "label": "y"}\n')
     path = tar(tmp_path / "n.tar", **{"0_png": PNG, "1_png": PNG})
     assert open_source(path, labels=str(tmp_path / "l.jsonl")).class_names == ["x", "y"]
 
 
-def test_folders_are_classes_only_when_asked_for(tmp_path):
+def test_folders_are_classes_only_on_request(tmp_path):
     path = tar(tmp_path / "f.tar", cat__1_png=PNG, dog__1_png=PNG)
     with pytest.raises(UserError, match="--labels folders"):
         open_source(path)
@@ -79,7 +79,7 @@ def test_folders_are_classes_only_when_asked_for(tmp_path):
     assert open_source(path, labels=str(tmp_path / "l.csv")).class_names == ["x", "y"]
 
 
-def test_keys_of_the_json_are_chosen_by_settings(tmp_path):
+def test_json_keys_are_chosen_by_settings(tmp_path):
     meta = json.dumps({"label": 0, "wnid": "n7", "alt": ["one", "two"], "caption": "no"})
     path = tar(tmp_path / "j.tar", a_jpg=PNG, a_json=meta, b_jpg=PNG, b_json=meta.replace("n7", "n5"))
     source = open_source(f"{path}:label=wnid,caption=alt")
@@ -98,7 +98,7 @@ def test_one_of_several_images_is_chosen(tmp_path):
     np.testing.assert_array_equal(np.asarray(open_source(f"{path}:image=seg.png").decode(0)), pixels(pictures())[4])
 
 
-def test_the_index_is_made_once_and_anew_for_a_changed_shard(tmp_path, monkeypatch, cache):
+def test_the_index_is_rebuilt_only_for_a_changed_shard(tmp_path, monkeypatch, cache):
     spec = as_shards(tmp_path, pictures())
     scans = []
     real = webdataset._scan
@@ -163,14 +163,14 @@ def test_links_and_huge_members_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 512, 700, 1024, 1100, 1600, 2048])
-def test_cut_shards_are_refused(tmp_path, keep):
+def test_truncated_shards_are_refused(tmp_path, keep):
     path = Path(tar(tmp_path / "c.tar", a_png=PNG, b_png=PNG))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"c\.tar (cannot be read as an uncompressed tar file|holds no images)"):
         open_source(path)
 
 
-def test_damaged_headers_and_joined_archives_are_no_end(tmp_path):
+def test_damaged_headers_and_joined_archives_are_refused(tmp_path):
     """Python's tarfile would stop there and say nothing."""
     good = Path(tar(tmp_path / "g.tar", a_png=PNG, b_png=PNG)).read_bytes()
     second = 512 + -(-len(PNG) // 512) * 512
@@ -197,7 +197,7 @@ def test_compressed_shards_and_missing_ones_are_refused(tmp_path):
         open_source(tmp_path / "a.tar.gz")
 
 
-def test_braces_stand_for_files(tmp_path):
+def test_braces_expand_to_files(tmp_path):
     assert expand("pipe:cat x-{008..010}.tar") == [f"pipe:cat x-{n}.tar" for n in ("008", "009", "010")]
     assert expand("s3://b/{a,b}-{9..10}.tar") == [f"s3://b/{x}-{n}.tar" for x in "ab" for n in (9, 10)]
     for spec in ("s3://x/{9..8}.tar", "s3://x/{0..9999999}.tar"):
@@ -207,7 +207,7 @@ def test_braces_stand_for_files(tmp_path):
         open_source(tmp_path / "*.tar")
 
 
-def test_the_copies_of_shards_stay_within_their_bound(tmp_path, cache, monkeypatch):
+def test_cached_shards_stay_within_the_limit(tmp_path, cache, monkeypatch):
     """Three shards elsewhere and room for one: each is fetched when its rows are read, and the older ones go."""
     runs = tmp_path / "runs"
     for i, item in enumerate(pictures(3)):
@@ -235,7 +235,7 @@ def fetching_source(shards, **settings):
     return WebDataset(shards, **settings)
 
 
-def test_processes_wait_for_one_another(tmp_path, cache):
+def test_two_processes_fetch_a_shard_once(tmp_path, cache):
     """Two processes want one shard: the command runs once."""
     write_shard(tmp_path / "away.tar", pictures())
     url = f"pipe:echo x >> {tmp_path}/runs; sleep 0.2; cat {tmp_path}/away.tar"
@@ -265,7 +265,7 @@ def test_shards_that_cannot_be_fetched_are_named(spec, message, cache):
     assert not list(cache.rglob("*.tmp"))
 
 
-def test_a_changed_shard_elsewhere_is_noticed(tmp_path, cache):
+def test_a_changed_remote_shard_is_noticed(tmp_path, cache):
     write_shard(tmp_path / "away.tar", pictures())
     source = open_source(f"file://{tmp_path}/away.tar")
     write_shard(tmp_path / "away.tar", pictures(9))
@@ -275,7 +275,7 @@ def test_a_changed_shard_elsewhere_is_noticed(tmp_path, cache):
         source.decode(0)
 
 
-def test_a_full_disk_is_said(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     import errno
 
     def full(*args, **kwargs):
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         open_source(f"file://{tmp_path}/away.tar")
 
 
-def test_tar_of_the_system_is_read(tmp_path):
+def test_archives_of_gnu_tar_are_read(tmp_path):
     """Written by another program: GNU tar, with long names."""
     name = "x" * 150
     (tmp_path / "d").mkdir()
@@ -299,7 +299,7 @@ def test_tar_of_the_system_is_read(tmp_path):
     assert source.decode(0).size == (12, 12)
 
 
-def test_shards_beside_folders_of_images_are_refused(tmp_path, folder):
+def test_shards_next_to_image_folders_are_refused(tmp_path, folder):
     """Either would be left out without a word."""
     tar(folder / "old.tar", a_png=PNG)
     with pytest.raises(

@@ -21,7 +21,7 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_schedule():
+def test_the_schedule_matches_published_constants():
     assert PROCESS.alpha_bar.dtype == np.float64
     assert PROCESS.alpha_bar[[0, 500, 999]] == pytest.approx([0.9999, 0.0777966584, 4.0358298e-5], rel=1e-8)
     np.testing.assert_allclose(PROCESS.betas, oracle.BETAS, rtol=1e-12)
@@ -33,7 +33,7 @@ def test_fewer_timesteps_reach_the_same_noise():
     assert ImprovedDDPM(100).alpha_bar[-1] < 1e-4
 
 
-def test_respacing_to_250():
+def test_respacing_to_250_steps_keeps_the_noise_levels():
     spaced = PROCESS.respaced(250)
     assert spaced.timesteps[:4].tolist() == [0, 4, 8, 12]
     assert spaced.timesteps[-5:].tolist() == [983, 987, 991, 995, 999]
@@ -54,7 +54,7 @@ def test_ddim_stride_is_an_integer():
         ImprovedDDPM(20)
 
 
-def test_q_sample():
+def test_q_sample_matches_its_formula():
     x, eps = noise(3, 2, 2, 2), noise(3, 2, 2, 2, seed=1)
     x_t = PROCESS.q_sample(x, eps, torch.tensor([0, 500, 999]))
     for n, bar in enumerate((0.9999, 0.0777966584, 4.0358298e-5)):
@@ -63,7 +63,7 @@ def test_q_sample():
     torch.testing.assert_close(PROCESS.data(eps, x_t, torch.tensor([0, 500, 999])), x)
 
 
-def test_losses_are_the_literal_loops():
+def test_losses_equal_literal_loops():
     t = [0, 1, 2, 417, 999, 0]
     x, eps, output = noise(6, 2, 2, 2), noise(6, 2, 2, 2, seed=1), noise(6, 4, 2, 2, seed=2)
     x[5] *= 3  # some elements beyond +-0.999, where the bins are open
@@ -74,7 +74,7 @@ def test_losses_are_the_literal_loops():
     np.testing.assert_allclose(vb.numpy(), expected_vb, rtol=1e-7)
 
 
-def test_the_bound_trains_the_variance_only():
+def test_the_variational_bound_trains_only_the_variance():
     output = noise(4, 4, 2, 2).requires_grad_()
     mse, vb = PROCESS.hybrid_losses(
         output, noise(4, 2, 2, 2, seed=1), noise(4, 2, 2, 2, seed=2), torch.tensor([0, 3, 500, 999])
@@ -103,7 +103,7 @@ def test_networks_receive_the_trained_timesteps():
         assert torch.cat(seen).tolist() == spaced.timesteps.tolist()  # exactly
 
 
-def test_vp_is_the_continuous_limit_so_a_dit_can_be_sampled_by_any_sampler():
+def test_vp_is_the_continuous_limit_of_ddpm():
     t = torch.tensor([PROCESS.time(k) for k in (0, 99, 500, 999)], dtype=torch.float64)
     alpha_bar = PROCESS.alpha_bar[[0, 99, 500, 999]]
     np.testing.assert_allclose(PATHS.build("vp")(t).alpha.numpy() ** 2, alpha_bar, rtol=0.1)
@@ -195,7 +195,7 @@ def test_ddim_with_eta_one_is_ancestral_with_the_lower_variance():
     torch.testing.assert_close(got, state)
 
 
-def test_guidance_follows_dit_and_its_interval_is_in_our_time():
+def test_guidance_follows_dit_with_an_interval_in_our_time():
     """First channel guided, the second and both variance channels conditional; nothing doubled at noisy times."""
     rows = {}
 
@@ -216,7 +216,7 @@ def test_guidance_follows_dit_and_its_interval_is_in_our_time():
     assert len(rows) == 21
 
 
-def test_mistakes_are_named():
+def test_invalid_input_is_refused():
     linear = PATHS.build("linear")
     with pytest.raises(UserError, match="predicts velocity"):
         SAMPLERS.build("ddpm")(Denoiser(lambda x, t: x, linear), noise(1, 1, 1, 1), 4)
@@ -227,7 +227,7 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_every_step_tells_its_guess_of_the_data(name):
+def test_every_step_reports_its_prediction_of_the_data(name):
     """A network that answers x_t: the guess is (x_t - sigma x_t) / alpha."""
     steps = []
     denoiser = Denoiser(lambda x, t: torch.cat([x, x], 1), PROCESS.path, "noise", dtype=torch.float64)

@@ -67,7 +67,7 @@ def test_low_precision_input_leaves_the_time_alone():
     assert out.dtype == torch.float32
 
 
-def test_a_network_that_wants_the_float_gets_it():
+def test_a_network_may_receive_the_samplers_float_time():
     spy = Spy(torch.zeros(2, 1, 1, 1))
     spy.takes_float_time = True
     x = torch.zeros(2, 1, 1, 1)
@@ -88,7 +88,7 @@ def test_a_learned_variance_is_dropped_except_from_output():
         denoiser.velocity(torch.zeros(1, 3, 1, 1), 0.5)
 
 
-def test_mistakes_are_named():
+def test_invalid_input_is_refused():
     with pytest.raises(UserError, match="an interpolant"):
         Denoiser(Spy(None), "linear")
     with pytest.raises(UserError, match="eps.*velocity.*score"):

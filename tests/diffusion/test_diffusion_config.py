@@ -26,7 +26,7 @@ def test_defaults_are_the_papers():
         ({"prediction": "x"}, "velocity, noise, data or score"),
     ],
 )
-def test_mistakes_in_diffusion_are_one_sentence(values, words):
+def test_invalid_diffusion_settings_are_refused(values, words):
     with pytest.raises(UserError, match=words):
         DiffusionConfig.parse(values)
 
@@ -46,12 +46,12 @@ def test_mistakes_in_diffusion_are_one_sentence(values, words):
         ("autoguidance:scale=2", "--weak"),
     ],
 )
-def test_mistakes_in_guidance_are_one_sentence(spec, words):
+def test_invalid_guidance_settings_are_refused(spec, words):
     with pytest.raises(UserError, match=words):
         SampleConfig.parse({"guidance": [spec]})
 
 
-def test_guidances_are_recorded_in_one_way_of_writing():
+def test_guidances_are_recorded_in_one_spelling():
     given = ("cfg:high=0.70,scale=2.0,low=0", "cfg:scale=1", "internal:head=8,scale=1.4", "cfg:scale=1,streams=2")
     found = SampleConfig(guidance=given).guidance
     assert found == ("cfg:scale=2,high=0.7", "internal:head=8,scale=1.4", "cfg:streams=2")

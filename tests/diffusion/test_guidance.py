@@ -38,7 +38,7 @@ def of(network, *specs, **kwargs):
         ("path_drop:scale=1.5", "routed", [7 + 1.5 * (2 - 7), 7 + 1.5 * (5 - 7)]),
     ],
 )
-def test_each_extrapolates_from_its_other_prediction(spec, other, expected):
+def test_each_guidance_extrapolates_from_its_other_prediction(spec, other, expected):
     network = Network()
     out = of(network, spec)(X, 0.5)
     assert out[:, 0, 0, 0].tolist() == pytest.approx(expected)
@@ -46,7 +46,7 @@ def test_each_extrapolates_from_its_other_prediction(spec, other, expected):
     assert network.asked == [{"conditional", other}]
 
 
-def test_the_mix_is_that_of_the_released_code():
+def test_the_mixture_equals_that_of_the_released_code():
     golden = load("autoguidance")
     main, ref = tensor(golden["inputs"]["main"]), tensor(golden["inputs"]["ref"])
     for scale, expected in golden["expected"].items():
@@ -56,21 +56,21 @@ def test_the_mix_is_that_of_the_released_code():
 @pytest.mark.parametrize(
     ("t", "on"), [(0.2, True), (0.7, True), (0.70001, False), (0.19999, False), (1.0, False), (0.0, False)]
 )
-def test_outside_the_closed_interval_nothing_but_the_conditional_is_evaluated(t, on):
+def test_outside_the_closed_interval_only_the_conditional_is_evaluated(t, on):
     network = Network()
     out = of(network, "cfg:scale=2,low=0.2,high=0.7")(X, t)
     assert network.asked == [{"conditional", "null"} if on else {"conditional"}]
     assert out[:, 0, 0, 0].tolist() == ([-6.0, 0.0] if on else [2.0, 5.0])
 
 
-def test_scale_one_evaluates_nothing_more_and_zero_is_unconditional():
+def test_scale_one_needs_no_extra_pass_and_scale_zero_is_unconditional():
     network = Network()
     assert of(network, "cfg:scale=1", "internal:head=8,scale=1")(X, 0.5)[:, 0, 0, 0].tolist() == [2, 5]
     assert network.asked == [{"conditional"}]
     assert of(network, "cfg:scale=0")(X, 0.5)[:, 0, 0, 0].tolist() == [10, 10]
 
 
-def test_internal_guidance_is_of_each_branch_before_cfg():
+def test_internal_guidance_is_applied_to_each_branch_before_cfg():
     """As the released code of internal guidance: v of each branch first, then the difference between the branches."""
     network = Network()
     out = of(network, "internal:head=8,scale=1.4", "cfg:scale=1.35,high=0.7")(X, 0.5)
@@ -83,7 +83,7 @@ def test_internal_guidance_is_of_each_branch_before_cfg():
     assert network.asked[-1] == {"conditional", "head@8"}
 
 
-def test_the_order_counts_and_a_weak_network_leaves_the_null_alone():
+def test_the_order_of_guidances_matters_and_a_weak_network_keeps_the_null():
     network = Network()
     out = of(network, "autoguidance:scale=2", "cfg:scale=1.5")(X, 0.5)
     assert out[:, 0, 0, 0].tolist() == pytest.approx([10 + 1.5 * (3 + 2 * (c - 3) - 10) for c in (2, 5)])
@@ -100,7 +100,7 @@ def test_channels_and_learned_variance_keep_conditional_values(channels, guides)
 
 
 @pytest.mark.parametrize(("streams", "scale"), [("", 2.0), (",streams=1", 1.0), (",streams=3", 3.0)])
-def test_the_parts_of_a_state_are_guided_one_by_one(streams, scale):
+def test_each_part_of_a_state_has_its_own_guidance(streams, scale):
     layout = Layout({"x": (2, 1, 2), "class": (3,)})
 
     def network(x_t, t, names):
@@ -112,7 +112,7 @@ def test_the_parts_of_a_state_are_guided_one_by_one(streams, scale):
     assert found["class"].tolist() == [[10 + scale * (2 - 10)] * 3] * 2
 
 
-def test_internal_guidance_leaves_a_stream_as_it_was_guided_before():
+def test_internal_guidance_does_not_change_a_guided_stream():
     """Heads predict the latents alone: after cfg, the vector of a stream has the scale of cfg and no other."""
     layout = Layout({"x": (2, 1, 2), "class": (3,)})
     values = {"conditional": (2.0, 2.0), "null": (10.0, 10.0), "head@8": (3.0, 2.0)}  # of the latents, of the stream
@@ -127,7 +127,7 @@ def test_internal_guidance_leaves_a_stream_as_it_was_guided_before():
     assert layout.unpack(found)["x"].unique().tolist() == [3 + 1.5 * (cfg - 3)]
 
 
-def test_times_per_sample_are_guided_each_by_its_own():
+def test_each_sample_is_guided_by_its_own_time():
     network = Network()
     guide = of(network, "cfg:scale=2,high=0.5")
     assert guide(X, torch.tensor([0.4, 0.6]))[:, 0, 0, 0].tolist() == [-6.0, 5.0]
@@ -141,7 +141,7 @@ def test_half_precision_outputs_are_mixed_in_float32():
     assert out[0, 0, 0, 0].item() == pytest.approx(10 - 1.003, abs=1e-5)
 
 
-def test_through_a_denoiser_the_decision_sees_the_samplers_float():
+def test_the_guidance_interval_is_decided_with_the_samplers_float():
     """0.1 in float32 lies above 0.1: decided in float32, the closed end would be lost."""
     network = Network()
     Denoiser(of(network, "cfg:scale=2,high=0.7"), PATHS.build("linear")).velocity(X.double(), 0.7)
@@ -150,12 +150,12 @@ def test_through_a_denoiser_the_decision_sees_the_samplers_float():
     assert network.asked == [{"conditional", "null"}] * 2
 
 
-def test_more_channels_than_there_are():
+def test_more_channels_than_the_data_has_are_refused():
     with pytest.raises(UserError, match="there are only 4"):
         of(Network(), "cfg:scale=2,channels=5")(X, 0.5)
 
 
-def test_a_guidance_of_ones_own_is_a_class():
+def test_a_private_guidance_is_a_class():
     class Halfway:
         def needs(self, t):
             return frozenset(("conditional", "null"))
@@ -166,7 +166,7 @@ def test_a_guidance_of_ones_own_is_a_class():
     assert guided(Network(), [Halfway()])(X, 0.5)[:, 0, 0, 0].tolist() == [6.0, 7.5]
 
 
-def test_a_function_is_no_guidance():
+def test_a_function_as_guidance_is_refused():
     with pytest.raises(
         UserError, match=r"must be a class with the methods of repa.diffusion.guidance.Guidance, but is function"
     ):

@@ -13,7 +13,7 @@ TIMES = torch.tensor([1e-4, 0.01, 0.13, 0.5, 0.77, 0.999, 1.0], dtype=torch.floa
 
 
 @pytest.mark.parametrize("name", PATHS.names())
-def test_coefficients_and_their_derivatives(name):
+def test_coefficients_match_the_formulas_and_their_derivatives_autograd(name):
     t = TIMES.clone().requires_grad_()
     c = PATHS.build(name)(t)
     expected = torch.tensor([alpha_sigma(name, float(value)) for value in TIMES], dtype=torch.float64)
@@ -35,14 +35,14 @@ def test_time_zero_is_data_and_time_one_is_noise(name):
     assert (c.determinant > 0).all()
 
 
-def test_vp_sigma_does_not_cancel_in_float32_near_data():
+def test_vp_sigma_has_no_cancellation_in_float32_near_data():
     t = torch.tensor([1e-7, 1e-5, 1e-3])
     single, double = PATHS.build("vp")(t), PATHS.build("vp")(t.double())
     torch.testing.assert_close(single.sigma.double(), double.sigma, rtol=1e-6, atol=0)
     assert single.d_sigma[0] == pytest.approx(0.5 * math.sqrt(0.1 / 1e-5), rel=0.01)  # held at its value at 1e-5
 
 
-def test_vp_takes_its_betas():
+def test_vp_uses_the_given_betas():
     c = PATHS.build("vp:beta_min=1.0,beta_max=3.0")(torch.tensor(1.0, dtype=torch.float64))
     assert float(c.alpha) == pytest.approx(math.exp(-1.0))  # the integral of beta is 2
     for spec in ("vp:beta_min=3.0,beta_max=1.0", "vp:beta_min=0", "vp:beta_max=high"):
@@ -71,14 +71,14 @@ def test_interpolate_uses_each_samples_own_time(name):
         torch.testing.assert_close(velocity[n], d_alpha * x[n] + d_sigma * noise[n], rtol=1e-4, atol=1e-4)
 
 
-def test_interpolate_linear_is_the_papers():
+def test_linear_interpolation_equals_the_papers():
     x, noise = torch.tensor([[3.0]]), torch.tensor([[5.0]])
     x_t, velocity = interpolate(PATHS.build("linear"), x, noise, torch.tensor([0.25]))
     assert x_t.item() == pytest.approx(0.75 * 3 + 0.25 * 5)
     assert velocity.item() == 2.0  # noise - data
 
 
-def test_interpolate_keeps_the_dtype_and_refuses_wrong_shapes():
+def test_interpolation_keeps_the_dtype_and_refuses_wrong_shapes():
     x = torch.zeros(2, 1, 2, 2, dtype=torch.bfloat16)
     assert interpolate(PATHS.build("linear"), x, x, torch.tensor([0.1, 0.2]))[0].dtype == torch.bfloat16
     with pytest.raises(UserError, match="one per sample"):

@@ -26,12 +26,12 @@ def four_kinds(name, times):
 
 @pytest.mark.parametrize("name", PATHS.names())
 @pytest.mark.parametrize(("given", "wanted"), list(permutations(PREDICTIONS, 2)))
-def test_every_kind_becomes_every_other(name, given, wanted):
+def test_every_kind_converts_to_every_other(name, given, wanted):
     c, x_t, kinds = four_kinds(name, INNER)
     torch.testing.assert_close(convert(kinds[given], x_t, c, given, wanted), kinds[wanted], rtol=1e-9, atol=1e-9)
 
 
-def test_conversions_are_there_under_their_names():
+def test_named_conversions_exist():
     assert set(CONVERSIONS) == set(permutations(set(PREDICTIONS) - {"score"}, 2))
     assert all(function.__name__ == f"{a}_to_{b}" for (a, b), function in CONVERSIONS.items())
 
@@ -44,7 +44,7 @@ def test_velocity_gives_data_and_noise_at_both_ends(name):
 
 
 @pytest.mark.parametrize("name", PATHS.names())
-def test_each_kind_is_right_at_the_end_where_it_knows_the_answer(name):
+def test_each_kind_is_exact_at_the_end_where_it_is_known(name):
     c, x_t, kinds = four_kinds(name, [0.0, 0.0])
     torch.testing.assert_close(convert(kinds["noise"], x_t, c, "noise", "velocity"), kinds["velocity"])
     c, x_t, kinds = four_kinds(name, [1.0, 1.0])
@@ -54,7 +54,7 @@ def test_each_kind_is_right_at_the_end_where_it_knows_the_answer(name):
 
 
 @pytest.mark.parametrize("name", ["linear", "trigonometric"])
-def test_noise_at_the_noise_end_gives_the_mean_of_centred_data_and_bounded_errors(name):
+def test_predicted_noise_at_the_noise_end_gives_bounded_data(name):
     c, x_t, _ = four_kinds(name, [1.0, 1.0])
     error = torch.full_like(x_t, 0.01)
     torch.testing.assert_close(convert(x_t, x_t, c, "noise", "data"), torch.zeros_like(x_t), rtol=0, atol=1e-12)
@@ -63,14 +63,14 @@ def test_noise_at_the_noise_end_gives_the_mean_of_centred_data_and_bounded_error
 
 @pytest.mark.parametrize("name", PATHS.names())
 @pytest.mark.parametrize("pair", list(permutations(PREDICTIONS, 2)))
-def test_everything_is_finite_at_the_ends(name, pair):
+def test_all_conversions_are_finite_at_the_ends(name, pair):
     c, x_t, kinds = four_kinds(name, [0.0, 1.0])
     output = torch.nan_to_num(kinds[pair[0]], nan=1.0, posinf=1.0, neginf=1.0)
     assert torch.isfinite(convert(output, x_t, c, *pair)).all()
 
 
 @pytest.mark.parametrize("name", PATHS.names())
-def test_score_of_velocity_is_equation_20(name):
+def test_the_score_of_a_velocity_is_equation_20(name):
     c, x_t, kinds = four_kinds(name, INNER)
     score = convert(kinds["velocity"], x_t, c, "velocity", "score")
     for n in range(len(INNER)):
@@ -80,7 +80,7 @@ def test_score_of_velocity_is_equation_20(name):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_targets(prediction):
+def test_targets_match_their_definitions(prediction):
     c, _, kinds = four_kinds("vp", INNER)
     torch.testing.assert_close(target(prediction, c, kinds["data"], kinds["noise"]), kinds[prediction])
 

@@ -18,7 +18,7 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_path_is_the_discrete_process_at_every_timestep():
+def test_the_path_equals_the_discrete_process_at_every_timestep():
     c = DDPM.path(torch.arange(1001, dtype=torch.float64) / 1000)
     np.testing.assert_allclose(c.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-9)
     np.testing.assert_allclose(c.sigma.numpy() ** 2, [0.0, *(1 - bar for bar in BARS)], rtol=3e-6)
@@ -26,7 +26,7 @@ def test_the_path_is_the_discrete_process_at_every_timestep():
     np.testing.assert_allclose(half.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-5)  # in float32 too
 
 
-def test_the_path_is_smooth_and_its_derivatives_are_its_own():
+def test_the_path_is_smooth_and_its_derivatives_match():
     t = torch.linspace(0.0003, 0.9997, 2001, dtype=torch.float64, requires_grad=True)
     c = DDPM.path(t)
     for value, derivative in ((c.alpha, c.d_alpha), (c.sigma, c.d_sigma)):
@@ -39,7 +39,7 @@ def test_the_path_is_smooth_and_its_derivatives_are_its_own():
     torch.testing.assert_close(before.d_alpha, after.d_alpha, rtol=1e-4, atol=1e-6)  # no kinks at the timesteps
 
 
-def test_training_times_are_timesteps_that_the_network_is_told_exactly():
+def test_training_times_are_exact_timesteps():
     t = DDPM.draw_times(100_000, torch.Generator().manual_seed(0), torch.device("cpu"))
     k = DDPM.network_time(t)
     assert (t.dtype, k.dtype) == (torch.float32, torch.float32)
@@ -51,7 +51,7 @@ def test_training_times_are_timesteps_that_the_network_is_told_exactly():
     assert DDPM.network_time(torch.tensor([0.0, 0.0004, 0.5, 1.0])).tolist() == [0, 0, 499, 999]
 
 
-def test_what_the_network_sees_is_on_the_path():
+def test_noised_data_is_on_the_path():
     x, noise = normal(5, 2, 3, 3), normal(5, 2, 3, 3, seed=1)
     k = [0, 1, 250, 731, 999]
     t = torch.tensor([(i + 1) / 1000 for i in k])
@@ -61,7 +61,7 @@ def test_what_the_network_sees_is_on_the_path():
     torch.testing.assert_close(DDPM.noised(x, noise, t), interpolate(DDPM.path, x, noise, t.double())[0])
 
 
-def test_losses_of_ddpm_are_the_literal_loops():
+def test_losses_of_ddpm_equal_literal_loops():
     k = [0, 1, 417, 999]
     x, noise, output = normal(4, 2, 2, 2), normal(4, 2, 2, 2, seed=1), normal(4, 4, 2, 2, seed=2)
     losses = DDPM.losses(output, x, noise, torch.tensor([(i + 1) / 1000 for i in k]))
@@ -72,7 +72,7 @@ def test_losses_of_ddpm_are_the_literal_loops():
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise", "data", "score"])
-def test_flow_gives_the_network_t_and_compares_it_with_its_target(prediction):
+def test_flow_matching_passes_t_and_compares_with_the_target(prediction):
     flow = build_process(DiffusionConfig(path="trigonometric", prediction=prediction))
     x, noise, output = (normal(4, 2, 2, 2, seed=s) for s in range(3))
     t = torch.tensor([0.1, 0.35, 0.6, 0.9], dtype=torch.float64)
@@ -133,12 +133,12 @@ def test_the_sde_ends_in_the_data():
         ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' applies only to the objective"),
     ],
 )
-def test_settings_that_ddpm_does_not_have_are_refused(values, words):
+def test_settings_without_meaning_for_ddpm_are_refused(values, words):
     with pytest.raises(UserError, match=words):
         DiffusionConfig.parse(values)
 
 
-def test_samplers_of_timesteps_are_for_networks_of_timesteps():
+def test_ddpm_samplers_need_networks_of_timesteps():
     for spec in ("ddpm", "ddim:eta=0.5"):
         assert DiffusionConfig(objective="ddpm").check_sampler(spec) == spec
         with pytest.raises(UserError, match="objective flow: choose one of dopri5, euler, euler_maruyama, heun"):
@@ -154,7 +154,7 @@ CUT = "uniform:low=0.001,high=0.999"
 @pytest.mark.parametrize("weight", ["none", "velocity", "likelihood"])
 @pytest.mark.parametrize("prediction", ["noise", "score"])
 @pytest.mark.parametrize("path", ["linear", "trigonometric", "vp"])
-def test_losses_of_noise_and_score_are_those_of_sit(path, prediction, weight):
+def test_losses_of_noise_and_score_equal_those_of_sit(path, prediction, weight):
     flow = build_process(DiffusionConfig(path=path, prediction=prediction, timesteps=CUT, loss_weight=weight))
     t = torch.tensor([0.001, 0.02, 0.4, 0.93, 0.999], dtype=torch.float64)
     x, noise, output = (torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
@@ -173,7 +173,7 @@ def test_a_score_is_learned_at_every_time():
     assert float(flow.losses(output, x, noise, t)["denoising"].mean()) == pytest.approx(4 / 3, rel=0.02)
 
 
-def test_the_velocity_weight_is_the_error_of_the_velocity():
+def test_the_velocity_weight_gives_the_error_of_the_velocity():
     from repa.diffusion import convert
 
     flow = build_process(DiffusionConfig(prediction="noise", timesteps=CUT, loss_weight="velocity"))
@@ -189,7 +189,7 @@ def test_the_velocity_weight_is_the_error_of_the_velocity():
     torch.testing.assert_close(flow.losses(output, x, noise, t)["denoising"], wanted, rtol=1e-6, atol=0)
 
 
-def test_weights_that_mean_nothing_or_are_infinite_are_refused():
+def test_meaningless_or_infinite_weights_are_refused():
     for settings, sentence in [
         ({"prediction": "velocity"}, "weights the errors of noise and score"),
         ({"prediction": "noise", "timesteps": "uniform"}, "infinite at the ends"),
@@ -207,7 +207,7 @@ def of_golden(golden, *names):
     return [tensor(golden["inputs"][name]) for name in names]
 
 
-def test_data_prediction_with_the_loss_of_the_velocity_is_that_of_jit():
+def test_data_prediction_with_a_velocity_loss_equals_that_of_jit():
     golden = load("jit_loss")
     x, noise, predicted = of_golden(golden, "x0", "eps", "x_hat")
     t = 1 - torch.tensor(golden["t_data_time"], dtype=torch.float64)
@@ -222,7 +222,7 @@ def test_data_prediction_with_the_loss_of_the_velocity_is_that_of_jit():
         torch.testing.assert_close(denoiser.velocity(noise, time), (noise - predicted) / max(time, 0.05))
 
 
-def test_contrastive_flow_matching_is_that_of_the_released_code():
+def test_contrastive_flow_matching_equals_the_released_code():
     golden = load("cfm_uniform")
     x, noise, predicted = of_golden(golden, "x0", "eps", "v_hat")
     t = torch.tensor(golden["t"], dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_contrastive_flow_matching_is_that_of_the_released_code():
     assert float(found["contrastive"].mean()) == pytest.approx(0.05 * golden["expected"]["cfm_cls"], rel=1e-9)
 
 
-def test_contrastive_flow_matching_can_count_less_at_small_times():
+def test_contrastive_flow_matching_can_be_weighted_by_time():
     """SR-DiT's linear weight is t. Its code multiplies vectors by a broadcast of all times; here each has its own."""
     golden = load("cfm_uniform")
     t = torch.tensor(golden["t"], dtype=torch.float64)
@@ -249,7 +249,7 @@ def test_contrastive_flow_matching_can_count_less_at_small_times():
             assert float(found[n]) == pytest.approx(-0.05 * golden["t"][n] * float(distance), rel=1e-9)
 
 
-def test_the_cosine_of_velocities_is_lightningdits():
+def test_the_cosine_loss_of_velocities_equals_lightningdits():
     golden = load("velocity_cosine")
     predicted, velocity = of_golden(golden, "v_hat", "v")
     process = build_process(DiffusionConfig(velocity_cosine=1.0))
@@ -258,7 +258,7 @@ def test_the_cosine_of_velocities_is_lightningdits():
     assert float(found.mean()) == pytest.approx(golden["expected"], rel=1e-9)
 
 
-def test_the_loss_of_a_head_is_that_of_internal_guidance():
+def test_the_loss_of_a_head_equals_that_of_internal_guidance():
     golden = load("ig_loss")
     x, noise, final, middle = of_golden(golden, "x0", "eps", "v_hat", "v_mid")
     t = torch.tensor(golden["t"], dtype=torch.float64)
@@ -273,7 +273,7 @@ def test_the_loss_of_a_head_is_that_of_internal_guidance():
     [{}, {"prediction": "data", "loss_weight": "velocity"}, {"velocity_cosine": 1.0}, {"contrastive": 0.1},
      {"contrastive": 0.1, "contrastive_times": "linear"}, {"prediction": "noise", "path": "trigonometric"}],
 )  # fmt: skip
-def test_times_of_the_pixels_that_are_all_the_same_are_one_time_an_image(config):
+def test_equal_times_per_pixel_equal_one_time_per_image(config):
     process = build_process(DiffusionConfig(**config))
     x, noise, output, other = (normal(3, 2, 4, 4, seed=seed) for seed in range(4))
     t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
@@ -286,7 +286,7 @@ def test_times_of_the_pixels_that_are_all_the_same_are_one_time_an_image(config)
         torch.testing.assert_close(loss, many[name])
 
 
-def test_terms_of_velocities_need_a_prediction_that_has_one():
+def test_velocity_terms_need_a_velocity_prediction():
     for setting in ({"contrastive": 0.1}, {"velocity_cosine": 1.0}):
         for prediction in ("noise", "data"):
             with pytest.raises(UserError, match="data with loss_weight velocity"):

@@ -61,14 +61,14 @@ GUIDANCE = [(1.0, 0.0, 1.0), (1.8, 0.0, 1.0), (1.8, 0.0, 0.7), (1.3, 0.2, 0.5)]
 
 @pytest.mark.parametrize(("scale", "low", "high"), GUIDANCE)
 @pytest.mark.parametrize("name", ["euler", "heun"])
-def test_ode_samplers_are_the_literal_loops(name, scale, low, high):
+def test_ode_samplers_equal_literal_loops(name, scale, low, high):
     x = noise(2, 4, 3, 3)
     got = SAMPLERS.build(name)(wiggly_denoiser(scale, (low, high)), x, 10)
     expected = getattr(oracle, name)(wiggly_numpy, x.numpy(), 10, scale, low, high)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_heun_is_the_reference_up_to_the_step_that_crosses_the_interval():
+def test_heun_equals_the_reference_up_to_the_end_of_the_interval():
     x = noise(2, 4, 3, 3)
     for interval, same in (((0.0, 1.0), True), ((0.0, 0.7), False)):
         got = SAMPLERS.build("heun")(wiggly_denoiser(1.8, interval), x, 10)
@@ -77,7 +77,7 @@ def test_heun_is_the_reference_up_to_the_step_that_crosses_the_interval():
 
 
 @pytest.mark.parametrize(("scale", "low", "high"), GUIDANCE)
-def test_euler_maruyama_is_the_literal_loop(scale, low, high):
+def test_euler_maruyama_equals_a_literal_loop(scale, low, high):
     x, draws = noise(2, 4, 3, 3), noise(9, 2, 4, 3, 3, seed=1)
     stream = iter(draws)
     got = SAMPLERS.build("euler_maruyama")(wiggly_denoiser(scale, (low, high)), x, 10, lambda like: next(stream))
@@ -93,7 +93,7 @@ def sine(t):
 @pytest.mark.parametrize(
     ("diffusion", "w_of_t"), [("2t", lambda t: 2 * t), ("sigma", sine), ("2sigma", lambda t: 2 * sine(t))]
 )
-def test_euler_maruyama_diffusions_on_the_trigonometric_path(diffusion, w_of_t):
+def test_euler_maruyama_supports_every_diffusion_on_the_trigonometric_path(diffusion, w_of_t):
     x, draws = noise(2, 1, 2, 2), noise(7, 2, 1, 2, 2, seed=1)
     stream = iter(draws)
     sampler = SAMPLERS.build(f"euler_maruyama:diffusion={diffusion}")
@@ -163,13 +163,13 @@ def test_dopri5_without_torchdiffeq_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "nfe"), [("euler", 7), ("heun", 13), ("euler_maruyama", 7)])
-def test_network_evaluations_are_exactly_the_algorithms(name, nfe):
+def test_samplers_use_exactly_the_evaluations_of_the_algorithm(name, nfe):
     calls = CountedCalls(gaussian_velocity("linear"))
     SAMPLERS.build(name)(gaussian("linear", calls), noise(2, 1, 2, 2), 7)
     assert calls.calls == nfe
 
 
-def test_time_points_of_the_reference():
+def test_time_points_equal_those_of_the_reference():
     seen = []
 
     def predict(x, t):
@@ -190,7 +190,7 @@ def test_time_points_of_the_reference():
 
 
 @pytest.mark.parametrize("spec", ["euler", "heun", "euler_maruyama", "dopri5"])
-def test_every_step_tells_state_and_guess_of_the_data(spec):
+def test_every_step_reports_the_state_and_the_predicted_data(spec):
     steps = []
     x = noise(3, 1, 2, 2)
     out = SAMPLERS.build(spec)(gaussian("linear"), x, 6, lambda like: torch.zeros_like(like), steps.append)
@@ -208,7 +208,7 @@ def test_every_step_tells_state_and_guess_of_the_data(spec):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("sampler", ["euler", "heun", "euler_maruyama", "dopri5"])
-def test_a_network_of_any_prediction_samples_the_same(sampler, prediction):
+def test_every_kind_of_prediction_gives_the_same_samples(sampler, prediction):
     path, exact = PATHS.build("vp"), gaussian_velocity("vp")
 
     def predict(x, t):
@@ -223,7 +223,7 @@ def test_a_network_of_any_prediction_samples_the_same(sampler, prediction):
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama", "dopri5"])
-def test_the_state_is_float64_the_network_float32_the_result_like_the_noise(name):
+def test_the_state_is_float64_and_network_and_result_keep_float32(name):
     drawn = []
 
     def predict(x, t):
@@ -253,13 +253,13 @@ def test_the_state_is_float64_the_network_float32_the_result_like_the_noise(name
         ("euler:churn=1", 5, "no setting 'churn'"),
     ],
 )
-def test_mistakes_are_named(spec, steps, words):
+def test_invalid_input_is_refused(spec, steps, words):
     with pytest.raises(UserError, match=words):
         SAMPLERS.build(SAMPLERS.check(spec))(gaussian("linear"), noise(1, 1, 1, 1), steps)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "euler_maruyama"])
-def test_samplers_of_text_conditioned_networks_are_those_of_the_released_code(name):
+def test_samplers_of_text_conditioned_networks_equal_the_released_code(name):
     golden = load("t2i_samplers")
     x, context = tensor(golden["inputs"]["x1"]), tensor(golden["inputs"]["context"])
     contexts = {"conditional": context, "null": torch.full_like(context, 0.1)}

@@ -7,14 +7,14 @@ from repa.base.errors import UserError
 from repa.diffusion import Layout
 
 
-def test_one_part_stays_as_it_is():
+def test_a_state_with_one_part_is_unchanged():
     layout, x = Layout({"x": (4, 2, 2)}), torch.randn(3, 4, 2, 2)
     assert layout.shape == (4, 2, 2)
     assert layout.pack({"x": x}) is x
     assert layout.unpack(x)["x"] is x
 
 
-def test_parts_go_into_one_tensor_and_back():
+def test_parts_are_joined_into_one_tensor_and_split_again():
     layout = Layout({"x": (4, 2, 3), "class": (5,)})
     parts = {"x": torch.randn(3, 4, 2, 3), "class": torch.randn(3, 5)}
     flat = layout.pack(parts)

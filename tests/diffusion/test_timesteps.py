@@ -23,14 +23,14 @@ def draw(spec, num=20000):
     return TIMESTEPS.build(spec)(num, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-def test_uniform_is_uniform():
+def test_uniform_times_are_uniform():
     t = draw("uniform").sort().values
     assert t.shape == (20000,)
     assert t.dtype == torch.float32
     assert (t - torch.linspace(0, 1, 20000)).abs().max() < 0.015  # Kolmogorov-Smirnov, p < 1e-3
 
 
-def test_uniform_within_an_interval():
+def test_uniform_times_stay_within_the_interval():
     t = draw("uniform:low=0.2,high=0.7")
     torch.testing.assert_close(t, 0.2 + 0.5 * draw("uniform"))
     assert 0.2 <= float(t.min()) < 0.201
@@ -48,7 +48,7 @@ def test_logit_normal_is_a_log_normal_noise_to_signal_ratio_on_its_path(path):
     assert float(log_ratio.std()) == pytest.approx(0.7, abs=0.02)
 
 
-def test_logit_normal_is_the_reference_lognormal():
+def test_logit_normal_equals_the_references_lognormal():
     generator = torch.Generator().manual_seed(5)
     ratio = torch.randn(8, generator=generator).exp()
     for spec, expected in (
@@ -58,13 +58,13 @@ def test_logit_normal_is_the_reference_lognormal():
         torch.testing.assert_close(TIMESTEPS.build(spec)(8, torch.Generator().manual_seed(5)), expected)
 
 
-def test_times_are_a_function_of_the_generator():
+def test_times_depend_only_on_the_generator():
     assert torch.equal(draw("uniform", 5), draw("uniform", 5))
     sample, generator = TIMESTEPS.build("uniform"), torch.Generator().manual_seed(0)
     assert not torch.equal(sample(5, generator), sample(5, generator))
 
 
-def test_shift_pushes_towards_noise_and_keeps_the_ends():
+def test_the_shift_moves_times_towards_noise_and_keeps_the_ends():
     t = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(time_shift(t, 3.0), torch.tensor([0.0, 0.75, 1.0]))
     # shifting multiplies the noise-to-signal ratio of the linear path
@@ -72,7 +72,7 @@ def test_shift_pushes_towards_noise_and_keeps_the_ends():
     assert float(log_ratio.mean()) == pytest.approx(math.log(2), abs=0.02)
 
 
-def test_shifts_are_those_of_the_released_code():
+def test_shifts_equal_those_of_the_released_code():
     golden = load("time_shift")
     t = torch.tensor(golden["expected"]["t"], dtype=torch.float64)
     for shift, expected in golden["expected"]["values"].items():
@@ -85,7 +85,7 @@ def test_shifts_are_those_of_the_released_code():
     assert latent_shift((3, 32, 32), base=3072) == 1
 
 
-def test_one_setting_shifts_the_training_times_and_the_grids():
+def test_one_setting_shifts_training_times_and_sampling_grids():
     config = DiffusionConfig(shift="auto", timesteps="logit_normal").for_latents((16, 32, 32))
     assert config.shift == 2
     process, cpu = build_process(config), torch.device("cpu")
@@ -97,7 +97,7 @@ def test_one_setting_shifts_the_training_times_and_the_grids():
         build_process(DiffusionConfig(shift="auto"))
 
 
-def test_the_inverse_convention_is_refused_with_the_number_to_write():
+def test_an_inverse_shift_is_refused_with_the_right_value():
     with pytest.raises(UserError, match=r"3\.333"):
         DiffusionConfig.parse({"shift": 0.3})
     for shift in (0, -1, float("nan"), "automatic"):
@@ -108,7 +108,7 @@ def test_the_inverse_convention_is_refused_with_the_number_to_write():
             TIMESTEPS.build(spec)
 
 
-def test_grids_of_the_reference():
+def test_grids_equal_those_of_the_reference():
     assert ode_grid(5).tolist() == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0], abs=1e-15)
     assert sde_grid(5).tolist() == pytest.approx([1, 0.76, 0.52, 0.28, 0.04, 0], abs=1e-15)
     full = sde_grid(250)

@@ -33,7 +33,7 @@ def noise_images(n: int, side: int) -> torch.Tensor:
         (torch.zeros(2, 3, 32, 48, dtype=torch.uint8), ["(2, 3, 32, 48)", "square"]),
     ],
 )
-def test_what_arrived_is_named(tiny, images, names):
+def test_wrong_inputs_are_refused_with_what_arrived(tiny, images, names):
     with pytest.raises(UserError) as error:
         tiny(images, 8)
     assert all(name in str(error.value) for name in ["tiny", "uint8", *names])
@@ -44,7 +44,7 @@ def test_grid_below_one_is_refused(tiny):
         tiny(noise_images(1, 32), 0)
 
 
-def test_frozen_whatever_is_asked(tiny):
+def test_encoders_stay_frozen_and_in_eval_mode(tiny):
     images = noise_images(2, 32)
     before = tiny(images, 8)
     torch.nn.ModuleList([tiny]).train()
@@ -62,7 +62,7 @@ def test_images_do_not_influence_each_other(tiny):
     torch.testing.assert_close(tiny(images, 8).patches[1:2], tiny(images[1:2], 8).patches)
 
 
-def test_computes_in_the_dtype_of_its_weights():
+def test_encoders_compute_in_the_dtype_of_their_weights():
     tiny = load_encoder("tiny")
     exact = tiny(noise_images(2, 32), 8).patches
     half = tiny.to(torch.bfloat16)(noise_images(2, 32), 8).patches
@@ -71,7 +71,7 @@ def test_computes_in_the_dtype_of_its_weights():
     assert torch.cosine_similarity(exact, half.float(), dim=-1).min() > 0.99
 
 
-def test_identity_is_the_checksum_of_the_file(tiny):
+def test_the_identity_contains_the_files_checksum(tiny):
     assert tiny.identity["name"] == "tiny"
     assert tiny.identity["weights_sha256"] == hashlib.sha256(tiny.weights_file.read_bytes()).hexdigest()
     assert "antialias" in tiny.identity["preprocessing"]
@@ -95,7 +95,7 @@ def test_resize_is_bicubic(size, antialias):
         ("tiny", "tiny"),
     ],
 )
-def test_spellings_of_the_reference(spelling, name):
+def test_spellings_of_the_reference_code_are_accepted(spelling, name):
     assert ENCODERS.check(spelling) == name
     assert ENCODERS.target(spelling) == ENCODERS.target(name)
 
@@ -103,31 +103,31 @@ def test_spellings_of_the_reference(spelling, name):
 @pytest.mark.parametrize(
     ("given", "meant"), [("tinny", "tiny"), ("dinov2-vit-xl", "dinov2-l"), ("dino2-b", "dinov2-b")]
 )
-def test_unknown_name_suggests_the_nearest(given, meant):
+def test_an_unknown_name_suggests_the_nearest(given, meant):
     with pytest.raises(UserError, match=f"Did you mean '{meant}'"):
         load_encoder(given)
 
 
-def test_missing_weights_path_is_named(tmp_path):
+def test_a_missing_weight_path_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         load_encoder("tiny", weights=tmp_path / "nowhere")
 
 
-def test_weights_in_the_home_folder(tmp_path, monkeypatch):
+def test_a_tilde_in_the_weight_path_is_expanded(tmp_path, monkeypatch):
     """A shell leaves the ~ of dinov2-b=~/folder as it is."""
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
         load_encoder("tiny", weights="~/nowhere")
 
 
-def test_private_encoder_by_dotted_name(tiny):
+def test_a_private_encoder_loads_by_dotted_name(tiny):
     assert load_encoder("tests.encoders.private.load").dim == 3
     with pytest.raises(UserError, match="returned a dict, not a repa.encoders.VisionEncoder"):
         load_encoder("tests.encoders.private.load_wrong")
 
 
 @pytest.mark.parametrize(("function", "given"), [("load_map", "(2, 3, 4, 4)"), ("load_summary", "(2, 17, 3)")])
-def test_a_private_encoder_gives_a_token_for_each_place(function, given):
+def test_a_private_encoder_must_give_one_token_per_position(function, given):
     """A map or a class token would be resampled as if it were a grid."""
     encoder = load_encoder(f"tests.encoders.private.{function}")
     with pytest.raises(UserError) as error:
@@ -135,7 +135,7 @@ def test_a_private_encoder_gives_a_token_for_each_place(function, given):
     assert f"= (2, 16, 3), but returned {given}" in str(error.value)
 
 
-def test_the_room_is_imported_without_torch():
+def test_importing_the_package_imports_no_torch():
     code = "import sys, repa.encoders as e; e.ENCODERS.check('tiny'), e.load_encoder; print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -57,7 +57,7 @@ def normalised(images: torch.Tensor) -> np.ndarray:
 
 
 @both
-def test_tokens_are_those_of_transformers_at_the_native_grid(folders, name):
+def test_tokens_equal_transformers_at_the_native_grid(folders, name):
     encoder = load_encoder(name, weights=folders[name])
     assert (encoder.dim, encoder.patch_size, encoder.name) == (32, 14, name)
     images = noise_images(NATIVE * 14)
@@ -71,7 +71,7 @@ def test_tokens_are_those_of_transformers_at_the_native_grid(folders, name):
 
 
 @both
-def test_other_grid_resamples_image_and_positions_as_the_reference(folders, name):
+def test_another_grid_resamples_image_and_positions_as_the_reference_does(folders, name):
     """Image: normalised, then bicubic without antialias. Positions: bicubic with antialias, by size, once."""
     encoder, grid = load_encoder(name, weights=folders[name]), 3
     images = noise_images(64)
@@ -88,7 +88,7 @@ def test_other_grid_resamples_image_and_positions_as_the_reference(folders, name
 
 
 @pytest.mark.parametrize(("native", "grid"), [(37, 16), (37, 32), (5, 9)])
-def test_position_table_against_the_loops(native, grid):
+def test_resampled_positions_equal_the_loops(native, grid):
     table = torch.randn(1, 1 + native**2, 4, generator=torch.Generator().manual_seed(0))
     image = table[0, 1:].T.reshape(4, native, native).numpy()
     expected = torch.from_numpy(bicubic.resize(image, grid, antialias=True).reshape(4, -1).T).float()
@@ -122,7 +122,7 @@ def test_tokens_are_row_major(folders, name, row, column):
 
 
 @both
-def test_frozen(folders, name):
+def test_the_encoder_is_frozen(folders, name):
     encoder = load_encoder(name, weights=folders[name]).train()
     features = encoder(noise_images(42), 3)
     assert not any(module.training for module in encoder.modules())
@@ -130,12 +130,12 @@ def test_frozen(folders, name):
     assert not features.patches.requires_grad
 
 
-def test_reference_spelling_loads_the_same(folders):
+def test_the_references_spelling_loads_the_same_encoder(folders):
     encoder = load_encoder("dinov2-vit-b", weights=str(folders["dinov2-b"]))
     assert encoder.identity["name"] == "dinov2-b"
 
 
-def test_no_network_is_said_in_words(monkeypatch, tmp_path):
+def test_a_missing_network_connection_gives_a_one_line_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as error:
@@ -191,7 +191,7 @@ def test_damaged_weights_are_refused(folders, tmp_path):
 @pytest.mark.parametrize(
     "lie", [{"hidden_size": 2**17}, {"num_hidden_layers": 900}, {"mlp_ratio": 2**30}, {"num_labels": 2**31}]
 )
-def test_a_configuration_allocates_no_more_than_its_weights_hold(folders, name, lie, tmp_path):
+def test_a_configuration_larger_than_its_weights_is_refused(folders, name, lie, tmp_path):
     shutil.copytree(folders[name], tmp_path / "copy")
     path = tmp_path / "copy" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **lie}))

@@ -37,13 +37,13 @@ def classes(lite: LiteEncoder, images: torch.Tensor) -> list[int]:
         return lite.net.classify(lite.net(pixels)).argmax(1).tolist()
 
 
-def test_names_what_the_photographs_of_the_package_show(lite):
+def test_it_classifies_the_packaged_photographs(lite):
     images = torch.stack([to_tensor(load_photographs()[name].resize((224, 224))) for name in SHOWN])
     assert classes(lite, images) == list(SHOWN.values())
 
 
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"no photographs in {SOURCE}")
-def test_names_what_photographs_of_imagenet_show(lite):
+def test_it_reaches_its_published_accuracy_on_imagenet(lite):
     """One photograph for every tenth class, in the order of the classes: the published top-1 accuracy is 75 %."""
     paths = sorted(SOURCE.rglob("*.jpg"))
     if len(paths) != 100:
@@ -54,14 +54,14 @@ def test_names_what_photographs_of_imagenet_show(lite):
 
 
 @pytest.mark.parametrize(("side", "grid"), [(32, 4), (64, 4), (128, 7), (512, 7)])
-def test_tokens_and_pooled(lite, side, grid):
+def test_tokens_and_pooled_features_have_their_shapes(lite, side, grid):
     assert lite.grid_for(side) == grid
     features = lite(torch.randint(256, (2, 3, side, side), dtype=torch.uint8), grid)
     assert features.patches.shape == (2, grid * grid, 320)
     torch.testing.assert_close(features.pooled, features.patches.mean(1))
 
 
-def test_padding_is_that_of_tensorflow():
+def test_padding_follows_tensorflow():
     """At stride 2, an impulse at the last row and column is seen by the last position alone, with kernel weight (0, 0) unused."""
     net = LiteNet().eval()
     for conv, kernel in ((net.stem, 3), (net.blocks[3].layers[1], 5)):
@@ -75,7 +75,7 @@ def test_padding_is_that_of_tensorflow():
         torch.testing.assert_close(conv(images)[0, 0], images[0, 0, ::2, ::2])
 
 
-def test_folding_the_norms_changes_nothing(lite):
+def test_folding_the_norms_keeps_the_output(lite):
     whole = LiteNet().eval()
     stored = torch.load(lite.weights_file, weights_only=True)
     whole.load_state_dict(dict(zip(whole.state_dict(), stored.values(), strict=True)))
@@ -91,13 +91,13 @@ def test_another_file_is_refused(tmp_path):
         load_lite("lite0", path)
 
 
-def test_without_its_package_the_line_to_type_is_said(monkeypatch):
+def test_without_its_package_the_install_command_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "repa\[lite0\]"'):
         load_lite("lite0", None)
 
 
-def test_measures_samples_and_says_that_its_distance_is_not_fid(lite, tmp_path, capsys):
+def test_its_distance_is_not_called_fid(lite, tmp_path, capsys):
     for name, seed in (("real", 0), ("samples", 1)):
         images = np.random.default_rng(seed).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
         np.savez(tmp_path / f"{name}.npz", arr_0=images)

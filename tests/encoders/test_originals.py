@@ -91,7 +91,7 @@ def normalised(images: torch.Tensor) -> np.ndarray:
 
 @every
 @pytest.mark.parametrize(("grid", "side"), [(NATIVE, None), (5, None), (3, 50)])
-def test_tokens_are_those_of_the_loops(given, name, grid, side):
+def test_tokens_equal_the_loops(given, name, grid, side):
     """At the native grid, at another with the image in its size (224 positions at 256 pixels), and with both resized."""
     path, state = given[name]
     encoder, side = load_encoder(name, weights=path), side or grid * PATCH[name]
@@ -109,7 +109,7 @@ def test_tokens_are_those_of_the_loops(given, name, grid, side):
 
 
 @every
-def test_a_file_in_the_cache_folder_is_found_by_its_name(given, name, monkeypatch, tmp_path):
+def test_a_file_in_the_cache_folder_is_found_by_name(given, name, monkeypatch, tmp_path):
     path, _ = given[name]
     (tmp_path / "encoders").mkdir()
     (tmp_path / "encoders" / FILES[name]).write_bytes(path.read_bytes())
@@ -122,7 +122,7 @@ def test_a_file_in_the_cache_folder_is_found_by_its_name(given, name, monkeypatc
 
 
 @every
-def test_no_weights_says_which_file_goes_where(name, monkeypatch, tmp_path):
+def test_the_error_about_missing_weights_names_file_and_folder(name, monkeypatch, tmp_path):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -132,7 +132,7 @@ def test_no_weights_says_which_file_goes_where(name, monkeypatch, tmp_path):
         assert words in str(error.value)
 
 
-def test_large_moco_has_its_own_file(monkeypatch, tmp_path):
+def test_large_moco_has_a_separate_file(monkeypatch, tmp_path):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"not on the hub.*mocov3_vitl\.pth"):
         load_encoder("mocov3-vit-l")
@@ -182,7 +182,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
         load_encoder("mae-l", weights=tmp_path / "evil.pth")
 
 
-def test_names_are_those_of_a_saved_transformer(tmp_path):
+def test_tensor_names_are_those_of_a_saved_vision_transformer(tmp_path):
     state = random_state("dino-b")
     settings, converted = convert_original(state, FAMILIES["dino"].original)
     assert settings == {
@@ -210,7 +210,7 @@ def test_names_are_those_of_a_saved_transformer(tmp_path):
         ("blocks.13.norm1.weight", "encoder.layer.13.layernorm_before.weight"),
     ],
 )
-def test_misspelt_names_of_moco(misspelt, meant):
+def test_misspelt_tensor_names_of_moco_are_read(misspelt, meant):
     marked = torch.full((3, 3), 7.0)
     _, converted = convert_original(random_state("mocov3-b") | {misspelt: marked}, FAMILIES["mocov3"].original)
     assert converted[meant] is marked

@@ -34,12 +34,12 @@ def crops() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(first), torch.stack(second)
 
 
-def test_together_they_fit_in_the_package():
+def test_the_packaged_networks_are_small():
     assert sum(file.stat().st_size for file in WEIGHTS.iterdir()) <= 2.5e6
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_file_says_where_it_comes_from(name):
+def test_the_weight_file_records_its_origin(name):
     with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file:
         facts = file.metadata()
         dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118, no iterator in safetensors
@@ -50,7 +50,7 @@ def test_file_says_where_it_comes_from(name):
 
 @pytest.mark.parametrize(("name", "patch_size", "dim"), [("tiny", 4, 192), ("tiny-classifier", 8, 128)])
 @pytest.mark.parametrize("grid", [4, 7])
-def test_shapes(encoders, name, patch_size, dim, grid):
+def test_features_have_the_documented_shapes(encoders, name, patch_size, dim, grid):
     encoder = encoders[name]
     assert (encoder.name, encoder.patch_size, encoder.dim) == (name, patch_size, dim)
     features = encoder(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), grid)
@@ -72,7 +72,7 @@ def test_tokens_are_row_major(encoders, crops, name, row, column):
     assert quadrants[row, column] > 1.5 * quadrants.sum() / 4
 
 
-def test_large_images_are_shrunk_with_antialias(encoders):
+def test_large_images_are_downsampled_with_antialiasing(encoders):
     """A fine checkerboard looks grey from afar; without antialias it would come out as some other pattern."""
     board = (torch.arange(128)[:, None] + torch.arange(128)) % 2 * 255
     board = board.to(torch.uint8).expand(1, 3, 128, 128)
@@ -80,7 +80,7 @@ def test_large_images_are_shrunk_with_antialias(encoders):
     torch.testing.assert_close(pixels, torch.zeros_like(pixels), atol=0.02, rtol=0)
 
 
-def test_crops_of_one_place_are_nearer_than_of_others(encoders, crops):
+def test_crops_of_one_place_are_closer_than_crops_of_others(encoders, crops):
     a, b = (torch.nn.functional.normalize(encoders["tiny"](batch, 8).pooled, dim=1) for batch in crops)
     cosine = a @ b.T
     others = cosine[~torch.eye(len(cosine), dtype=torch.bool)]
@@ -88,7 +88,7 @@ def test_crops_of_one_place_are_nearer_than_of_others(encoders, crops):
     assert cosine.diagonal().mean() > others.mean() + 0.3
 
 
-def test_the_classifier_sees_how_much_an_image_is_spoilt(encoders, crops):
+def test_the_classifiers_features_move_with_corruption(encoders, crops):
     clean = crops[0].float()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
     images = [(clean + strength * noise).clamp(0, 255).to(torch.uint8) for strength in (0, 2, 8, 24)]
@@ -98,7 +98,7 @@ def test_the_classifier_sees_how_much_an_image_is_spoilt(encoders, crops):
     assert 1.5 * medium < large
 
 
-def test_the_same_place_has_the_same_token_in_both_crops(encoders, crops):
+def test_overlapping_crops_have_similar_tokens_at_the_same_place(encoders, crops):
     """Crops are 8 pixels apart, two tokens of four pixels: token (r, c + 2) of the first is (r, c) of the second."""
     a, b = (encoders["tiny"](batch, 8).patches.unflatten(1, (8, 8)) for batch in crops)
     same = torch.cosine_similarity(a[:, :, 2:], b[:, :, :-2], dim=-1).mean()

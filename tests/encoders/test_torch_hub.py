@@ -64,7 +64,7 @@ def normalised(pixels: np.ndarray, family: str) -> np.ndarray:
 
 @names
 @pytest.mark.parametrize(("grid", "side"), [(NATIVE, NATIVE * PATCH), (3, 50)])
-def test_dinov2_of_torch_hub(name, grid, side, tmp_path):
+def test_dinov2_files_of_torch_hub_give_the_loops_tokens(name, grid, side, tmp_path):
     state = dinov2(name)
     torch.save(state, tmp_path / "dinov2.pth")
     encoder = load_encoder(name, weights=tmp_path / "dinov2.pth")
@@ -156,7 +156,7 @@ def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("form", ["torchscript", "state dict"])
 @pytest.mark.parametrize(("grid", "side"), [(NATIVE, NATIVE * PATCH), (3, 50)])
-def test_clip_of_openai(form, grid, side, tmp_path, monkeypatch):
+def test_clip_files_of_openai_give_the_loops_tokens(form, grid, side, tmp_path, monkeypatch):
     net, path = Clip(), tmp_path / "ViT-L-14.pt"
     if form == "torchscript":
         torch.jit.save(torch.jit.trace(net, torch.ones(1).half(), check_trace=False), path)
@@ -177,7 +177,7 @@ def test_clip_of_openai(form, grid, side, tmp_path, monkeypatch):
     torch.testing.assert_close(encoder(images(side), grid).patches, wanted[:, 1:], atol=5e-4, rtol=1e-3)
 
 
-def test_the_small_moco_has_heads_of_32():
+def test_the_small_moco_has_heads_of_width_32():
     shapes = {"patch_embed.proj.weight": (384, 3, 16, 16), "pos_embed": (1, 197, 384), "blocks.11.norm1.weight": (384,)}
     state = {key: torch.empty(shape) for key, shape in shapes.items()} | {
         "blocks.0.mlp.fc1.weight": torch.empty(1536, 384)
@@ -194,13 +194,13 @@ def test_a_file_of_another_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "other"), [("dinov2-b", "dinov2-reg-b"), ("dinov2-reg-b", "dinov2-b")])
-def test_registers_are_neither_invented_nor_dropped(name, other, tmp_path):
+def test_a_wrong_number_of_registers_is_refused(name, other, tmp_path):
     torch.save(dinov2(other), tmp_path / "other.pth")
     with pytest.raises(UserError, match="register_tokens"):
         load_encoder(name, weights=tmp_path / "other.pth")
 
 
-def test_the_files_are_found_where_their_own_code_keeps_them(tmp_path, monkeypatch):
+def test_files_are_found_in_the_caches_of_their_own_code(tmp_path, monkeypatch):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)

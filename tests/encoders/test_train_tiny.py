@@ -78,7 +78,7 @@ def test_agree_is_the_decoupled_contrastive_loss(tool):
     assert float(tool.agree(z, 0.5)) == pytest.approx(expected / 6)
 
 
-def test_boxes_stay_inside_the_image(tool):
+def test_crop_boxes_stay_inside_the_image(tool):
     torch.manual_seed(0)
     boxes = tool.random_boxes(500, 0.2)
     corners = boxes[:, :, 2:] + boxes[:, :, :2] @ torch.tensor([[-1.0, 1, -1, 1], [-1, -1, 1, 1]])
@@ -89,7 +89,7 @@ def test_boxes_stay_inside_the_image(tool):
     assert 0.4 < (boxes[:, 0, 0] < 0).float().mean() < 0.6
 
 
-def test_agree_by_place_follows_the_boxes(tool):
+def test_agree_by_place_uses_the_crop_boxes(tool):
     """Tokens that encode their place in the image agree through the right boxes, and not through a box shifted in x."""
     torch.manual_seed(0)
     boxes = [tool.random_boxes(32, 0.4) for _ in range(2)]
@@ -110,7 +110,7 @@ def test_agree_by_place_follows_the_boxes(tool):
     assert wrong > 2
 
 
-def test_grey_and_no_jitter(tool):
+def test_colour_jitter_can_make_grey_or_change_nothing(tool):
     torch.manual_seed(0)
     images = torch.rand(64, 3, 8, 8) * 2 - 1
     torch.testing.assert_close(tool.jitter(images, strength=0.0, grey=0.0), images, atol=1e-5, rtol=0)

@@ -99,7 +99,7 @@ def through_last_norm(name: str, model: torch.nn.Module, tokens: torch.Tensor) -
 
 
 @every
-def test_tokens_are_those_of_transformers_at_the_native_grid(made, name):
+def test_tokens_equal_transformers_at_the_native_grid(made, name):
     folder, model = made[name]
     encoder = load_encoder(name, weights=folder)
     assert (encoder.dim, encoder.patch_size, encoder.name) == (WIDTH, PATCH[name], name)
@@ -133,7 +133,7 @@ def test_clip_has_neither_last_norm_nor_projection(made):
 
 
 @every
-def test_other_grid_resamples_image_and_positions_as_the_reference(made, name):
+def test_another_grid_resamples_image_and_positions_as_the_reference_does(made, name):
     """Image bicubic without antialias; positions bicubic with antialias, by size, once. DINOv3 rotates by the grid."""
     folder, model = made[name]
     grid, images = 3, noise_images(61)
@@ -165,7 +165,7 @@ def make_at(name: str, model: torch.nn.Module, grid: int) -> torch.nn.Module:
 
 
 @every
-def test_256_and_512_pixels(made, name):
+def test_resolutions_256_and_512_give_the_expected_grids(made, name):
     """16 x 16 and 32 x 32 tokens, and back; patch 14 sees 224 and 448 pixels, patch 16 the image as it is."""
     encoder = load_encoder(name, weights=made[name][0])
     seen = []
@@ -191,7 +191,7 @@ def test_tokens_are_row_major(made, name, row, column):
 
 
 @every
-def test_frozen_and_the_same_every_time(made, name):
+def test_the_encoder_is_frozen_and_deterministic(made, name):
     encoder = load_encoder(name, weights=made[name][0]).train()
     images = noise_images(48)
     features = encoder(images, 3)
@@ -202,7 +202,7 @@ def test_frozen_and_the_same_every_time(made, name):
 
 
 @pytest.mark.parametrize("name", ["dino-b", "clip-l"])
-def test_asking_for_attention_changes_no_later_features(made, name):
+def test_requesting_attention_does_not_change_later_features(made, name):
     """Attention is computed by another kernel, which rounds otherwise."""
     encoder, images = load_encoder(name, weights=made[name][0]), noise_images(64)
     kernel, before = encoder.net.config._attn_implementation, encoder(images, 4)
@@ -212,7 +212,7 @@ def test_asking_for_attention_changes_no_later_features(made, name):
 
 
 @every
-def test_half_precision_at_any_grid(made, name):
+def test_half_precision_works_at_every_grid(made, name):
     encoder, images = load_encoder(name, weights=made[name][0]), noise_images(48)
     exact = [encoder(images, grid).patches for grid in (3, 5)]
     half = [encoder.to(torch.bfloat16)(images, grid).patches for grid in (3, 5)]
@@ -222,7 +222,7 @@ def test_half_precision_at_any_grid(made, name):
 
 
 @pytest.mark.parametrize("name", ["dino-b", "mocov3-l", "mae-l", "ijepa-h"])
-def test_layer_norms_have_the_eps_of_training(made, name):
+def test_layer_norms_use_the_eps_of_training(made, name):
     """The hub's configurations say 1e-12, the projects' code 1e-6."""
     encoder = load_encoder(name, weights=made[name][0])
     assert json.loads((made[name][0] / "config.json").read_text())["layer_norm_eps"] == 1e-12
@@ -230,7 +230,7 @@ def test_layer_norms_have_the_eps_of_training(made, name):
 
 
 @pytest.mark.parametrize("name", ["clip-l", "siglip-b"])
-def test_a_folder_with_the_vision_tower_alone(made, name, tmp_path):
+def test_a_folder_with_only_the_vision_tower_loads(made, name, tmp_path):
     folder, model = made[name]
     model.vision_model.save_pretrained(tmp_path)
     images = noise_images(64)
@@ -239,7 +239,7 @@ def test_a_folder_with_the_vision_tower_alone(made, name, tmp_path):
 
 
 @every
-def test_weights_from_before_safetensors(made, name, tmp_path):
+def test_weights_in_pytorch_format_load(made, name, tmp_path):
     folder, _ = made[name]
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -257,7 +257,7 @@ def test_another_family_is_refused(made, name, other):
         load_encoder(name, weights=made[other][0])
 
 
-def test_a_file_where_only_a_folder_will_do(tmp_path):
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "siglip.pt").write_bytes(b"x")
     with pytest.raises(
         UserError, match=r"holds no config\.json, which the encoder siglip-b needs: give weights=FOLDER"
@@ -279,7 +279,7 @@ def test_a_file_where_only_a_folder_will_do(tmp_path):
         ("dinov3-l", "facebook/dinov3-vitl16-pretrain-lvd1689m"),
     ],
 )
-def test_no_network_is_said_in_words(name, hub, monkeypatch, tmp_path):
+def test_a_missing_network_connection_gives_a_one_line_error(name, hub, monkeypatch, tmp_path):
     monkeypatch.setenv("REPA_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -296,7 +296,7 @@ def test_a_folder_in_the_cache_is_found_by_the_encoders_name(made, monkeypatch, 
     assert load_encoder("clip-vit-L").dim == WIDTH
 
 
-def test_a_licence_to_accept_is_said_in_words(monkeypatch, tmp_path):
+def test_a_gated_repository_gives_a_one_line_error(monkeypatch, tmp_path):
     from huggingface_hub.errors import GatedRepoError
 
     def hub(repository, **_):
@@ -308,7 +308,7 @@ def test_a_licence_to_accept_is_said_in_words(monkeypatch, tmp_path):
         load_encoder("dinov3-b")
 
 
-def test_a_repository_from_before_safetensors_is_fetched(made, monkeypatch, tmp_path):
+def test_a_repository_without_safetensors_is_downloaded(made, monkeypatch, tmp_path):
     """facebook/vit-mae-large has no model.safetensors."""
     folder, _ = made["mae-l"]
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -357,7 +357,7 @@ def test_every_name_of_the_table_is_known():
         ("tiny-classifier", "tiny-classifier"),
     ],
 )
-def test_spellings_of_the_reference(spelling, name):
+def test_spellings_of_the_reference_code_are_accepted(spelling, name):
     from repa.encoders import canonical
 
     assert canonical(spelling) == name

@@ -62,7 +62,7 @@ def clip(tmp_path_factory):
     return make("clip-l", tmp_path_factory.mktemp("clip") / "clip-l")
 
 
-def test_clip_score_is_that_of_transformers(clip):
+def test_the_clip_score_equals_that_of_transformers(clip):
     prompts = ["a red cup", "two dogs on the grass", "a red cup", "the moon is dark"]
     images = torch.randint(256, (4, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     measure = ClipScore("clip-l", clip, prompts, CPU)
@@ -80,7 +80,7 @@ def test_clip_score_is_that_of_transformers(clip):
     assert 0 <= found["clip_agreement"] <= 1
 
 
-def test_the_command_on_prepared_data_samples_and_runs(captioned_data, text_run, clip, tmp_path, capsys):
+def test_captions_are_measured_on_data_samples_and_runs(captioned_data, text_run, clip, tmp_path, capsys):
     data = str(captioned_data / "stored")
     words = ["--features", "tiny-classifier", "--metrics", "fd", "caption_agreement"]
     out = tmp_path / "real.json"
@@ -101,7 +101,7 @@ def test_the_command_on_prepared_data_samples_and_runs(captioned_data, text_run,
     assert "needs the prompts of all 6" in capsys.readouterr().err
 
 
-def test_what_is_refused(captioned_data, data_folder, tmp_path):
+def test_invalid_combinations_are_refused(captioned_data, data_folder, tmp_path):
     np.savez(tmp_path / "plain.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
     config = EvaluateConfig(features="tiny-classifier", metrics=("caption_agreement",))
     with pytest.raises(UserError, match="prompt"):

@@ -21,7 +21,7 @@ def reference():
 
 
 @pytest.mark.parametrize("num", [40, 400])
-def test_it_is_what_new_images_of_the_same_kind_have(reference, num):
+def test_it_predicts_the_distance_of_new_real_images(reference, num):
     stream, scale = torch.Generator().manual_seed(1), torch.linspace(0.5, 3, 12)
     real = reference.statistics
     new = []
@@ -31,7 +31,7 @@ def test_it_is_what_new_images_of_the_same_kind_have(reference, num):
     assert min(new) <= distance_of_real(reference, num) <= max(new)
 
 
-def test_none_where_it_would_flatter_or_nothing_is_kept(reference):
+def test_it_is_absent_without_enough_reference_images(reference):
     assert distance_of_real(reference, 2_000) is not None
     assert distance_of_real(reference, 2_001) is None
     assert distance_of_real(reference._replace(subset=None), 40) is None

@@ -63,7 +63,7 @@ def save(path, images):
     return path
 
 
-def test_the_training_images_are_themselves(data, extractor, images):
+def test_images_have_distance_zero_to_themselves(data, extractor, images):
     found = evaluate(images.split(7), extractor, reference_of(data, extractor, "tiny-classifier"), ALL)
     assert found.keys() == set(ALL)
     assert found["fd"] < 1e-5
@@ -83,14 +83,14 @@ def test_distances_grow_with_corruption(data, extractor, images):
     assert found[-1]["precision"] < 0.5
 
 
-def test_a_covariance_is_summed_only_where_a_distance_needs_it(data, extractor, images, monkeypatch):
+def test_the_covariance_is_computed_only_when_needed(data, extractor, images, monkeypatch):
     known, updated = reference_of(data, extractor, "tiny-classifier"), []
     monkeypatch.setattr("repa.evaluation.measure.Statistics.update", lambda self, features: updated.append(features))
     assert evaluate([images], extractor, known, ("kd", "precision", "recall")).keys() == {"kd", "precision", "recall"}
     assert not updated
 
 
-def test_precision_and_recall_are_not_each_other(data, extractor, images):
+def test_precision_and_recall_are_not_swapped(data, extractor, images):
     """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]
     found = evaluate([one_class], extractor, reference_of(data, extractor, "tiny-classifier"), ("precision", "recall"))
@@ -106,7 +106,7 @@ def test_precision_and_recall_are_not_each_other(data, extractor, images):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_the_stream_gives_what_all_features_at_once_give(size, data, extractor, images, features):
+def test_streaming_equals_computing_on_all_features(size, data, extractor, images, features):
     samples = noisy(images, 40)[:33]
     found = evaluate(samples.split(size), extractor, reference_of(data, extractor, "tiny-classifier"), ALL)
     real = features.double().numpy()
@@ -119,14 +119,14 @@ def test_the_stream_gives_what_all_features_at_once_give(size, data, extractor, 
     assert found["kd"] == pytest.approx(oracle.kernel_distance(real, fake, 3), rel=0.1)
 
 
-def test_only_what_is_asked_is_measured(data, extractor, images):
+def test_only_requested_metrics_are_computed(data, extractor, images):
     assert evaluate([images], extractor, reference_of(data, extractor, "tiny-classifier")).keys() == {"fd"}
     assert evaluate([images], extractor, reference_of(data, extractor, "tiny-classifier"), ("recall",)).keys() == {
         "recall"
     }
 
 
-def test_a_file_of_samples(data, images, tmp_path):
+def test_a_file_of_samples_is_measured(data, images, tmp_path):
     seen = []
     path = save(tmp_path / "s.npz", noisy(images, 20))
     config = EvaluateConfig(features="tiny-classifier", metrics=ALL, batch_size=16)
@@ -141,7 +141,7 @@ def test_a_file_of_samples(data, images, tmp_path):
     json.dumps(found)
 
 
-def test_features_in_half_precision_are_recorded_and_compared_with_such(data, images, tmp_path):
+def test_half_precision_features_are_recorded_and_need_such_a_reference(data, images, tmp_path):
     """Kept references are of one arithmetic; a reference file of another one is refused."""
     config = EvaluateConfig(features="tiny-classifier", metrics=("fd",), features_precision="bf16", batch_size=16)
     exact = config.override(features_precision="fp32")
@@ -159,7 +159,7 @@ def test_features_in_half_precision_are_recorded_and_compared_with_such(data, im
         evaluate_file(path, tmp_path / "bf16.npz", exact, device=CPU)
 
 
-def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
+def test_another_image_size_is_refused_before_slow_work(data, tmp_path, monkeypatch):
     room = importlib.import_module("repa.evaluation.jobs")
     monkeypatch.setattr(room, "load_extractor", lambda *a, **k: pytest.fail("an encoder was loaded"))
     for shape, sentence in (
@@ -172,13 +172,13 @@ def test_another_size_is_said_before_anything_slow(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num", [0, 1])
-def test_too_few_images(num, data, images, tmp_path):
+def test_too_few_images_are_refused(num, data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:num])
     with pytest.raises(UserError, match=f"has {num} image"):
         evaluate_file(path, data.folder, EvaluateConfig(), device=CPU)
 
 
-def test_three_images_have_no_third_neighbour(data, images, tmp_path):
+def test_three_images_are_too_few_for_three_neighbours(data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:3])
     config = EvaluateConfig(features="tiny-classifier", metrics=("fd",))
     assert evaluate_file(path, data.folder, config, device=CPU)["metrics"]["fd"] > 0
@@ -196,7 +196,7 @@ def test_three_images_have_no_third_neighbour(data, images, tmp_path):
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-def test_what_cannot_be_measured(change, sentence):
+def test_invalid_metrics_and_features_are_refused(change, sentence):
     with pytest.raises(UserError, match=sentence):
         EvaluateConfig.parse(change)
 
@@ -207,7 +207,7 @@ class TestReference:
         prepare(str(image_folder), tmp_path / "d", PrepareConfig(resolution=16))
         return open_data(tmp_path / "d")
 
-    def test_it_is_made_once(self, copy, extractor, features, monkeypatch):
+    def test_the_reference_is_computed_once(self, copy, extractor, features, monkeypatch):
         first = reference_of(copy, extractor, "tiny-classifier")
         real = features.double().numpy()
         np.testing.assert_allclose(first.statistics.mean.numpy(), real.mean(0), atol=1e-6)
@@ -219,12 +219,12 @@ class TestReference:
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
         open_data(copy.folder).check()  # the data beside it is still whole data
 
-    def test_another_encoder_has_its_own(self, copy, extractor):
+    def test_every_encoder_has_a_reference(self, copy, extractor):
         assert reference_of(copy, extractor, "tiny-classifier").subset.shape == (40, 128)
         assert reference_of(copy, load_encoder("tiny"), "tiny").subset.shape == (40, 192)
 
     @pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"hello" * 100])
-    def test_a_damaged_one_is_made_again_when_removed(self, damage, copy, extractor):
+    def test_a_damaged_reference_is_computed_again_when_removed(self, damage, copy, extractor):
         first = reference_of(copy, extractor, "tiny-classifier")
         (path,) = (copy.folder / "reference").iterdir()
         path.write_bytes(damage(path.read_bytes()))
@@ -243,13 +243,13 @@ class TestReference:
         assert reference.subset_of(25).tolist() == [0, 2, 5, 7, 10, 12, 15, 17, 20, 22]
         assert reference.subset_of(4).tolist() == [0, 1, 2, 3]
 
-    def test_mirrored_copies_are_no_reference(self, copy, extractor, features, monkeypatch):
+    def test_mirrored_copies_are_not_in_the_reference(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(copy, "originals", range(25))
         found = reference_of(copy, extractor, "tiny-classifier")
         torch.testing.assert_close(found.subset, features[:25])
         assert found.statistics.count == 25
 
-    def test_where_the_data_cannot_be_written_it_is_cached(self, copy, extractor, tmp_path, monkeypatch):
+    def test_the_reference_of_read_only_data_goes_to_the_cache(self, copy, extractor, tmp_path, monkeypatch):
         monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         reference_of(copy, extractor, "tiny-classifier")
@@ -258,7 +258,7 @@ class TestReference:
         monkeypatch.setattr(reference, "compute_reference", lambda *a: pytest.fail("computed again"))
         reference_of(copy, extractor, "tiny-classifier")
 
-    def test_data_without_images(self, copy, extractor, monkeypatch):
+    def test_data_without_images_is_refused_as_reference(self, copy, extractor, monkeypatch):
         monkeypatch.setattr(copy, "has_images", False)
         with pytest.raises(
             UserError, match="stores no images to measure against: prepare the data with --store-images true"
@@ -277,7 +277,7 @@ def vector(samples, reference):
     return samples.mean(0)
 
 
-def test_a_metric_of_ones_own(data, extractor, images, features):
+def test_a_private_metric_is_computed(data, extractor, images, features):
     real, mine = reference_of(data, extractor, "tiny-classifier"), f"{__name__}.energy:power=0.5"
     assert EvaluateConfig(features="tiny", metrics=("fd", mine)).wanted == ("fd", mine)
     noise = noisy(images[:9], 40)

@@ -51,7 +51,7 @@ def test_samples_need_no_labels(tmp_path):
     }
 
 
-def test_newer_headers_are_read(tmp_path):
+def test_newer_npy_headers_are_read(tmp_path):
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, pixels(), version=(2, 0))
     with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
@@ -70,7 +70,7 @@ def test_newer_headers_are_read(tmp_path):
         np.uint8(3),
     ],
 )
-def test_another_array_is_refused(array, tmp_path):
+def test_an_array_of_another_form_is_refused(array, tmp_path):
     np.savez(tmp_path / "s.npz", arr_0=array)
     with pytest.raises(UserError, match=r"s\.npz: arr_0 must be uint8 \(N, H, W, 3\), but is"):
         open_images(tmp_path / "s.npz")
@@ -90,7 +90,7 @@ def test_nothing_is_unpickled(tmp_path):
         open_images(tmp_path / "s.npz")
 
 
-def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
+def test_a_file_truncated_anywhere_gives_a_one_line_error(tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, arr_0=pixels())
     whole = path.read_bytes()
@@ -101,7 +101,7 @@ def test_a_file_cut_anywhere_is_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_other_bytes_inside_are_a_sentence(save, tmp_path):
+def test_changed_bytes_give_a_one_line_error(save, tmp_path):
     path = tmp_path / "s.npz"
     save(path, arr_0=pixels(500))
     data = bytearray(path.read_bytes())
@@ -111,7 +111,7 @@ def test_other_bytes_inside_are_a_sentence(save, tmp_path):
         list(open_images(path).batches(4))
 
 
-def test_fewer_images_than_announced(tmp_path):
+def test_fewer_images_than_announced_are_refused(tmp_path):
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (9, 6, 4, 3)})
     buffer.write(pixels().tobytes())
@@ -121,7 +121,7 @@ def test_fewer_images_than_announced(tmp_path):
         open_images(tmp_path / "s.npz")
 
 
-def test_what_is_no_npz(tmp_path):
+def test_a_file_that_is_not_an_npz_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"There is no file .*nothing\.npz"):
         open_images(tmp_path / "nothing.npz")
     (tmp_path / "folder.npz").mkdir()

@@ -72,7 +72,7 @@ def test_an_adm_reference_gives_the_evaluators_figures(tmp_path, real, samples):
     assert found["recall"] != found["precision"]
 
 
-def test_without_images_there_are_no_neighbours(tmp_path, real, samples):
+def test_statistics_alone_have_no_precision_and_recall(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), real.rows(np.arange(40)), "arr_0")
     assert measured(path, samples, ("fid", "sfid", "inception_score"))["fid"] > 0
     with pytest.raises(UserError, match="only statistics, but kid, precision, recall needs its images"):
@@ -82,14 +82,14 @@ def test_without_images_there_are_no_neighbours(tmp_path, real, samples):
         measured(path, samples)
 
 
-def test_images_alone_are_a_reference(tmp_path, real, samples):
+def test_images_alone_can_be_the_reference(tmp_path, real, samples):
     every = real.rows(np.arange(40))
     with_all = adm_file(tmp_path / "a.npz", small_inception(), every)
     alone = adm_file(tmp_path / "b.npz", small_inception(), every, "mu", "sigma", "mu_s", "sigma_s")
     assert measured(alone, samples) == pytest.approx(measured(with_all, samples), rel=1e-4)
 
 
-def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
+def test_cached_features_are_keyed_by_the_images(tmp_path, samples):
     extractor = EncoderExtractor(load_encoder("tiny-classifier"))
     for name, images in {"a": samples, "b": 255 - samples}.items():
         np.savez(tmp_path / f"{name}.npz", arr_0=images.permute(0, 2, 3, 1).numpy())
@@ -104,7 +104,7 @@ def test_what_is_kept_is_kept_for_each_set_of_images(tmp_path, samples):
     assert len(list((tmp_path / "cache/reference").iterdir())) == 2
 
 
-def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, monkeypatch):
+def test_our_reference_file_equals_the_data_and_uses_adms_format(tmp_path, real, samples, monkeypatch):
     monkeypatch.setattr("repa.evaluation.reference.SUBSET", 15)
     extractor = small_inception()
     reference = compute_reference(real, extractor)
@@ -118,7 +118,7 @@ def test_our_file_is_the_data_itself_and_adms_format(tmp_path, real, samples, mo
         assert len(wanted) == 15
 
 
-def test_an_encoders_file(tmp_path, real, samples):
+def test_a_reference_file_can_hold_features_of_an_encoder(tmp_path, real, samples):
     extractor = EncoderExtractor(load_encoder("tiny-classifier"))
     write_reference(tmp_path / "ref.npz", compute_reference(real, extractor), real, extractor, "tiny-classifier")
     opened = open_reference(tmp_path / "ref.npz", 16)
@@ -129,7 +129,7 @@ def test_an_encoders_file(tmp_path, real, samples):
         open_reference(tmp_path / "ref.npz", 8)
 
 
-def test_statistics_are_whose_they_are(tmp_path, real, samples):
+def test_statistics_of_other_features_are_refused(tmp_path, real, samples):
     path = adm_file(tmp_path / "stats.npz", small_inception(), samples, "arr_0")
     with pytest.raises(UserError, match="statistics of Inception's features and no images"):
         measured(path, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
@@ -144,7 +144,7 @@ def test_statistics_are_whose_they_are(tmp_path, real, samples):
     assert found["fd"] < 1e-5  # against its own images in the encoder's features
 
 
-def test_damaged_and_strange_files(tmp_path, samples):
+def test_damaged_and_unexpected_files_are_refused(tmp_path, samples):
     path = adm_file(tmp_path / "r.npz", small_inception(), samples)
     with pytest.raises(UserError, match=r"samples have 8 pixels, but .*r\.npz has 16"):
         open_reference(path, 8)
@@ -165,14 +165,14 @@ def test_damaged_and_strange_files(tmp_path, samples):
         open_reference(tmp_path / "none.npz", 16)
 
 
-def test_an_image_folder_is_cropped_to_the_samples(image_folder, samples):
+def test_an_image_folder_is_cropped_to_the_samples_size(image_folder, samples):
     opened = open_reference(image_folder, 16)
     assert (opened.num, opened.height, opened.width) == (40, 16, 16)
     with pytest.raises(UserError, match="There is no source"):
         open_reference(image_folder / "none", 16)
 
 
-def test_samples_of_a_folder_have_one_size(image_folder, tmp_path):
+def test_samples_of_different_sizes_are_refused(image_folder, tmp_path):
     from PIL import Image
 
     images = open_images(image_folder)
@@ -185,7 +185,7 @@ def test_samples_of_a_folder_have_one_size(image_folder, tmp_path):
         list(open_images(tmp_path).batches(4))
 
 
-def test_splits_of_the_score_follow_the_numbers_of_the_images(real, samples, monkeypatch):
+def test_splits_of_the_inception_score_follow_the_image_numbers(real, samples, monkeypatch):
     monkeypatch.setattr("repa.metrics.statistics.RunningScore.__init__.__defaults__", (10,), raising=False)
     extractor = small_inception()
     reference = compute_reference(real, extractor)

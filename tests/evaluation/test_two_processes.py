@@ -39,7 +39,7 @@ def on(rank, folder, data, samples):
     dist.teardown()
 
 
-def test_two_are_one(data_folder, tmp_path, monkeypatch):
+def test_two_processes_give_the_figures_of_one(data_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(manifold, "BLOCK", 7)
     monkeypatch.setattr(RunningScore.__init__, "__defaults__", (10,))
     pixels = DataImages(open_data(data_folder)).rows(np.arange(30)).permute(0, 2, 3, 1).numpy()

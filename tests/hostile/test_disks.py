@@ -210,21 +210,21 @@ def report(what: str, counts: Counter, wrong: list[str]) -> None:
 FEW = ["train", "sample", "prepare"]
 
 
-def test_full_disks(whole, mount, tmp_path):
+def test_full_disks_give_one_line_errors(whole, mount, tmp_path):
     if not mount(tmp_path / "d", "-o", "size=24m"):
         pytest.skip("mounting is not allowed")
     report("full disks", *full_disks(whole, tmp_path / "d", [0, 20_000], FEW))
 
 
-def test_limited_files(whole, tmp_path):
+def test_a_file_size_limit_gives_one_line_errors(whole, tmp_path):
     report("files of limited size", *limited_files(whole, tmp_path / "d", [0, 5_000], FEW))
 
 
-def test_failing_calls(whole, tmp_path):
+def test_failing_system_calls_give_one_line_errors(whole, tmp_path):
     report("failing calls", *failing_calls(whole, tmp_path / "d", ["export", "sample"], each=5))
 
 
-def test_read_only(whole, mount, tmp_path):
+def test_read_only_folders_give_one_line_errors(whole, mount, tmp_path):
     if not mount(tmp_path / "d", "-o", "size=24m"):
         pytest.skip("mounting is not allowed")
     shutil.copytree(whole, tmp_path / "d", dirs_exist_ok=True)
@@ -236,7 +236,7 @@ def test_read_only(whole, mount, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/1/x", "WHOLE/r.yaml/x"])
-def test_places_that_take_no_files(place, whole):
+def test_unwritable_paths_are_refused_before_any_work(place, whole):
     place = place.replace("WHOLE", str(whole))
     for verb, argv in VERBS.items():
         before = argv(whole)
@@ -251,7 +251,7 @@ def test_places_that_take_no_files(place, whole):
 
 
 @pytest.mark.slow
-def test_full_disks_under_every_verb(whole, mount, tmp_path):
+def test_full_disks_for_every_verb(whole, mount, tmp_path):
     if not mount(tmp_path / "d", "-o", "size=24m"):
         pytest.skip("mounting is not allowed")
     lefts = [0, 4_096, 12_288, 40_960, 100_000, 200_000, 400_000, 800_000]
@@ -259,11 +259,11 @@ def test_full_disks_under_every_verb(whole, mount, tmp_path):
 
 
 @pytest.mark.slow
-def test_limited_files_under_every_verb(whole, tmp_path):
+def test_a_file_size_limit_for_every_verb(whole, tmp_path):
     limits = [0, 1, 100, 1_000, 3_000, 10_000, 30_000, 70_000, 150_000]
     report("files of limited size", *limited_files(whole, tmp_path / "d", limits, list(VERBS)))
 
 
 @pytest.mark.slow
-def test_failing_calls_under_every_verb(whole, tmp_path):
+def test_failing_system_calls_for_every_verb(whole, tmp_path):
     report("failing calls", *failing_calls(whole, tmp_path / "d", list(VERBS), each=1))

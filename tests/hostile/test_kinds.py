@@ -47,7 +47,7 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zero", "fifo", "loop", "broken"])
-def test_what_is_no_image_file_is_not_opened(kind, pictures, tmp_path):
+def test_special_files_are_not_opened_as_images(kind, pictures, tmp_path):
     path = pictures / "a" / "x.png"
     if kind == "fifo":
         os.mkfifo(path)
@@ -56,14 +56,14 @@ def test_what_is_no_image_file_is_not_opened(kind, pictures, tmp_path):
     assert "x.png" in refused(["prepare", pictures, tmp_path / "o", *PREPARE])
 
 
-def test_folders_that_hold_themselves(pictures, tmp_path):
+def test_folders_that_contain_themselves_are_refused(pictures, tmp_path):
     (pictures / "a" / "again").symlink_to(pictures, target_is_directory=True)
     (pictures / "b" / "self").symlink_to(".", target_is_directory=True)
     code, said = outcome(["prepare", str(pictures), str(tmp_path / "o"), *PREPARE])
     assert code in (0, 2), said
 
 
-def test_an_eps_is_given_to_no_other_program():
+def test_an_eps_file_starts_no_other_program():
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     with pytest.raises(UserError, match="not a readable image"):
         decode_image(eps, "x.png")
@@ -112,7 +112,7 @@ def named_by_parquet(folder):
 
 
 @pytest.mark.parametrize("made", [named_by_folders, named_by_a_table, named_by_parquet])
-def test_the_name_of_a_class_is_one_line(made, tmp_path):
+def test_class_names_are_printed_on_one_line(made, tmp_path):
     code, said = outcome(["prepare", str(made(tmp_path / "images")), str(tmp_path / "o"), *PREPARE])
     assert code == 0, said
     assert sum("labels  " in line for line in said.splitlines() if not line.startswith("  classes")) == 1, said
@@ -120,7 +120,7 @@ def test_the_name_of_a_class_is_one_line(made, tmp_path):
     assert "a\\nlabels  from nowhere\\tb\\u202e|<i> 1, b 1" in line
 
 
-def test_names_in_a_manifest_and_a_run_of_a_stranger_are_one_line(random_run, data_folder, tmp_path):
+def test_names_in_foreign_manifests_and_runs_are_printed_on_one_line(random_run, data_folder, tmp_path):
     data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
     for path in (data / "manifest.json", run / layout.DATA):
         values = read_json(path)
@@ -139,7 +139,7 @@ def test_names_in_a_manifest_and_a_run_of_a_stranger_are_one_line(random_run, da
     assert r"\\nlabels  from nowhere\\tb\\u202e\|\<i\>" in (tmp_path / "exported" / "README.md").read_text()
 
 
-def test_tars_of_names_without_end(tmp_path):
+def test_tars_with_huge_names_are_refused(tmp_path):
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = tarfile.GNUTYPE_LONGNAME, 512
     block = header.tobuf(tarfile.GNU_FORMAT) + b"a" * 512
@@ -150,7 +150,7 @@ def test_tars_of_names_without_end(tmp_path):
 @pytest.mark.parametrize(
     "metadata", [b"no json", b"null", b"[1]", b'{"info": null}', b'{"info": {"features": []}}', b"[" * 100_000]
 )
-def test_parquet_metadata_that_is_none(metadata, tmp_path):
+def test_invalid_parquet_metadata_is_refused(metadata, tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -160,7 +160,7 @@ def test_parquet_metadata_that_is_none(metadata, tmp_path):
     assert code == 0, said
 
 
-def test_texts_in_a_column_of_class_numbers(tmp_path):
+def test_texts_in_a_column_of_class_numbers_are_refused(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -171,7 +171,7 @@ def test_texts_in_a_column_of_class_numbers(tmp_path):
     assert "label" in refused(["prepare", tmp_path / "x.parquet", tmp_path / "o", *PREPARE])
 
 
-def test_a_label_of_thousands_of_digits(pictures, tmp_path):
+def test_a_label_with_thousands_of_digits_is_refused(pictures, tmp_path):
     for label in ("9" * 5000, 10**4000):
         text = '{"labels": [["a/0.png", %s]]}' % label if isinstance(label, str) else ""  # noqa: UP031
         (pictures / "dataset.json").write_text(text or '{"labels": [["a/0.png", 1%s]]}' % ("0" * 4000))
@@ -181,12 +181,12 @@ def test_a_label_of_thousands_of_digits(pictures, tmp_path):
 @pytest.mark.parametrize(
     "text", ["[" * 50_000, "{a: " * 20_000, "- " * 50_000, "x: " + "9" * 5000, "a: &x [*x]", "\x00"]
 )
-def test_yaml_that_nests_or_lies(text, data_folder, tmp_path):
+def test_deeply_nested_and_invalid_yaml_is_refused(text, data_folder, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
     assert "r.yaml" in refused(["train", tmp_path / "r.yaml", "--data", data_folder, "--out", tmp_path / "o"])
 
 
-def test_folders_beside_checkpoints(random_run, tmp_path):
+def test_stray_folders_among_checkpoints_are_ignored(random_run, tmp_path):
     run = shutil.copytree(random_run, tmp_path / "run")
     for name in ("²", "٣", "9" * 200, "7", "-1", "0000030 "):
         (run / layout.CHECKPOINTS / name).mkdir()
@@ -194,7 +194,7 @@ def test_folders_beside_checkpoints(random_run, tmp_path):
     assert outcome(["sample", str(run), "--out", str(tmp_path / "s.npz"), "--num-images", "1", "--steps", "1"])[0] == 0
 
 
-def test_a_truncated_model_in_a_report(random_run, tmp_path):
+def test_a_truncated_model_in_a_report_is_named(random_run, tmp_path):
     run = shutil.copytree(random_run, tmp_path / "run")
     path = layout.checkpoint_folder(run, 20) / layout.MODEL_FILE
     path.write_bytes(path.read_bytes()[:1000])
@@ -202,7 +202,7 @@ def test_a_truncated_model_in_a_report(random_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../..", "/etc", "a/b", "..", "."])
-def test_names_that_are_paths(name, random_run, data_folder, tmp_path):
+def test_names_that_are_paths_are_refused(name, random_run, data_folder, tmp_path):
     data, run = shutil.copytree(data_folder, tmp_path / "data"), shutil.copytree(random_run, tmp_path / "run")
     manifest = read_json(data / "manifest.json")
     manifest["config"]["features"] = [name]
@@ -216,7 +216,7 @@ def test_names_that_are_paths(name, random_run, data_folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_log_that_leads_elsewhere_is_not_written(tiny_config, data_folder, tmp_path):
+def test_a_log_that_is_a_link_is_not_written(tiny_config, data_folder, tmp_path):
     recipe, run = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())
     train = ["train", str(recipe), "--data", str(data_folder), "--out", str(run)]
@@ -233,7 +233,7 @@ def test_a_log_that_leads_elsewhere_is_not_written(tiny_config, data_folder, tmp
         mine.rename(run / name)
 
 
-def test_another_default_dtype_changes_no_sample(random_run):
+def test_the_default_dtype_does_not_change_samples(random_run):
     run = load_run(random_run)
     config = SampleConfig(steps=2, sampler="heun")
     wanted = generate(run, config, [0, 1]).images

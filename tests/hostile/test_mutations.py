@@ -198,7 +198,7 @@ def attack(whole: Path, root: Path, kind: str, numbers: range) -> tuple[Counter,
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_changed_files_are_one_sentence(kind, whole, tmp_path):
+def test_changed_files_give_one_line_errors(kind, whole, tmp_path):
     counts, wrong = attack(whole, tmp_path / "x", kind, range(SHORT))
     assert not wrong, "\n".join(wrong[:3])
     assert counts[2] >= 2, counts  # most changes are noticed
@@ -206,7 +206,7 @@ def test_changed_files_are_one_sentence(kind, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
-def test_a_thousand_changed_files(kind, whole, tmp_path):
+def test_a_thousand_changed_files_give_one_line_errors(kind, whole, tmp_path):
     counts, wrong = attack(whole, tmp_path / "x", kind, range(LONG))
     print(f"\n{kind}: {LONG} changed files: " + json.dumps({str(k): v for k, v in counts.items()}))
     assert not wrong, f"{len(wrong)} wrong\n" + "\n".join(wrong[:5])
@@ -222,7 +222,7 @@ def test_a_thousand_changed_files(kind, whole, tmp_path):
         ("run/metrics.jsonl", '"step": 3', ["train", "ROOT/run", "--data", "ROOT/data", "--out", "ROOT/run", "--num-steps", "5"]),
     ],
 )  # fmt: skip
-def test_another_digit_is_noticed(file, entry, argv, whole, tmp_path):
+def test_a_changed_digit_is_found(file, entry, argv, whole, tmp_path):
     root = shutil.copytree(whole, tmp_path / "x")
     text = (root / file).read_text()
     assert entry in text

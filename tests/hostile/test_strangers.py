@@ -63,7 +63,7 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("kind", PICTURES)
-def test_pictures_have_the_colours_that_viewers_show(kind):
+def test_images_have_the_colours_that_viewers_show(kind):
     data, wanted = PICTURES[kind]
     found = np.asarray(decode_image(data, "x.jpg")).reshape(-1, 3).mean(0)
     assert np.abs(found - wanted).max() <= 2  # JPEG and WebP round
@@ -79,7 +79,7 @@ def test_pictures_have_the_colours_that_viewers_show(kind):
         (encoded(Image.new("F", (8, 8)), "TIFF"), "of unknown range"),
     ],
 )
-def test_what_is_no_picture_says_why(data, why):
+def test_the_error_about_a_broken_image_gives_the_reason(data, why):
     with pytest.raises(UserError, match=why) as refused:
         decode_image(data, "a.png")
     assert str(refused.value).startswith("a.png ")
@@ -106,12 +106,12 @@ WHOLE = (("a/1.png", png(1)), ("a/2.png", png(2)), ("b/1.png", png(3)))
         ("a/1.png", "twice"),
     ],
 )
-def test_archives_with_paths_that_no_one_packs(name, why, tmp_path):
+def test_archives_with_unsafe_or_duplicate_paths_are_refused(name, why, tmp_path):
     with pytest.raises(UserError, match=why):
         open_source(str(packed(tmp_path / "x.zip", *WHOLE, (name, png()))))
 
 
-def test_an_archive_of_a_mac_and_one_of_zip64(tmp_path):
+def test_archives_of_macos_and_zip64_archives_are_read(tmp_path):
     junk = (("__MACOSX/a/._1.png", b"x"), ("a/.DS_Store", b"x"))
     for path in (
         packed(tmp_path / "mac.zip", *WHOLE, *junk),
@@ -121,7 +121,7 @@ def test_an_archive_of_a_mac_and_one_of_zip64(tmp_path):
         assert (source.class_names, source.labels.tolist()) == (["a", "b"], [0, 0, 1])
 
 
-def test_a_link_in_an_archive_shows_no_file_of_this_machine(tmp_path):
+def test_a_link_in_an_archive_is_not_followed(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(png(77))
     link = zipfile.ZipInfo("a/link.png")
@@ -132,7 +132,7 @@ def test_a_link_in_an_archive_shows_no_file_of_this_machine(tmp_path):
         source.decode(index)
 
 
-def test_an_encrypted_archive(tmp_path):
+def test_an_encrypted_archive_is_refused(tmp_path):
     data = bytearray(packed(tmp_path / "x.zip", *WHOLE).read_bytes())
     for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         start = -1
@@ -163,7 +163,7 @@ def labelled(folder, file, text):
         )),
     ],
 )  # fmt: skip
-def test_tables_as_people_write_them(file, text, tmp_path):
+def test_common_ways_to_write_tables_are_read(file, text, tmp_path):
     source = open_source(labelled(tmp_path / "x", file, text))
     assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [0, 1, 0])
     assert file in source.labels_from
@@ -189,12 +189,12 @@ def test_tables_as_people_write_them(file, text, tmp_path):
          "numbers such as 1 and names such as 'cat'"),
     ],
 )  # fmt: skip
-def test_tables_that_do_not_say_one_thing(file, text, why, tmp_path):
+def test_inconsistent_tables_are_refused(file, text, why, tmp_path):
     with pytest.raises(UserError, match=why):
         open_source(labelled(tmp_path / "x", file, text))
 
 
-def test_two_tables_of_metadata_agree_or_are_refused(tmp_path):
+def test_two_metadata_tables_must_agree(tmp_path):
     lines = [json.dumps({"file_name": f"{n}.png", "label": name}) for n, name in enumerate(("cat", "dog", "cat"))]
     where = labelled(tmp_path / "x", "metadata.jsonl", "\n".join(lines))
     labelled(tmp_path / "x", "metadata.csv", "file_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
@@ -224,7 +224,7 @@ def test_two_tables_of_metadata_agree_or_are_refused(tmp_path):
     ],
 )
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_folders_around_classes_and_splits(is_zip, paths, classes, why, tmp_path):
+def test_outer_folders_around_classes_and_splits_are_handled(is_zip, paths, classes, why, tmp_path):
     where = tmp_path / ("x.zip" if is_zip else "x")
     if is_zip:
         packed(where, *((path, png()) for path in paths))
@@ -251,7 +251,7 @@ def test_folders_around_classes_and_splits(is_zip, paths, classes, why, tmp_path
         ("9" * 5000, 1, [0]),
     ],
 )
-def test_a_label_that_is_given_twice(cls, told, labels, tmp_path):
+def test_a_duplicate_label_is_refused(cls, told, labels, tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for name, data in (("1.png", png()), ("1.cls", cls.encode()), ("1.json", json.dumps({"label": told}).encode())):
             info = tarfile.TarInfo(name)
@@ -264,7 +264,7 @@ def test_a_label_that_is_given_twice(cls, told, labels, tmp_path):
         assert open_source(str(tmp_path / "x.tar")).labels.tolist() == labels
 
 
-def test_a_header_of_numpy_that_is_no_python(tmp_path):
+def test_invalid_npy_headers_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8, 3), np.uint8))
     data = (tmp_path / "x.npy").read_bytes()
     (tmp_path / "x.npy").write_bytes(data.replace(b"(4, 8, 8, 3)", b"__import__(("))
@@ -282,7 +282,7 @@ def test_a_header_of_numpy_that_is_no_python(tmp_path):
         (["727", "A320", "727"], ["727", "A320"], [0, 1, 0]),
     ],
 )
-def test_labels_keep_their_numbers_and_names(values, names, labels):
+def test_labels_keep_their_numbers_and_class_names(values, names, labels):
     found = classes_of(values, str, "x")
     assert (found.names, found.labels.tolist()) == (names, labels)
 
@@ -290,12 +290,12 @@ def test_labels_keep_their_numbers_and_names(values, names, labels):
 @pytest.mark.parametrize(
     "values", [[0, None, 1], [0.5, 1], [float("nan"), 1], [True, False], [-1, 0, 1], [0, 2**40], [[0], [1]], [1, "cat"]]
 )
-def test_labels_that_are_none(values):
+def test_invalid_labels_are_refused(values):
     with pytest.raises(UserError):
         classes_of(values, str, "x")
 
 
-def test_a_parquet_file_whose_labels_are_there_twice(tmp_path):
+def test_duplicate_label_columns_of_a_parquet_file_are_refused(tmp_path):
     pa = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

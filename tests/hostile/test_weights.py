@@ -62,7 +62,7 @@ def test_the_description_of_an_exported_network_is_checked_before_it_is_built(ex
         {"patch_size": 7}, {"norm_eps": [1]}, {"_class_name": {}},
     ],
 )  # fmt: skip
-def test_a_dit_of_diffusers_whose_configuration_lies(lie, random_run, tmp_path):
+def test_a_diffusers_dit_with_a_wrong_configuration_is_refused(lie, random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
     path = tmp_path / "e" / "config.json"
     path.write_text(json.dumps({**read_json(path), **lie}))
@@ -74,7 +74,7 @@ def test_a_dit_of_diffusers_whose_configuration_lies(lie, random_run, tmp_path):
     "lie", [{"step": -1}, {"step": "x"}, {"step": 2**70}, {"diffusion": {"objective": []}}, {"kind": 3}]
 )
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
-def test_facts_of_an_export_that_lie(form, lie, random_run, tmp_path):
+def test_wrong_facts_of_an_export_are_refused(form, lie, random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", form])[0] == 0
     path = tmp_path / "e" / ("repa.json" if form == "diffusers" else "config.json")
     path.write_text(json.dumps({**read_json(path), **lie}))
@@ -82,7 +82,7 @@ def test_facts_of_an_export_that_lie(form, lie, random_run, tmp_path):
     assert code == 2 or (code == 0 and "kind" in lie), said
 
 
-def test_weights_of_other_shapes_in_the_layout_of_diffusers(random_run, tmp_path):
+def test_weights_of_wrong_shapes_in_a_diffusers_folder_are_refused(random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
     path = tmp_path / "e" / "diffusion_pytorch_model.safetensors"
     whole = load_file(path)

@@ -15,29 +15,29 @@ def gaussian(dim, num, seed):
     return x.mean(0), np.cov(x, rowvar=False)
 
 
-def test_equals_the_slow_formula():
+def test_the_frechet_distance_equals_the_slow_formula():
     a, b = gaussian(8, 100, 1), gaussian(8, 100, 5)
     assert frechet_distance(*a, *b) == pytest.approx(oracle.frechet(*a, *b), rel=1e-10)
     assert frechet_distance(*b, *a) == pytest.approx(frechet_distance(*a, *b), rel=1e-10)
 
 
-def test_one_dimension_in_closed_form():
+def test_one_dimension_has_the_closed_form():
     """(m1 - m2)^2 + (s1 - s2)^2."""
     assert frechet_distance([1.0], [[4.0]], [3.5], [[9.0]]) == pytest.approx(2.5**2 + 1)
 
 
-def test_commuting_covariances_in_closed_form():
+def test_commuting_covariances_have_the_closed_form():
     s1, s2 = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([16.0, 1.0, 0.0])
     got = frechet_distance(torch.zeros(3), s1.diag(), torch.ones(3), s2.diag())
     assert got == pytest.approx(3 + ((s1.sqrt() - s2.sqrt()) ** 2).sum().item(), rel=1e-6)
 
 
-def test_of_itself_is_zero():
+def test_identical_statistics_have_distance_zero():
     mu, sigma = gaussian(8, 100, 1)
     assert frechet_distance(mu, sigma, mu, sigma) == pytest.approx(0, abs=1e-9)
 
 
-def test_fewer_samples_than_dimensions():
+def test_fewer_samples_than_dimensions_give_the_exact_distance():
     """Covariances of rank 4 in 16 dimensions that share no direction: the root's trace vanishes exactly."""
     a, b = np.zeros((16, 16)), np.zeros((16, 16))
     a[:4, :4], b[8:12, 8:12] = gaussian(4, 9, 1)[1], gaussian(4, 9, 2)[1]
@@ -54,7 +54,7 @@ def test_scaling_all_features_scales_the_distance_by_the_square():
     assert frechet_distance(3 * m1, 9 * s1, 3 * m2, 9 * s2) == pytest.approx(9 * frechet_distance(m1, s1, m2, s2))
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     mu, sigma = gaussian(4, 20, 1)
     with pytest.raises(UserError, match=r"\(4,\), \(4, 4\) and \(3,\)"):
         frechet_distance(mu, sigma, mu[:3], sigma[:3, :3])
@@ -62,7 +62,7 @@ def test_mistakes():
         frechet_distance(mu, sigma, mu * np.nan, sigma)
 
 
-def test_the_reference_evaluators_arithmetic_to_four_digits():
+def test_it_agrees_with_the_reference_evaluator_to_four_digits():
     """float32 means, the root of an asymmetric product: on features as many and as spread as an encoder's."""
     g = np.random.default_rng(0)
     mix = g.normal(size=(64, 64)) * np.linspace(1, 0.02, 64)

@@ -22,7 +22,7 @@ from repa.metrics.inception import (
 from tests.oracles import inception as oracle
 
 
-def test_every_parameter_of_the_published_file():
+def test_parameters_match_the_published_file():
     with torch.device("meta"):
         state = InceptionV3().state_dict()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == oracle.shapes()
@@ -30,13 +30,13 @@ def test_every_parameter_of_the_published_file():
 
 
 @pytest.mark.parametrize(("height", "width", "side"), [(16, 16, 21), (40, 31, 21), (21, 21, 21), (1, 5, 8)])
-def test_resize_is_tensorflows(height, width, side):
+def test_resizing_follows_tensorflow(height, width, side):
     image = 255 * torch.rand(height, width, generator=torch.Generator().manual_seed(0))
     got = resize_as_tensorflow(image[None, None], side)[0, 0]
     np.testing.assert_allclose(got.numpy(), oracle.resize(image.double().numpy(), side), atol=1e-3)
 
 
-def test_average_pooling_leaves_the_padding_out():
+def test_average_pooling_excludes_padding():
     assert torch.equal(average_pool(torch.ones(1, 2, 4, 5)), torch.ones(1, 2, 4, 5))
 
 
@@ -51,7 +51,7 @@ def test_average_pooling_leaves_the_padding_out():
         ("e, the last", lambda: InceptionE(6, average=False), 6),
     ],
 )
-def test_a_block_is_the_loops(kind, block, channels):
+def test_each_block_equals_the_loops(kind, block, channels):
     block = block().eval()
     weights = oracle.random_weights({name: tensor.shape for name, tensor in block.state_dict().items()})
     block.load_state_dict(weights)
@@ -66,7 +66,7 @@ def weights():
     return oracle.random_weights(oracle.shapes())
 
 
-def test_the_whole_is_torch_fidelitys(weights):
+def test_the_network_equals_torch_fidelitys(weights):
     """Sums over the outputs of torch-fidelity 0.4.0's network with these weights, whose resize and outputs ours equal to the bit
     on the machine where they were written down; the sine makes them depend on the order."""
     net = InceptionV3()
@@ -99,7 +99,7 @@ GOLDEN = {  # sum, sum of products with sin(0), sin(1), ...
 
 
 @pytest.mark.slow
-def test_layouts_give_the_same_and_half_precision_nearly(weights):
+def test_memory_layouts_agree_and_half_precision_is_close(weights):
     """bf16 rounds convolutions; the resize, the mean and the logits stay float32, and so does everything in float32."""
     net = InceptionV3()
     net.load_state_dict(weights)
@@ -118,7 +118,7 @@ def test_layouts_give_the_same_and_half_precision_nearly(weights):
         assert 1e-4 < ((y - x).norm() / x.norm()).item() < 0.05, name
 
 
-def test_only_images_are_taken():
+def test_only_uint8_images_are_accepted():
     with torch.device("meta"):
         net = InceptionV3()
     for images in (torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 8, 8, 3).byte()):
@@ -151,7 +151,7 @@ class TestWeights:
         monkeypatch.setattr(inception_weights, "URL", (tmp_path / "nowhere.pth").as_uri())
         return tmp_path
 
-    def test_a_local_file(self, file):
+    def test_a_local_file_is_loaded(self, file):
         loaded = load_inception(file)
         assert loaded.weights_sha256 == files.sha256(file)
         assert not loaded.is_published
@@ -160,7 +160,7 @@ class TestWeights:
         assert torch.equal(loaded.net.Mixed_6d.branch1x1.conv.weight, wanted)
 
     @pytest.mark.parametrize("place", ["ours/metrics/{}", "hub/hub/checkpoints/{}"])
-    def test_a_cached_file(self, place, homes, file, monkeypatch):
+    def test_a_cached_file_is_loaded(self, place, homes, file, monkeypatch):
         monkeypatch.setattr(inception_weights, "SHA256", files.sha256(file)[:8])
         path = homes / place.format(inception_weights.FILE)
         path.parent.mkdir(parents=True)
@@ -170,25 +170,25 @@ class TestWeights:
         with pytest.raises(UserError, match="is damaged: its checksum does not begin with 01234567"):
             load_inception()
 
-    def test_a_download_is_kept(self, homes, file, monkeypatch):
+    def test_a_download_is_stored(self, homes, file, monkeypatch):
         monkeypatch.setattr(inception_weights, "URL", file.as_uri())
         monkeypatch.setattr(inception_weights, "SHA256", files.sha256(file)[:8])
         load_inception()
         assert [path.name for path in (homes / "ours/metrics").iterdir()] == [inception_weights.FILE]
 
-    def test_a_download_of_other_bytes_is_not_kept(self, homes, file, monkeypatch):
+    def test_a_download_with_a_wrong_checksum_is_not_stored(self, homes, file, monkeypatch):
         monkeypatch.setattr(inception_weights, "URL", file.as_uri())
         with pytest.raises(UserError, match=r"could not be downloaded from .*w\.pth \(invalid hash value"):
             load_inception()
         assert not list((homes / "ours/metrics").iterdir())
 
-    def test_no_network(self, homes):
+    def test_without_network_the_error_says_what_to_do(self, homes):
         with pytest.raises(
             UserError, match=r"not on this machine .*--features-weights FILE.*--features tiny-classifier"
         ):
             load_inception()
 
-    def test_no_file(self, tmp_path):
+    def test_a_missing_file_is_refused(self, tmp_path):
         with pytest.raises(UserError, match="There is no file .*/none.pth with Inception's weights"):
             load_inception(tmp_path / "none.pth")
 
@@ -201,7 +201,7 @@ class TestWeights:
             (lambda w: w.update(name="inception"), "does not contain the weights of Inception-v3"),
         ],
     )  # fmt: skip
-    def test_another_network(self, change, sentence, tmp_path):
+    def test_weights_of_another_network_are_refused(self, change, sentence, tmp_path):
         weights = {name: torch.zeros(()).expand(shape) for name, shape in oracle.shapes().items()}
         change(weights)
         torch.save(weights, tmp_path / "w.pth")
@@ -209,12 +209,12 @@ class TestWeights:
             load_inception(tmp_path / "w.pth")
 
     @pytest.mark.parametrize("cut", [0, 100, 5_000_000])
-    def test_a_damaged_file(self, cut, file, tmp_path):
+    def test_a_damaged_file_is_refused(self, cut, file, tmp_path):
         (tmp_path / "w.pth").write_bytes(file.read_bytes()[:cut])
         with pytest.raises(UserError, match="cannot be read as a checkpoint"):
             load_inception(tmp_path / "w.pth")
 
-    def test_no_code_of_a_file_is_run(self, tmp_path):
+    def test_code_in_a_file_is_not_run(self, tmp_path):
         class Bomb:
             def __reduce__(self):
                 return pytest.fail, ("executed",)

@@ -18,7 +18,7 @@ def test_one_subset_of_everything_equals_the_loops(degree):
     assert got == pytest.approx(oracle.kernel_distance(x.tolist(), y.tolist(), degree), rel=1e-10)
 
 
-def test_subsets_average_to_the_whole():
+def test_the_mean_over_subsets_is_close_to_the_whole():
     x, y = sets(40)
     whole = kernel_distance(x, y, num_subsets=1, subset_size=40)
     assert kernel_distance(x, y, num_subsets=400, subset_size=20) == pytest.approx(whole, rel=0.1)
@@ -37,7 +37,7 @@ def test_the_seed_decides_the_subsets():
     assert a == b != c
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     x, y = sets()
     with pytest.raises(UserError, match="subsets of 2 to 12"):
         kernel_distance(x, y)

@@ -14,7 +14,7 @@ def sets(seed=0):
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block", [7, 1024])
-def test_equals_the_loops_whatever_the_blocks(k, block, monkeypatch):
+def test_every_block_size_gives_the_loops_result(k, block, monkeypatch):
     monkeypatch.setattr(manifold, "BLOCK", block)
     reference, samples = sets()
     got = precision_recall(reference, samples, k)
@@ -31,7 +31,7 @@ def test_precision_is_about_samples_and_recall_about_the_reference():
     assert precision_recall(reference=mode, samples=both + 1e-3) == pytest.approx((0.5, 1.0))
 
 
-def test_far_apart_is_zero():
+def test_distant_sets_have_precision_and_recall_zero():
     reference, samples = sets()
     assert precision_recall(reference, samples + 1000) == (0.0, 0.0)
 
@@ -43,7 +43,7 @@ def test_a_common_offset_does_not_matter():
     )
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     reference, samples = sets()
     with pytest.raises(UserError, match="more than k"):
         precision_recall(reference, samples[:3], k=3)
@@ -51,7 +51,7 @@ def test_mistakes():
         precision_recall(reference, samples[:, :2])
 
 
-def test_a_set_against_itself_is_one_whatever_its_duplicates():
+def test_a_set_against_itself_is_one_despite_duplicates():
     """Four copies of each: the third neighbour is at distance 0, which rounding must not push out of reach."""
     x = torch.randn(25, 1000, generator=torch.Generator().manual_seed(0)).repeat(4, 1) + 3
     assert precision_recall(x, x.flip(0)) == (1.0, 1.0)
@@ -59,7 +59,7 @@ def test_a_set_against_itself_is_one_whatever_its_duplicates():
         assert precision_recall(x, x[:num]).precision == 1.0
 
 
-def test_neighbours_are_others():
+def test_an_image_is_not_its_own_neighbour():
     """Pairs of equal features: with k = 1 the twin is in reach, with k = 2 the next pair is."""
     x = torch.tensor([[0.0], [0.0], [10.0], [10.0]])
     assert precision_recall(x, torch.tensor([[1.0], [2.0], [100.0]]), k=1).precision == 0
@@ -73,7 +73,7 @@ def test_arguments_cannot_be_swapped_unnoticed():
     assert got.precision > got.recall + 0.2
 
 
-def test_sums_are_exact_whatever_the_trainer_chose():
+def test_sums_ignore_the_trainers_matmul_precision():
     torch.set_float32_matmul_precision("high")
     try:
         precision_recall(*sets())
@@ -83,7 +83,7 @@ def test_sums_are_exact_whatever_the_trainer_chose():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite(bad):
+def test_non_finite_features_are_refused(bad):
     reference, samples = sets()
     samples[3, 1] = bad
     for pair in ((reference, samples), (samples, reference)):
@@ -93,7 +93,7 @@ def test_not_finite(bad):
 
 class TestHalf:
     @pytest.mark.parametrize("block", [7, 10_000])
-    def test_it_rounds_as_the_evaluator_does(self, block, monkeypatch):
+    def test_float16_rounding_follows_the_reference_evaluator(self, block, monkeypatch):
         """Features so close that rounding decides: float32 gives other shares."""
         monkeypatch.setattr(manifold, "ADM_BLOCK", block)
         g = torch.Generator().manual_seed(0)
@@ -105,12 +105,12 @@ class TestHalf:
         assert got == pytest.approx(oracle.adm_precision_recall(reference.numpy(), samples.numpy(), 3))
         assert got != precision_recall(reference, samples)
 
-    def test_what_overflows_falls_back_to_float32(self):
+    def test_overflowing_features_fall_back_to_float32(self):
         reference, samples = (300 * x for x in sets())  # squared norms above 65,504
         assert manifold._to_half(reference.square().sum(1)).isinf().any()
         assert precision_recall_in_half(reference, samples) == pytest.approx(precision_recall(reference, samples))
 
-    def test_mistakes(self):
+    def test_invalid_input_is_refused(self):
         reference, samples = sets()
         with pytest.raises(UserError, match="more than k"):
             precision_recall_in_half(reference, samples[:3], k=3)

@@ -13,14 +13,14 @@ def score_of(logits, splits=1):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_equals_the_loops(splits):
+def test_the_inception_score_equals_the_loops(splits):
     logits = 3 * torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     expected = oracle.inception_score(logits.double().softmax(1).tolist(), splits)
     assert score_of(logits, splits) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("batch", [1, 5, 23])
-def test_a_stream_in_any_order_gives_the_splits(batch):
+def test_the_order_of_the_stream_does_not_change_the_splits(batch):
     """Splits of 10, 10 and the last 3, whatever comes first."""
     logits = 3 * torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
     parts = logits.double().softmax(1).split(10)
@@ -33,11 +33,11 @@ def test_a_stream_in_any_order_gives_the_splits(batch):
     assert score.value == pytest.approx(expected, rel=1e-12)
 
 
-def test_certain_and_varied_is_the_number_of_classes():
+def test_certain_and_varied_predictions_score_the_number_of_classes():
     assert score_of(1e4 * torch.eye(6)) == pytest.approx(6)
 
 
-def test_every_image_alike_is_one():
+def test_equal_predictions_score_one():
     assert score_of(torch.randn(1, 6).repeat(8, 1), 2) == pytest.approx(1)
 
 
@@ -47,7 +47,7 @@ def test_order_matters_because_each_split_has_its_own_marginal():
     assert score_of(logits[[0, 2, 4, 6, 1, 3, 5, 7]], 2) == pytest.approx(4)
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     score = RunningScore()
     with pytest.raises(UserError, match="at least one image"):
         _ = score.value

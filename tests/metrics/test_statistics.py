@@ -29,15 +29,15 @@ def assert_are_those_of(statistics, x):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 50])
-def test_equal_numpy_whatever_the_batch(batch):
+def test_mean_and_covariance_equal_numpy_for_every_batch_size(batch):
     assert_are_those_of(of(features(), batch), features())
 
 
-def test_covariance_divides_by_n_minus_1():
+def test_the_covariance_divides_by_n_minus_1():
     assert of(torch.tensor([[0.0], [2.0]])).covariance.item() == 2.0
 
 
-def test_a_large_mean_does_not_cost_the_covariance():
+def test_a_large_mean_does_not_spoil_the_covariance():
     x = features().double()
     np.testing.assert_allclose(of(x + 1e7).covariance.numpy(), np.cov(x.numpy(), rowvar=False), rtol=1e-6, atol=1e-7)
 
@@ -54,7 +54,7 @@ def test_half_precision_features_are_summed_in_double():
     assert_are_those_of(of(x), x)
 
 
-def test_mistakes():
+def test_invalid_input_is_refused():
     statistics = Statistics()
     with pytest.raises(UserError, match=r"\(N, D\)"):
         statistics.update(features()[0])

@@ -61,7 +61,7 @@ def literal(model, state, t, condition):
     return out
 
 
-def test_a_block_is_the_literal_one(random_dit):
+def test_a_block_with_all_options_equals_the_literal_one(random_dit):
     model = random_dit(**ALL)
     given = inputs(2)
     found = model(*given, taps=(Tap(1),)).taps[Tap(1)]
@@ -75,7 +75,7 @@ def test_every_parameter_receives_a_gradient(options, random_dit):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_rotary_logits_depend_on_the_distance_alone():
+def test_rotary_logits_depend_only_on_the_distance():
     cos, sin = Rotation(8, (5, 5))()
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
     logits = (rotate(q.expand(-1, -1, 25, -1), cos, sin) @ rotate(k.expand(-1, -1, 25, -1), cos, sin).mT)[0, 0]
@@ -84,14 +84,14 @@ def test_rotary_logits_depend_on_the_distance_alone():
     assert abs(logits[0, 0, 1, 2] - logits[0, 0, 2, 1]) > 1e-3
 
 
-def test_tokens_in_front_are_not_turned():
+def test_prefix_tokens_are_not_rotated():
     cos, sin = Rotation(8, (2, 3))(front=2)
     assert cos.shape == sin.shape == (8, 8)
     assert torch.equal(cos[:3], torch.ones(3, 8))  # the two in front, and row 0, column 0
     assert not sin[:3].any()
 
 
-def test_places_can_be_stretched():
+def test_rotary_positions_can_be_stretched():
     plain, stretched = Rotation(8, (5, 5)), Rotation(8, (5, 5), extent=16.0)
     assert torch.equal(stretched.cos[1], Rotation(8, (5, 5), extent=4.0).cos[4])  # 16 / 4 = 4 places apart
     assert torch.equal(plain.cos, Rotation(8, (5, 5), extent=4.0).cos)
@@ -101,21 +101,21 @@ def test_places_can_be_stretched():
     ("name", "options", "millions"),
     [("SiT-XL/2", {}, 675), ("SiT-XL/1", {"norm": "rms", "mlp": "swiglu", "rotary": True, "latent_channels": 32}, 675)],
 )
-def test_sizes_of_the_papers(name, options, millions):
+def test_parameter_counts_match_the_papers(name, options, millions):
     """DiT-XL/2, and LightningDiT-XL/1 on VA-VAE."""
     with torch.device("meta"):
         model = build_model(name, latent_size=16, num_classes=1000, **options)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
-def test_an_exported_network_keeps_them(random_dit, tmp_path):
+def test_an_exported_network_keeps_its_options(random_dit, tmp_path):
     model = random_dit(**ALL)
     state = model.state_dict()
     save_exported(tmp_path, state, constructor_arguments(state, 2), {})
     assert torch.equal(load_exported(tmp_path)(*inputs()).prediction["x"], model(*inputs()).prediction["x"])
 
 
-def test_mistakes_are_answered(random_dit):
+def test_invalid_input_is_refused(random_dit):
     with pytest.raises(ValueError, match="rotary rotates pairs"):
         ModelConfig(hidden_dim=24, num_heads=4, depth=2, rotary=True)
     with pytest.raises(UserError, match="multiple of 4"):

@@ -46,7 +46,7 @@ def inputs(n=3):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_it_starts_as_the_zero_prediction(paper):
+def test_the_initial_prediction_is_zero(paper):
     output = ddt(latent_size=(4, 6), **SIZES, **PAPERS[paper])(*inputs())
     for prediction in (output.prediction["x"], *output.heads.values()):
         assert prediction.shape == (3, 3, 4, 6)
@@ -62,7 +62,7 @@ def test_gradients_reach_every_parameter(paper):
 
 
 @pytest.mark.parametrize("paper", PAPERS)
-def test_rows_do_not_see_each_other_and_activations_can_be_computed_again(paper):
+def test_images_are_independent_and_recomputed_activations_agree(paper):
     model = network(paper)
     state, t, condition = inputs()
     together = model(state, t, condition).prediction["x"]
@@ -72,7 +72,7 @@ def test_rows_do_not_see_each_other_and_activations_can_be_computed_again(paper)
     assert torch.equal(model(state, t, condition).prediction["x"], together)
 
 
-def test_taps_are_of_the_grid_alone_and_of_the_encoders_width():
+def test_taps_contain_only_grid_tokens_with_the_encoders_width():
     model = network("raev2")
     output = model(*inputs(), (Tap(3), Tap(2, "attention")))
     assert output.taps[Tap(3)].shape == (3, 6, 16)
@@ -83,7 +83,7 @@ def test_taps_are_of_the_grid_alone_and_of_the_encoders_width():
     assert network("ddt")(*inputs(), (Tap(5),)).taps[Tap(5)].shape == (3, 6, 16)
 
 
-def test_the_head_may_use_what_the_encoder_found_before():
+def test_the_head_can_reuse_an_earlier_encoding():
     model = network("ddt")
     state, t, condition = inputs()
     encoded = model.encode(state, t, condition)
@@ -104,14 +104,14 @@ def test_the_head_may_use_what_the_encoder_found_before():
         ),
     ],
 )  # fmt: skip
-def test_sizes_of_the_papers(arguments, millions):
+def test_parameter_counts_match_the_papers(arguments, millions):
     """DDT-XL/2 and DiT^DH-XL."""
     with torch.device("meta"):
         model = ddt(hidden_dim=1152, num_heads=16, num_classes=1000, **arguments)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
-def test_mistakes_are_answered():
+def test_invalid_input_is_refused():
     model = network()
     state, t, condition = inputs()
     with pytest.raises(UserError, match="supports neither token times"):

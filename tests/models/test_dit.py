@@ -113,7 +113,7 @@ def test_initialisation_has_the_published_spreads():
     ("name", "trainable", "positions"),
     [("SiT-B/2", 130_303_504, 196_608), ("SiT-L/2", 457_824_272, 262_144), ("SiT-XL/2", 674_816_272, 294_912)],
 )
-def test_parameter_counts_of_the_reference(name, trainable, positions):
+def test_parameter_counts_match_the_reference(name, trainable, positions):
     with torch.device("meta"):
         model = build_model(name, latent_size=32, num_classes=1000)
     assert sum(parameter.numel() for parameter in model.parameters()) == trainable
@@ -132,7 +132,7 @@ def test_a_model_built_on_meta_gets_its_frequencies_back(random_dit):
     assert torch.equal(model.t_embedder.frequencies, random_dit().t_embedder.frequencies)
 
 
-def test_dit_predicts_the_variance_too():
+def test_dit_also_predicts_the_variance():
     with torch.device("meta"):
         sit, dit = (build_model(f"{family}-S/4", latent_size=8, num_classes=3) for family in ("SiT", "DiT"))
     assert sit.final_layer.linear.out_features == 4 * 4 * 4
@@ -142,7 +142,7 @@ def test_dit_predicts_the_variance_too():
     assert call(small, x_t, t, labels).prediction.shape == (2, 8, 8, 8)
 
 
-def test_build_follows_the_configuration():
+def test_the_built_network_follows_the_configuration():
     size = {"hidden_dim": 16, "depth": 2, "num_heads": 4}
     config = ModelConfig(name="DiT-S/4", latent_size=8, latent_channels=3, num_classes=7, qk_norm="layer", **size)
     model = build(config)
@@ -153,7 +153,7 @@ def test_build_follows_the_configuration():
     assert model.final_layer.linear.out_features == 4 * 4 * 6
 
 
-def test_unlabelled_data_has_the_null_label_only(random_dit):
+def test_unlabelled_data_has_only_the_null_label(random_dit):
     model = random_dit(num_classes=0)
     assert model.null_label == 0
     x_t, t, _ = inputs()
@@ -169,7 +169,7 @@ def test_every_parameter_receives_a_gradient(random_dit):
         assert parameter.grad.any(), name
 
 
-def test_mistakes_are_answered(random_dit):
+def test_invalid_input_is_refused(random_dit):
     model = random_dit()
     x_t, t, labels = inputs()
     for tap in (0, 4):
@@ -190,7 +190,7 @@ def test_mistakes_are_answered(random_dit):
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_activations_computed_again_give_the_same_bits(random_dit, precision, monkeypatch):
+def test_recomputed_activations_give_the_same_bits(random_dit, precision, monkeypatch):
     x_t, t, labels = inputs()
     calls, found = [], []
     forward = Block.forward
@@ -210,7 +210,7 @@ def test_activations_computed_again_give_the_same_bits(random_dit, precision, mo
     assert len(calls) == 9 + 3
 
 
-def test_shapes_can_be_had_without_memory():
+def test_networks_can_be_built_on_the_meta_device():
     with torch.device("meta"):
         model = build_model("SiT-XL/2", latent_size=32, num_classes=1000)
         out = call(model, torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.long), (8,))
@@ -218,7 +218,7 @@ def test_shapes_can_be_had_without_memory():
     assert (out.prediction.shape, out.hidden[8].shape) == ((2, 4, 32, 32), (2, 256, 1152))
 
 
-def test_tokens_are_not_routed_in_silence(random_dit):
+def test_a_network_without_a_route_refuses_routed_tokens(random_dit):
     x_t, t, labels = inputs()
     with pytest.raises(UserError, match="has no route"):
         random_dit()({"x": x_t}, t, Condition(labels), keep=torch.zeros(2, 0, dtype=torch.long))

@@ -28,7 +28,7 @@ def exported(tmp_path, random_dit):
     return tmp_path, model
 
 
-def test_an_exported_network_is_the_same(exported):
+def test_an_exported_network_computes_the_same(exported):
     folder, model = exported
     loaded = load_exported(folder)
     x_t, t, labels = inputs([0.13, 0.82])
@@ -38,7 +38,7 @@ def test_an_exported_network_is_the_same(exported):
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, None])
-def test_weights_that_are_no_finite_numbers_are_refused(dtype, exported):
+def test_weights_that_are_not_finite_floats_are_refused(dtype, exported):
     """Loading would convert integers, drop imaginary parts and keep NaN."""
     folder, name = exported[0], "blocks.0.attn.qkv.weight"
     state = load_file(folder / "model.safetensors")
@@ -48,7 +48,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(dtype, exported):
         load_exported(folder)
 
 
-def test_damaged_folders(exported, tmp_path):
+def test_damaged_folders_are_refused(exported, tmp_path):
     folder, _ = exported
     with pytest.raises(UserError, match=r"config\.json"):
         load_exported(tmp_path / "absent")
@@ -95,7 +95,7 @@ def test_diffusers_computes_the_same(learn_sigma, t, random_dit, tmp_path):
         assert ((plain if learn_sigma else exact) - expected).abs().max() > 10 * tolerance
 
 
-def test_diffusers_norms_have_our_epsilon(random_dit):
+def test_norms_exported_to_diffusers_have_our_epsilon(random_dit):
     """On tokens so small that it decides the result."""
     from diffusers import DiTTransformer2DModel
 
@@ -120,7 +120,7 @@ def test_diffusers_norms_have_our_epsilon(random_dit):
         )
 
 
-def test_frequencies_of_diffusers_in_float64():
+def test_time_frequencies_convert_to_diffusers():
     """[cos, sin] of 10000^(-k/128) t from those of 10000^(-k/127) t, for all t in [0, 1], with weights no larger."""
     weight = torch.randn(5, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
@@ -144,12 +144,12 @@ def test_frequencies_of_diffusers_in_float64():
         ({"streams": {"class": 6}}, "streams is"),
     ],
 )
-def test_what_diffusers_cannot_hold(setting, sentence, random_dit):
+def test_networks_that_diffusers_cannot_represent_are_refused(setting, sentence, random_dit):
     with pytest.raises(UserError, match=sentence):
         to_diffusers(random_dit(**setting).state_dict(), 2, unit_times=True)
 
 
-def test_a_network_is_saved_loaded_and_uploaded_as_is_usual(random_dit, tmp_path, monkeypatch):
+def test_networks_have_save_pretrained_from_pretrained_and_push_to_hub(random_dit, tmp_path, monkeypatch):
     model = random_dit(qk_norm="rms", heads=[1])
     model.save_pretrained(tmp_path / "saved")
     loaded = DiT.from_pretrained(tmp_path / "saved")

@@ -37,7 +37,7 @@ def dit(**arguments):
     return DiT(latent_size=4, hidden_dim=16, depth=2, num_heads=2, num_classes=3, **arguments).double()
 
 
-def test_internal_guidance_is_a_head():
+def test_a_head_equals_internal_guidances_released_network():
     case = golden.load("ig_network")
     model = dit(heads=(1,))
     assert not fill(model, case, lambda name: name.replace("final_layer_xr", "heads.1"))
@@ -47,7 +47,7 @@ def test_internal_guidance_is_a_head():
     golden.check(output.heads[1], case["expected"]["v_mid"], TOLERANCE)
 
 
-def test_reg_is_a_stream():
+def test_a_stream_equals_regs_released_network():
     case = golden.load("reg_network")
     model = dit(streams={"class": 6})
     names = {"cls_projectors2": "streams.class.embed", "wg_norm": "streams.class.norm"}
@@ -91,7 +91,7 @@ def jit():
     return case, model
 
 
-def test_jit():
+def test_jit_equals_the_released_network():
     case, model = jit()
     x, t, condition = inputs(case)
     output = model({"x": x}, t, condition, (Tap(1),))
@@ -99,7 +99,7 @@ def test_jit():
     golden.check(output.prediction["x"], case["expected"]["x_hat"], TOLERANCE)
 
 
-def test_adapter_of_pixelrepa():
+def test_the_adapter_equals_pixelrepas_released_one():
     """As the projector of a term: the prediction, and the released loss, which is 1 - cosine."""
     case, model = jit()
     x, t, condition = inputs(case)
@@ -123,7 +123,7 @@ def permuted(tensor, heads, dim=0):
     return pairs.movedim(dim + 2, dim + 1).flip(dim + 1).flatten(dim, dim + 3)
 
 
-def test_ddt():
+def test_ddt_equals_the_released_network():
     case = golden.load("ddt_network")
     sizes = case["config"]
     head_depth = sizes["blocks"] - sizes["encoder_blocks"]
@@ -161,7 +161,7 @@ def test_ddt():
     golden.check(shared.prediction["x"], expected["v_with_shared_s_other_x_t"], TOLERANCE)
 
 
-def test_raev2():
+def test_raev2_equals_the_released_network():
     case = golden.load("raev2_network")
     model = DDT(
         DDTOptions(1, head_dim=24, head_heads=2, times="fourier", silu_twice=True, time_tokens=2, class_tokens=3),

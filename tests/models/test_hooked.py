@@ -47,7 +47,7 @@ def inputs(n=2):
     return {"x": torch.randn(n, 4, 2, 3, generator=generator)}, torch.rand(n), Condition(torch.arange(n))
 
 
-def test_taps_are_the_tokens_of_the_blocks():
+def test_taps_return_the_tokens_of_the_blocks():
     model = hooked()
     state, t, condition = inputs()
     output = model(state, t, condition, (Tap(1), Tap(2)))
@@ -61,7 +61,7 @@ def test_taps_are_the_tokens_of_the_blocks():
     assert model.net.conv.weight.grad.any()
 
 
-def test_a_copy_sees_itself():
+def test_a_deep_copy_taps_its_own_blocks():
     model = hooked()
     state, t, condition = inputs()
     average = copy.deepcopy(model)
@@ -72,13 +72,13 @@ def test_a_copy_sees_itself():
     assert average.blocks[0] is average.net.conv
 
 
-def test_parameters_stand_once():
+def test_parameters_are_listed_once():
     assert sorted(hooked().state_dict()) == sorted(f"net.{name}" for name in Net().state_dict())
     assert [tuple(p.shape) for p in hooked(blocks=("unused",)).matrices()] == [(4, 4)]
     assert hooked().null(Condition(torch.tensor([0, 1]))).labels.tolist() == [3, 3]
 
 
-def test_what_it_refuses():
+def test_invalid_blocks_and_outputs_are_refused():
     state, t, condition = inputs()
     for taps in [(Tap(3),), (Tap(1, "attention"),)]:
         with pytest.raises(UserError):
@@ -108,7 +108,7 @@ def by_name(blocks="conv", name=None, **more):
     return ModelConfig(name="SiT-S/1", backbone=spec, patch_size=1, latent_size=3, latent_channels=4, num_classes=3)
 
 
-def test_the_backbone_hooked_finds_its_blocks_by_name():
+def test_the_hooked_backbone_finds_blocks_by_name():
     model = build(by_name())
     state, t, condition = {"x": torch.randn(2, 4, 3, 3)}, torch.rand(2), Condition(torch.tensor([0, 3]))
     output = model(state, t, condition, (Tap(1),))
@@ -135,14 +135,14 @@ def inside(config):
     return Inside()
 
 
-def test_the_width_is_that_of_the_network_in_which_the_block_is():
+def test_the_width_is_taken_from_the_network_that_contains_the_block():
     model = build(by_name("tokens", f"{__name__}.inside"))
     assert (model.hidden_dim, model.depth) == (4, 1)
     with pytest.raises(UserError, match="add ,hidden_dim="):
         build(by_name("tokens"))
 
 
-def test_a_file_that_names_a_network_of_its_own_is_not_run():
+def test_a_private_network_named_by_a_file_is_not_run():
     with contents_of("config.yaml"), pytest.raises(ValueError, match="--trust"):
         by_name(name="mylab.nets.unet")
     with command([]), pytest.raises(ValueError, match="--trust"):

@@ -22,7 +22,7 @@ def inputs(n=3):
     return state, torch.rand(n, generator=generator), Condition(torch.arange(n) % 4)
 
 
-def test_it_starts_as_the_zero_prediction():
+def test_the_initial_prediction_is_zero():
     model = JiT(latent_size=8, patch_size=4, num_classes=3, **SIZES)
     prediction = model({"x": torch.randn(1, 3, 8, 8)}, torch.rand(1), Condition(torch.tensor([1]))).prediction["x"]
     assert prediction.shape == (1, 3, 8, 8)
@@ -35,7 +35,7 @@ def test_gradients_reach_every_parameter():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_rows_do_not_see_each_other():
+def test_images_are_independent():
     model = network()
     state, t, condition = inputs()
     together = model(state, t, condition).prediction["x"]
@@ -44,7 +44,7 @@ def test_rows_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("class_tokens", [0, 2])
-def test_taps_are_of_the_grid_alone(class_tokens):
+def test_taps_contain_only_grid_tokens(class_tokens):
     model = network(class_tokens=class_tokens)
     seen = []
     model.blocks[2].attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -81,7 +81,7 @@ def test_recomputed_blocks_give_the_same_gradients():
 
 
 @pytest.mark.slow
-def test_compile_breaks_no_graph():
+def test_the_network_compiles_in_one_graph():
     model = network()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     taps = (Tap(1), Tap(3, "attention"))
@@ -94,7 +94,7 @@ def test_compile_breaks_no_graph():
     ("name", "millions"),  # table 9 of arXiv 2511.13720; of the patches of 32, at 512 pixels
     [("JiT-B/16", 131), ("JiT-L/16", 459), ("JiT-H/16", 953), ("JiT-B/32", 133), ("JiT-L/32", 462), ("JiT-H/32", 956)],
 )
-def test_the_sizes_of_the_paper_are_built_from_configuration(name, millions):
+def test_parameter_counts_match_the_paper(name, millions):
     side = 16 * int(name.rpartition("/")[2])
     config = ModelConfig(name=name, backbone="jit", latent_size=side, latent_channels=3, num_classes=1000)
     with torch.device("meta"):
@@ -104,14 +104,14 @@ def test_the_sizes_of_the_paper_are_built_from_configuration(name, millions):
     assert round(sum(p.numel() for p in models[0].parameters()) / 1e6) == millions
 
 
-def test_class_tokens_come_in_where_the_paper_has_them():
+def test_class_tokens_enter_at_the_papers_block():
     found = {name: jit_dimensions(name)["class_tokens_from"] for name in ("JiT-B/16", "JiT-L/16", "JiT-H/16")}
     assert found == {"JiT-B/16": 4, "JiT-L/16": 8, "JiT-H/16": 10}
     with pytest.raises(UserError, match="backbone jit"):
         ModelConfig.parse({"name": "JiT-B/16"})
 
 
-def test_mistakes_are_refused():
+def test_invalid_input_is_refused():
     state, t, condition = inputs()
     with pytest.raises(UserError):
         network()(state, t[:, None].expand(-1, 6), condition)
@@ -123,7 +123,7 @@ def test_mistakes_are_refused():
         jit_dimensions("JiT-B/8")
 
 
-def test_masked_tokens_of_the_adapter_are_not_seen():
+def test_the_adapter_ignores_masked_tokens():
     torch.manual_seed(0)
     adapter = MaskedAdapter(16, 5, (2, 3), num_classes=3, num_heads=2, class_tokens=2)
     for parameter in adapter.parameters():

@@ -31,7 +31,7 @@ def tensors(dtype, num=3, tokens=37, width=24):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
-def test_the_twin_has_the_gradients_of_autograd(dtype, rtol):
+def test_the_pytorch_version_has_the_gradients_of_autograd(dtype, rtol):
     inputs, gradient = tensors(dtype)
     exact, exact_gradient = tensors(torch.float64)
     wanted_out = modulate(token_norm("layer", 24).double()(exact[0]), exact[1], exact[2])
@@ -44,7 +44,7 @@ def test_the_twin_has_the_gradients_of_autograd(dtype, rtol):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=10 * rtol)
 
 
-def test_the_operator_keeps_the_rules_of_custom_operators():
+def test_the_operator_passes_pytorchs_operator_checks():
     """Fake tensors, no hidden mutation: what torch.compile relies on."""
     inputs, gradient = tensors(torch.float32)
     x, _, scale = (t.detach() for t in inputs)
@@ -54,7 +54,7 @@ def test_the_operator_keeps_the_rules_of_custom_operators():
     )
 
 
-def test_it_is_compiled_without_breaks():
+def test_it_compiles_in_one_graph():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     inputs, gradient = tensors(torch.float32)
@@ -71,7 +71,7 @@ def configuration(**changes):
     return TrainConfig(model=ModelConfig(name="SiT-S/2", **{**size, **changes}), precision="fp32", batch_size=4)
 
 
-def test_a_network_takes_it_by_a_setting():
+def test_a_setting_enables_the_fused_norm():
     config, found = configuration(), []
     for fused in (False, True):
         state = build_state(config.override(fused_norm=fused), {}, CPU)
@@ -113,7 +113,7 @@ print("equal")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernel_in_tritons_interpreter_is_its_twin_in_float64():
+def test_the_triton_kernel_equals_the_pytorch_version():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",

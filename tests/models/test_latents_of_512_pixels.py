@@ -14,7 +14,7 @@ def on_meta(side, channels=4):
         return build_model("SiT-XL/2", latent_size=side, latent_channels=channels, num_classes=1000)
 
 
-def test_512_pixels_need_other_positions_and_no_other_parameter():
+def test_512_pixels_change_only_the_positions():
     at_256, at_512 = on_meta(32), on_meta(64)
     shapes = [
         {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad} for model in (at_256, at_512)
@@ -28,7 +28,7 @@ def test_512_pixels_need_other_positions_and_no_other_parameter():
     ("factor", "channels", "pixels", "tokens"),
     [(8, 4, 512, 1024), (8, 16, 256, 256), (8, 16, 512, 1024), (32, 32, 512, 64), (32, 32, 256, 16)],
 )
-def test_patches_go_where_they_came_from_for_every_shape_of_latents(factor, channels, pixels, tokens):
+def test_predictions_of_a_patch_appear_at_the_same_place(factor, channels, pixels, tokens):
     """A network whose head returns its token's content: what a patch holds is predicted there and nowhere else."""
     side = pixels // factor
     torch.manual_seed(0)

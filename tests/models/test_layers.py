@@ -20,14 +20,14 @@ from repa.models.layers import (
 from tests.oracles import dit as oracle
 
 
-def test_positions_are_the_literal_sinusoids():
+def test_positions_equal_the_literal_sinusoids():
     positions = sincos_positions(dim=16, grid=(3, 3))
     assert positions.dtype == torch.float32
     literal = torch.tensor([oracle.position(row, column, 16) for row in range(3) for column in range(3)])
     torch.testing.assert_close(positions[0], literal, rtol=0, atol=1e-7)
 
 
-def test_the_first_half_of_a_position_is_its_column():
+def test_the_first_half_of_a_position_encodes_its_column():
     positions = sincos_positions(dim=8, grid=(4, 4))[0].reshape(4, 4, 8)
     assert torch.equal(positions[1, :, :4], positions[3, :, :4])  # same columns, other row
     assert torch.equal(positions[:, 1, 4:], positions[:, 3, 4:])  # same rows, other column
@@ -53,7 +53,7 @@ def test_unpatchify_orders_rows_columns_channels():
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (1, 3)])
-def test_where_patches_overlap_a_pixel_is_the_sum_of_what_they_say(grid):
+def test_overlapping_patches_are_summed(grid):
     p, overlap, channels = 3, 2, 2
     q = p + 2 * overlap
     tokens = torch.randn(1, grid[0] * grid[1], q * q * channels, dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_where_patches_overlap_a_pixel_is_the_sum_of_what_they_say(grid):
     torch.testing.assert_close(image[0], expected)
 
 
-def test_a_patch_sees_its_neighbours_pixels():
+def test_an_overlapping_patch_sees_neighbouring_pixels():
     embed = PatchEmbedding(1, 4, 2, overlap=1).double()
     image = torch.randn(1, 1, 4, 6, dtype=torch.float64)
     tokens = embed(image)
@@ -78,7 +78,7 @@ def test_a_patch_sees_its_neighbours_pixels():
 
 
 @pytest.mark.parametrize("embed", [PatchEmbedding(3, 8, 2), BottleneckEmbedding(3, 5, 8, 2)])
-def test_tokens_lie_one_after_another(embed):
+def test_tokens_are_contiguous_in_memory(embed):
     """The stream between the blocks has their layout, and a norm of any other layout copies it."""
     found = embed(torch.randn(2, 3, 6, 4))
     assert found.shape == (2, 6, 8)
@@ -117,7 +117,7 @@ def test_gradients_of_queries_keys_and_values_are_written_once():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_bfloat16_on_a_cpu_is_attention(masked):
+def test_bfloat16_attention_on_a_cpu_matches_the_formula(masked):
     """Its two products against the formula in float64, forward and backward, to bfloat16's rounding."""
     stream = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 6, 3 * 24, generator=stream).bfloat16().requires_grad_()
@@ -138,7 +138,7 @@ def test_attention_in_bfloat16_on_a_cpu_is_attention(masked):
     torch.testing.assert_close(of_found.double(), of_wanted, rtol=4e-2, atol=4e-2)
 
 
-def test_gelu_compiled_for_a_cpu_is_the_same_function():
+def test_the_compiled_gelu_for_cpus_matches_the_eager_one():
     torch._dynamo.reset()
     x = torch.linspace(-12, 12, 241, dtype=torch.float64, requires_grad=True)
     compiled = torch.compile(gelu, backend="eager", fullgraph=True)  # traces as every backend does

@@ -22,7 +22,7 @@ def predictions(model):
     return call(model, x, torch.tensor([0.1, 0.5, 0.9]), torch.arange(3)).prediction
 
 
-def test_an_update_begins_as_nothing_and_merges_into_the_weights():
+def test_an_update_starts_at_zero_and_merges_into_the_weights():
     model = network()
     before = predictions(model)
     names = use_lora(model, 4)
@@ -52,7 +52,7 @@ def test_an_update_is_the_product_of_its_factors():
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + torch.tensor([[6.0, -6.0]]))
 
 
-def test_what_is_no_lora_is_refused_or_left_alone():
+def test_invalid_updates_are_refused_and_plain_weights_are_kept():
     model = network()
     state = model.state_dict()
     assert merged_weights(state).keys() == state.keys()

@@ -27,7 +27,7 @@ def inputs(n=2):
     return state, torch.rand(n, generator=generator), Condition(torch.zeros(n, dtype=torch.int64), text, mask)
 
 
-def test_parameters_of_the_paper():
+def test_parameter_counts_match_the_paper():
     wanted = golden.load("mmdit_parameters")["expected"]
     with torch.device("meta"):
         model = MMDiT(latent_size=32, reference_init=True)
@@ -40,7 +40,7 @@ def test_parameters_of_the_paper():
     assert sum(p.numel() for p in [*model.parameters(), *projector.parameters()]) == 512_415_504
 
 
-def test_initialisation():
+def test_the_initial_prediction_is_zero_unless_reference_init_is_set():
     state, t, condition = inputs()
     assert not MMDiT(**SIZES)(state, t, condition).prediction["x"].any()
     assert MMDiT(**SIZES, reference_init=True)(state, t, condition).prediction["x"].abs().max() > 0.01
@@ -52,7 +52,7 @@ def test_gradients_reach_every_parameter():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_text_that_is_masked_and_other_rows_are_not_seen():
+def test_masked_text_and_other_images_have_no_influence():
     model = network()
     state, t, condition = inputs()
     found = model(state, t, condition).prediction["x"]
@@ -72,7 +72,7 @@ def test_text_that_is_masked_and_other_rows_are_not_seen():
     )
 
 
-def test_taps_are_the_image_stream():
+def test_taps_return_the_image_stream():
     model = network()
     seen = []
     model.blocks[0].register_forward_hook(lambda _, args, out: seen.extend([args, out]))
@@ -96,7 +96,7 @@ def test_patches_may_overlap():
     assert found[0, 0].tolist() == [[1, 2, 2, 2, 2, 1], [2, 4, 4, 4, 4, 2], [2, 4, 4, 4, 4, 2], [1, 2, 2, 2, 2, 1]]
 
 
-def test_no_text_is_the_encoded_empty_text():
+def test_a_missing_text_equals_the_encoded_empty_text():
     model = network()
     _, _, condition = inputs()
     model.null_text.fill_(0.5)
@@ -123,7 +123,7 @@ def test_recomputed_and_compiled_blocks_give_the_same():
     torch.testing.assert_close(*gradients)
 
 
-def test_mistakes_are_refused():
+def test_invalid_input_is_refused():
     state, t, condition = inputs()
     with pytest.raises(UserError, match="text"):
         network()(state, t, Condition(condition.labels))

@@ -8,7 +8,7 @@ from repa.base.errors import UserError
 from repa.models.config import ModelConfig, model_names
 
 
-def test_dimensions_are_the_names_unless_overridden():
+def test_dimensions_follow_the_name_unless_overridden():
     assert ModelConfig(name="SiT-XL/2").dims() == (1152, 28, 16, 2)
     assert ModelConfig(name="DiT-S/8").dims() == (384, 12, 6, 8)
     assert ModelConfig(name="SiT-L/4", depth=3, hidden_dim=32, num_heads=2).dims() == (32, 3, 2, 4)
@@ -26,7 +26,7 @@ def test_dimensions_are_the_names_unless_overridden():
         ({"dept": 4}, "Did you mean 'depth'"),
     ],
 )
-def test_mistakes_are_answered(values, message):
+def test_invalid_input_is_refused(values, message):
     with pytest.raises(UserError, match=message):
         ModelConfig.parse(values)
 

@@ -28,7 +28,7 @@ def repa_state(random_dit):
 
 
 @pytest.mark.parametrize("wrapped", ["bare", "training", "ddp", "legacy", "safetensors"])
-def test_repa_checkpoints(tmp_path, repa_state, wrapped):
+def test_repa_checkpoints_are_read(tmp_path, repa_state, wrapped):
     path = tmp_path / ("c.safetensors" if wrapped == "safetensors" else "c.pt")
     if wrapped == "safetensors":
         save_file(repa_state, path)
@@ -73,7 +73,7 @@ def test_dit_keeps_the_variance_channels(random_dit):
     torch.testing.assert_close(call(loaded(state), x_t, t, labels).prediction, expected.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_arguments_are_read_from_the_shapes(random_dit):
+def test_the_configuration_is_read_from_tensor_shapes(random_dit):
     given = {"latent_size": 9, "latent_channels": 2, "patch_size": 3, "hidden_dim": 8, "depth": 2, "num_heads": 4}
     given |= {
         "num_classes": 7,
@@ -103,7 +103,7 @@ def test_arguments_are_read_from_the_shapes(random_dit):
     assert constructor_arguments(named.state_dict())["num_heads"] == 16
 
 
-def test_mistakes_are_answered(tmp_path, random_dit):
+def test_invalid_input_is_refused(tmp_path, random_dit):
     state = random_dit().state_dict()
     without = {key: value for key, value in state.items() if key != "blocks.1.mlp.fc1.bias"}
     wrong = {**state, "blocks.2.attn.proj.weight": torch.zeros(24, 23)}
@@ -133,7 +133,7 @@ class Payload:
 
 @pytest.mark.parametrize("name", ["c.pt", "c.safetensors"])
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "code"])
-def test_damaged_files_are_answered(tmp_path, random_dit, name, damage):
+def test_damaged_files_are_refused(tmp_path, random_dit, name, damage):
     path = tmp_path / name
     if damage == "code":
         torch.save({"model": Payload()}, path)

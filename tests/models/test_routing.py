@@ -56,7 +56,7 @@ def by_hand(model, state, t, condition, keep, dropped):
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])
 @pytest.mark.parametrize("blocks", [(2, 3), (1, 4), (3, 3)])
-def test_tokens_are_left_out_and_come_back(merge, blocks):
+def test_routed_blocks_skip_tokens_that_return_later(merge, blocks):
     model, given = network(Route(*blocks, 0.25, 0, merge, 0.1)), inputs()
     dropped = torch.tensor([False, True])
     taps = (Tap(1), Tap(blocks[0]), Tap(4))
@@ -75,7 +75,7 @@ def _pixels(tokens):
     return tokens.reshape(n, 4, 4, 2, 2, 4).permute(0, 5, 1, 3, 2, 4).reshape(n, 4, 8, 8)
 
 
-def test_a_route_of_identity_is_a_plain_network_where_all_tokens_are_kept():
+def test_an_identity_route_with_all_tokens_equals_the_plain_network():
     plain, routed, given = network(), network(Route(2, 3, 0.5)), inputs()
     assert plain.state_dict().keys() == routed.state_dict().keys()
     everyone = torch.arange(16).expand(2, -1)
@@ -87,7 +87,7 @@ def test_a_route_of_identity_is_a_plain_network_where_all_tokens_are_kept():
 
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])
-def test_no_token_through_the_route_is_a_dropped_path(merge):
+def test_keeping_no_tokens_skips_the_route(merge):
     model, given = network(Route(2, 3, 0.25, 0, merge, 0.1)), inputs()
     nobody = torch.empty(2, 0, dtype=torch.long)
     dropped = model(*given, (), None, torch.ones(2, dtype=torch.bool))
@@ -97,7 +97,7 @@ def test_no_token_through_the_route_is_a_dropped_path(merge):
 
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])
-def test_tokens_of_streams_always_go_through(merge):
+def test_stream_tokens_are_never_skipped(merge):
     """The prediction of the vector changes with the route's blocks for any kept token, and a tap has the vector's in front."""
     model = network(Route(2, 3, 0.25, 0, merge, 0.1), streams={"class": 6})
     state, *rest = inputs()
@@ -194,7 +194,7 @@ def test_the_plain_network_is_the_default_and_refuses_tokens_to_keep():
         ({"route": (3, 8), "keep": 0.001, "latent_size": 32}, "is not an integer"),
     ],
 )
-def test_routes_that_cannot_be_are_said(settings, message):
+def test_invalid_routes_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         ModelConfig.parse({"name": "SiT-S/2", **settings})
 

@@ -19,7 +19,7 @@ def projectors():
 
 
 @pytest.mark.parametrize(("kind", "learn_sigma"), [("repa", False), ("sit", False), ("dit", True)])
-def test_there_and_back(kind, learn_sigma, random_dit):
+def test_writing_and_reading_a_checkpoint_round_trips(kind, learn_sigma, random_dit):
     state = random_dit(learn_sigma=learn_sigma).state_dict()
     before = {key: value.clone() for key, value in state.items()}
     again, back, *_ = load_published(to_published(state, projectors(), kind), kind)
@@ -33,7 +33,7 @@ def test_there_and_back(kind, learn_sigma, random_dit):
             assert torch.equal(again[key], value)
 
 
-def test_back_and_there(random_dit):
+def test_reading_and_writing_a_released_sit_round_trips(random_dit):
     """A SiT through our convention is the same SiT, but for the variance channels that it never uses."""
     sit = random_dit(learn_sigma=True).state_dict()
     state = load_published(sit, "sit").ema
@@ -52,7 +52,7 @@ def test_a_repa_file_keeps_its_projectors_by_name(random_dit):
     assert out.keys() == state.keys() | {f"projectors.{key}" for key in projectors()}
 
 
-def test_our_convention_is_the_reverse_of_sits(random_dit):
+def test_the_time_convention_is_reversed_for_sit(random_dit):
     state = random_dit().state_dict()
     x_t, t, labels = inputs()
     ours, _ = dit.forward(state, x_t, t, labels, num_heads=2)
@@ -60,7 +60,7 @@ def test_our_convention_is_the_reverse_of_sits(random_dit):
     torch.testing.assert_close(theirs, -ours, rtol=1e-4, atol=1e-5)
 
 
-def test_mistakes(random_dit):
+def test_invalid_input_is_refused(random_dit):
     for kind, learn_sigma, choice in [("repa", True, "dit"), ("sit", True, "dit"), ("dit", False, "repa or sit")]:
         with pytest.raises(UserError, match=f"cannot be written as kind '{kind}': choose {choice}"):
             to_published(random_dit(learn_sigma=learn_sigma).state_dict(), {}, kind)

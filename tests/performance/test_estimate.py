@@ -60,14 +60,14 @@ def base():
     ("name", "width", "depth", "millions"),
     [("SiT-S/2", 384, 12, 33), ("SiT-B/2", 768, 12, 130), ("SiT-XL/2", 1152, 28, 675)],
 )
-def test_network_against_the_formula_and_the_paper(name, width, depth, millions):
+def test_network_cost_matches_the_formula_and_the_paper(name, width, depth, millions):
     cost = estimates.model_cost(sit(name))
     assert cost.forward == dit_forward(width, depth, 256, 16, 16)
     assert cost.training / cost.forward == pytest.approx(3, rel=1e-3)  # less the gradient of the input
     assert round(cost.parameters / 1e6) == millions
 
 
-def test_network_against_a_counter_on_a_real_one():
+def test_network_cost_matches_torchs_counter():
     config = ModelConfig(
         name="SiT-S/4", hidden_dim=32, depth=2, num_heads=2, latent_size=8, latent_channels=4, qk_norm="layer"
     )
@@ -89,21 +89,21 @@ def test_network_against_a_counter_on_a_real_one():
     [("dinov2-s", 384, 12, 1, 14, 12), ("dinov2-b", 768, 12, 1, 14, 46), ("dinov2-l", 1024, 24, 1, 14, 162),
      ("dinov2-reg-b", 768, 12, 5, 14, 47), ("siglip-b", 768, 12, 0, 16, 46), ("ijepa-h", 1280, 32, 0, 14, 333)],
 )  # fmt: skip
-def test_encoders_against_the_formula(name, width, depth, prefix, patch, gigaflops):
+def test_encoder_cost_matches_the_formula(name, width, depth, prefix, patch, gigaflops):
     dim, cost = estimates.encoder_cost(name, 16, None)
     assert dim == width
     assert cost.forward == cost.training == pytest.approx(vit_forward(width, depth, 256, prefix, patch), rel=2e-3)
     assert round(cost.forward / 1e9) == gigaflops
 
 
-def test_the_giant_and_an_encoder_of_the_package():
+def test_costs_of_the_giant_and_a_packaged_encoder_are_known():
     assert estimates.encoder_cost("dinov2-g", 16, None).cost.forward == pytest.approx(598e9, rel=5e-3)
     tiny = encoder_cost("tiny", 8)
     assert tiny.dim == 192
     assert 0 < tiny.cost.forward < encoder_cost("tiny", 16).cost.forward
 
 
-def test_autoencoder_against_a_counter_on_a_real_one():
+def test_autoencoder_cost_matches_torchs_counter():
     """Of Stable Diffusion's shape on a small image: the cost grows with the pixels, but for the attention in the middle."""
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
@@ -130,7 +130,7 @@ def test_autoencoder_against_a_counter_on_a_real_one():
         pytest.param("SiT-XL/2", (0.017, 0.065, 0.23, 0.84), marks=pytest.mark.slow),
     ],
 )
-def test_share_of_the_encoder_in_a_step(network, shares, monkeypatch):
+def test_the_encoders_share_of_a_step_matches_the_literature(network, shares, monkeypatch):
     """As the literature's table of encoders and networks has it, to its digits."""
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     encoders = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
@@ -142,27 +142,27 @@ def test_share_of_the_encoder_in_a_step(network, shares, monkeypatch):
 @pytest.mark.parametrize(
     ("encoder", "gigabytes"), [("dinov2-s", 252), ("dinov2-b", 504), ("dinov2-l", 672), ("dinov2-g", 1008)]
 )
-def test_disk_for_tokens(encoder, gigabytes, monkeypatch):
+def test_disk_space_for_tokens_is_computed(encoder, gigabytes, monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     found = estimated(aligned("SiT-S/2", encoder))
     assert round(IMAGENET * found.tokens_bytes(encoder, "fp16") / 1e9) == gigabytes
 
 
-def test_disk_in_other_forms(base):
+def test_disk_space_depends_on_the_token_form(base):
     assert round(IMAGENET * base.moments_bytes() / 1e9) == 21
     assert base.tokens_bytes("dinov2-b", "int8") == 256 * (768 + 4)
     assert base.tokens_bytes("dinov2-b", "pca256") == 256 * 256 * 2
     assert base.tokens_bytes("dinov2-b", "pca256-int8") == 256 * (256 + 4)
 
 
-def test_an_encoder_is_not_stored_in_more_directions_than_it_has(monkeypatch):
+def test_only_forms_smaller_than_the_encoders_width_are_offered(monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     found = estimated(aligned("SiT-S/2", "tiny", "dinov2-b"))
     assert found.forms("tiny") == ["fp16", "int8"]
     assert found.forms("dinov2-b") == ["fp16", "int8", "pca256", "pca256-int8"]
 
 
-def test_the_bytes_of_a_form_are_those_that_are_packed(base):
+def test_the_bytes_of_a_form_match_packed_tokens(base):
     from repa.data.packing import pack
 
     tokens = torch.randn(1, 256, 768)
@@ -171,7 +171,7 @@ def test_the_bytes_of_a_form_are_those_that_are_packed(base):
         assert base.tokens_bytes("dinov2-b", form) == sum(t.numel() * t.element_size() for t in packed)
 
 
-def test_time_is_the_flops_at_the_rate(base):
+def test_time_is_flops_divided_by_the_rate(base):
     images, flops = 400_000 * 256, 138.005e9 + base.projectors.training
     assert base.training_seconds(cached=True) == pytest.approx(images * flops / 8e14, rel=1e-3)
     extra = base.training_seconds(cached=False) - base.training_seconds(cached=True)
@@ -181,7 +181,7 @@ def test_time_is_the_flops_at_the_rate(base):
     assert base.projectors.training == 6 * mlp
 
 
-def test_memory_by_what_it_holds(base):
+def test_memory_is_listed_by_content(base):
     weights = base.network.parameters + base.projectors.parameters
     memory = base.memory(cached=False)
     assert (memory["weights"], memory["AdamW"]) == (4 * weights, 8 * weights)
@@ -191,7 +191,7 @@ def test_memory_by_what_it_holds(base):
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
+def test_memory_is_computed_for_the_faster_strategy(base):
     large = estimated(aligned("SiT-XL/2"))
     assert large.parallel == "fsdp"
     assert large.memory(cached=True)["AdamW"] == 8 * (large.network.parameters + large.projectors.parameters) / 8
@@ -199,7 +199,7 @@ def test_memory_is_that_of_the_strategy_that_is_predicted_to_be_faster(base):
     assert estimated(aligned("SiT-XL/2"), num_devices=1).parallel == "ddp"
 
 
-def test_memory_of_several_processes(monkeypatch):
+def test_several_processes_share_memory(monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 1000)
     whole = estimated(aligned("SiT-S/2", parallel="ddp")).memory(cached=True)
     shared = estimated(aligned("SiT-S/2", parallel="fsdp", accumulate=2)).memory(cached=True)
@@ -209,7 +209,7 @@ def test_memory_of_several_processes(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activations_of_a_deep_network_follow_from_one_block_and_two(precision):
+def test_activations_are_extrapolated_from_one_and_two_blocks(precision):
     config = TrainConfig(
         model=ModelConfig(name="SiT-S/2", hidden_dim=64, depth=5, num_heads=2, latent_size=8, latent_channels=4),
         precision=precision,
@@ -230,7 +230,7 @@ def test_activations_of_a_deep_network_follow_from_one_block_and_two(precision):
     assert activation_bytes(fewer, {}) < activation_bytes(config, {}) / 2
 
 
-def test_activations_of_a_loss_that_needs_other_images():
+def test_activations_of_a_contrastive_loss_are_counted():
     config = TrainConfig.parse({"model": {"name": "SiT-S/4", "latent_size": 8, "latent_channels": 3}, "alignments": [
         {"target": "tiny", "depth": 2, "loss": "nt_xent"}]})  # fmt: skip
     cosine = config.override(alignments=(config.alignments[0].override(loss="cosine"),))
@@ -250,7 +250,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_attention_weights():
     assert saved_bytes(lambda: q.exp().sum(), 5) == 0
 
 
-def test_mistakes_are_said():
+def test_invalid_input_is_refused():
     with pytest.raises(UserError, match="A batch of 256 images cannot be split into 7 equal parts"):
         estimated(aligned("SiT-S/2"), num_devices=7)
     config = aligned("SiT-S/2")
@@ -261,7 +261,7 @@ def test_mistakes_are_said():
         estimated(aligned("SiT-S/2"), resolution=264)
 
 
-def test_the_command(capsys):
+def test_the_command_prints_the_estimate(capsys):
     small = ["--model.depth", "2", "--model.hidden-dim", "64", "--model.num-heads", "2", "--alignments.0.depth", "1"]
     assert run(["estimate", "sit-b2-repa", *small, "--device", "a100", "--devices", "4", "--utilisation", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -286,7 +286,7 @@ def test_the_command(capsys):
     assert "Did you mean 'h100'?" in capsys.readouterr().err
 
 
-def test_samples_cost_the_passes_that_their_guidances_ask_for(monkeypatch):
+def test_sampling_cost_counts_the_passes_of_guidance(monkeypatch):
     """Times 1, 0.76, 0.52, 0.28, 0.04: guided by cfg below 0.7 in three of five; of two guidances each other pass once."""
     assert passes_of(5, ()) == (5, 0)
     assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == (5 + 3, 0)
@@ -322,6 +322,6 @@ def test_two_times_an_image_cost_two_modulations():
     assert found.activations > plain.activations
 
 
-def test_attention_of_an_encoder_is_not_stored():
+def test_the_attention_of_an_encoder_is_not_counted_on_disk():
     assert not estimated(recipe("sit-b2-haste")).storable
     assert estimated(recipe("sit-b2-repa")).storable

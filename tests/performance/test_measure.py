@@ -34,7 +34,7 @@ def multiply_adds(tokens=16, width=32, depth=3, patch=4 * 3, out=4 * 3) -> tuple
     return depth * block + leaves + width**2 + tokens * width * out + 2 * width**2, leaves
 
 
-def test_work_is_that_of_every_product_forward_and_backward():
+def test_work_counts_every_product_forward_and_backward():
     network, leaves = multiply_adds()
     assert flops_per_image(configuration(alignments=()), {}) == 2 * (3 * network - leaves)
     projector = 16 * (32 * 24 + 24 * 24 + 24 * 7)
@@ -45,11 +45,11 @@ def test_work_is_that_of_every_product_forward_and_backward():
     {"checkpoint_activations": True}, {"precision": "bf16"}, {"batch_size": 8},
     {"diffusion": DiffusionConfig(path="vp")},
 ])  # fmt: skip
-def test_what_is_computed_again_or_otherwise_is_no_more_work(changes):
+def test_recomputation_and_other_kernels_do_not_count_as_work(changes):
     assert flops_per_image(configuration(**changes), {"tiny": 7}) == flops_per_image(configuration(), {"tiny": 7})
 
 
-def test_nt_xent_compares_with_every_image_of_the_batch():
+def test_nt_xent_work_grows_with_the_batch():
     """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the network."""
     contrasting = configuration(alignments=(configuration().alignments[0].override(loss="nt_xent"),))
     more = flops_per_image(contrasting, {"tiny": 7}) - flops_per_image(configuration(), {"tiny": 7})
@@ -79,7 +79,7 @@ def test_a_step_is_measured_whole_and_in_parts():
     assert any(not torch.equal(a, b) for a, b in zip(before, step.state.objective.parameters(), strict=True))
 
 
-def test_rates_and_times_are_of_the_work_asked_for(monkeypatch):
+def test_rates_are_work_divided_by_time(monkeypatch):
     assert timed(lambda: time.sleep(0.05), CPU) == pytest.approx(0.05, abs=0.04)
     monkeypatch.setitem(PRODUCT_SIDE, "cpu", 64)
     ticks = itertools.count()
@@ -92,7 +92,7 @@ def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, features="ca
     return Measurement("SiT-B/2", features, batch, precision, compiled, seconds, 0.5, None, shares)
 
 
-def test_the_largest_gain_comes_first():
+def test_advice_is_sorted_by_gain():
     now = figures(features="online", network=0.6, optimizer=0.1)
     now.parts["encoder"] = 0.3  # the name is taken
     others = [figures(0.5, precision="bf16", features="online"), figures(0.9, compiled=True, features="online")]
@@ -105,11 +105,11 @@ def test_the_largest_gain_comes_first():
     assert "take 10% of a step of 8 images" in sentences[3]
 
 
-def test_a_slower_way_and_noise_are_not_advised():
+def test_slower_settings_and_noise_are_not_advised():
     assert advise(figures(), [figures(1.2, precision="bf16"), figures(0.98, compiled=True)]) == []
 
 
-def test_reading_is_named_when_it_takes_longer_than_computing():
+def test_slow_reading_is_reported_only_when_it_limits_the_step():
     assert advise(figures(data=0.7), []) == []  # hidden behind 0.8 s of computing
     (advice,) = advise(figures(data=1.6), [])
     assert advice.gain == pytest.approx(2)
@@ -127,7 +127,7 @@ def test_the_table_has_a_column_for_every_part():
     assert cells[0]["memory"] == ""
 
 
-def test_the_averages_are_taken_out_of_the_time_of_the_optimizer(monkeypatch):
+def test_the_time_of_averages_is_separate_from_the_optimizer(monkeypatch):
     config, data = configuration(), Synthetic({"tiny": 7}, 4)
     batch = data.batch(config, CPU, 16)
     step = MeasuredStep(config, in_memory(data.widths, batch), CPU)

@@ -45,11 +45,11 @@ CPU = torch.device("cpu")
         ("ncclDevKernel_AllGather_RING_LL", OTHER),
     ],
 )
-def test_names_of_kernels(name, category):
+def test_kernel_names_are_assigned_to_categories(name, category):
     assert category_of(name) == category
 
 
-def test_time_is_found_where_it_is_spent(tmp_path):
+def test_profiled_time_is_assigned_to_the_right_category(tmp_path):
     """A step of products alone, then one that mostly waits."""
     a = torch.randn(300, 300)
     trace = tmp_path / "trace.json.gz"
@@ -70,7 +70,7 @@ def test_overlapping_spans_count_once():
     assert union([(5, 6), (0, 10)]) == 10
 
 
-def test_the_products_of_a_block_are_its_work(monkeypatch):
+def test_the_products_of_a_block_add_up_to_its_work(monkeypatch):
     """Forward and both gradients have the same FLOPs; all together 3 x 24 width^2 a token."""
     config = TrainConfig(
         model=ModelConfig(name="SiT-S/2", hidden_dim=32, num_heads=2, latent_size=8, latent_channels=4), batch_size=4,
@@ -84,11 +84,11 @@ def test_the_products_of_a_block_are_its_work(monkeypatch):
     assert sustained_product_rate("fp32", CPU, seconds=0.01) > 0
 
 
-def test_a_machine_that_tells_nothing_is_no_failure():
+def test_a_machine_without_sensors_gives_an_empty_state():
     assert device_state(CPU) == {}
 
 
-def test_the_summary_is_of_the_row():
+def test_the_summary_describes_the_row():
     profile = {"categories": {"product": 3.0, "copy": 1.0, "other": 0.0}, "launches": 1234.0, "busy": 0.5}
     row = {"profile": profile, "products_of_the_rate": {"qkv forward": 0.8, "qkv input": 0.6}}
     said = summary(json.loads(json.dumps(row)))

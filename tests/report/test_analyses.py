@@ -36,19 +36,19 @@ def test_several_times_are_curves_and_a_map():
     assert [text.get_text() for text in heat.get_yticklabels()] == ["0", "0.5"]
 
 
-def test_maps_of_two_runs_share_one_scale_of_colours():
+def test_maps_of_two_runs_share_one_colour_scale():
     figure = depth_figure(rows(runs=("a", "b")), "v", "CKNNA")
     first, second = (axes.get_images()[0].get_clim() for axes in figure.axes if axes.get_images())
     assert first == second == pytest.approx((1.1, 13.1))
 
 
-def test_checkpoints_are_drawn_against_steps_by_their_best_block():
+def test_checkpoints_are_drawn_over_steps_with_their_best_block():
     figure = depth_figure(rows(steps=(10, 20), times=(0.5,)), "v", "CKNNA")
     assert lines(figure.axes[-1]) == {"a, t = 0.5": [[10, 8.1], [20, 8.2]]}
     assert set(lines(figure.axes[0])) == {"step 10", "step 20"}
 
 
-def test_a_value_that_tells_nothing_is_a_gap():
+def test_undefined_values_are_gaps():
     some = rows(steps=(10, 20))
     some[1]["v"] = float("nan")  # step 10, t 0, depth 2
     figure = depth_figure(some, "v", "CKNNA")
@@ -62,7 +62,7 @@ def test_a_value_that_tells_nothing_is_a_gap():
     assert lines(training)["a, t = 0"] == [[10, 3.1], [20, 3.2]]
 
 
-def test_an_encoder_is_a_level():
+def test_an_encoder_is_a_horizontal_line():
     level = {"run": "tiny", "step": None, "t": None, "depth": None, "features": "patches", "v": 4.2}
     (axes,) = depth_figure([*rows(times=(0.5,)), level], "v", "top-1").axes
     assert [point[1] for point in lines(axes)["tiny"]] == [4.2, 4.2]
@@ -70,7 +70,7 @@ def test_an_encoder_is_a_level():
         depth_figure([level], "v", "top-1")
 
 
-def test_a_table_of_pictures(tmp_path):
+def test_pictures_are_arranged_in_a_table(tmp_path):
     pictures = [[np.full((4, 4, 3), 40 * r + 10 * c, np.uint8) for c in range(3)] for r in range(2)]
     figure = picture_table(pictures, ["up", "down"], ["one", "two", "three $x"])
     shown = [axes.get_images()[0].get_array()[0, 0, 0] for axes in figure.axes]

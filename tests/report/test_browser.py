@@ -48,7 +48,7 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.parametrize("width", [360, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_is_silent_alone_and_fits(page, chromium, tmp_path, width, scheme):
+def test_the_page_has_no_errors_no_requests_and_no_overflow(page, chromium, tmp_path, width, scheme):
     chromium.requests.clear()
     chromium.complaints.clear()
     chromium.open(page, width, 800, scheme)
@@ -64,7 +64,7 @@ def test_the_page_is_silent_alone_and_fits(page, chromium, tmp_path, width, sche
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_drawings_stand_out_from_the_ground(page, chromium, scheme):
+def test_text_and_drawings_have_enough_contrast(page, chromium, scheme):
     """Contrast of at least 4.5 for text, also inside the drawings, by the formula of WCAG 2."""
     chromium.open(page, 1280, 800, scheme)
     colours = chromium.value(

@@ -27,7 +27,7 @@ def lines_of(figure):
     }
 
 
-def test_distances_are_drawn_in_steps_and_seconds(two):
+def test_distances_are_drawn_over_steps_and_over_time(two):
     runs = read_runs(two)
     drawn = lines_of(curve_figure(runs, "frechet_distance"))
     np.testing.assert_allclose(drawn["b"], [[50, 30], [100, 10]])
@@ -36,7 +36,7 @@ def test_distances_are_drawn_in_steps_and_seconds(two):
     np.testing.assert_allclose(drawn["a"], [[50, 15], [100, 5]])  # under three minutes: in seconds
 
 
-def test_a_single_row_is_seen(tmp_path):
+def test_a_single_row_is_drawn_as_a_dot(tmp_path):
     """A line of one point has no length: its marker is what is drawn, as a dot of the first run's colour."""
     figure = curve_figure(read_runs([fake_run(tmp_path / "short", num_steps=10)]), "denoising")
     figure.axes[0].get_legend().remove()
@@ -45,14 +45,14 @@ def test_a_single_row_is_seen(tmp_path):
     assert (pixels == (0x00, 0x72, 0xB2)).all(axis=-1).sum() > 20
 
 
-def test_time_is_drawn_in_the_unit_that_suits(tmp_path):
+def test_time_is_drawn_in_a_suitable_unit(tmp_path):
     run = fake_run(tmp_path / "slow", distances={50: 30.0, 100: 10.0}, seconds_per_step=360.0)  # ten hours
     figure = curve_figure(read_runs([run]), "frechet_distance", against="seconds")
     np.testing.assert_allclose(lines_of(figure)["slow"], [[5, 30], [10, 10]])
     assert "hours" in figure.axes[0].get_xlabel()
 
 
-def test_the_ring_stands_where_the_level_is_crossed(two):
+def test_the_ring_marks_where_the_level_is_crossed(two):
     axes = curve_figure(read_runs(two), "frechet_distance").axes[0]
     rings = [line.get_xydata() for line in axes.lines if line.get_markerfacecolor() == "none"]
     np.testing.assert_allclose(rings, [[[75.0, 10.0]]])  # half way from 15 to 5
@@ -72,14 +72,14 @@ def test_other_similarities_are_not_called_cosine(tmp_path):
     assert curve_figure(read_runs([run]), "alignment").axes[0].get_ylabel() != "cosine similarity"
 
 
-def test_running_mean_is_centred_and_shrinks_at_the_ends():
+def test_the_running_mean_is_centred_and_shrinks_at_the_ends():
     values = np.random.default_rng(0).standard_normal(20)
     expected = [np.mean(values[max(i - 2, 0) : i + 3]) for i in range(20)]
     np.testing.assert_allclose(running_mean(values, 5), expected, atol=1e-12)
     assert all(smoothing_window(n) % 2 == 1 for n in range(1, 300))
 
 
-def test_same_run_same_colour_everywhere(two):
+def test_a_run_has_one_colour_everywhere(two):
     runs = read_runs(two)
     colours = []
     for kind in ("denoising", "frechet_distance"):
@@ -89,12 +89,12 @@ def test_same_run_same_colour_everywhere(two):
     assert len(set(colours[0].values())) == 2
 
 
-def test_unknown_curve_is_answered(two):
+def test_an_unknown_curve_is_refused(two):
     with pytest.raises(UserError, match="Did you mean 'denoising'"):
         curve_figure(read_runs(two), "denoise")
 
 
-def test_picture_for_a_readme(two, tmp_path):
+def test_a_picture_for_a_readme_is_drawn(two, tmp_path):
     out = save_figure(two, tmp_path / "figure.png")
     picture = Image.open(out)
     assert picture.format == "PNG"
@@ -107,7 +107,7 @@ def test_picture_for_a_readme(two, tmp_path):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_picture_has_what_repa_evaluate_found(tmp_path):
+def test_the_picture_includes_results_of_repa_evaluate(tmp_path):
     run = fake_run(tmp_path / "a")
     loss = Image.open(save_figure([run], tmp_path / "loss.png")).convert("RGB")
     results_file(run / layout.EVALUATIONS / "x.json", {"fid": 1.0}, made_by(run, 50))

@@ -23,7 +23,7 @@ def with_columns(run, **columns):
     return run
 
 
-def test_what_moves_is_drawn_and_what_stands_still_is_said(tmp_path):
+def test_varying_columns_are_drawn_and_constant_ones_are_listed(tmp_path):
     run = with_columns(
         fake_run(tmp_path / "r"), skipped_steps=lambda _: 0.0, learning_rate=lambda _: 1e-4,
         grad_norm=lambda step: 1.0 / step, data_wait=lambda step: None if step == 10 else step / 1e4,
@@ -37,7 +37,7 @@ def test_what_moves_is_drawn_and_what_stands_still_is_said(tmp_path):
     assert "wait for data (ms per step) against training steps: r from 2.00 to 10.00." in text  # 0.002 s at step 20
 
 
-def test_skipped_steps_are_drawn_as_they_are(tmp_path):
+def test_skipped_steps_are_drawn_without_smoothing(tmp_path):
     """A count is no noise: a running mean would invent half a step."""
     run = with_columns(fake_run(tmp_path / "r"), skipped_steps=lambda step: float(step > 50))
     drawn = curve_figure([read_run(run)], "skipped_steps").axes[0].lines
@@ -49,7 +49,7 @@ def rows_of(run, values, step=100, t=0.5, key="cknna"):
     return [{"run": run, "step": step, "t": t, "depth": depth + 1, key: value} for depth, value in enumerate(values)]
 
 
-def test_rows_of_several_runs_come_together_under_their_names_here(tmp_path):
+def test_rows_of_several_runs_are_joined_under_their_names_in_the_report(tmp_path):
     runs = [fake_run(tmp_path / name) for name in ("base", "ours")]
     analysis_file(runs[0], "cknna-e", "cknna", rows_of("base", [0.1, 0.2]) + rows_of("ours", [0.3, 0.5]), encoder="e")
     analysis_file(runs[1], "cknna-e", "cknna", rows_of("ours", [0.4, 0.6], step=200), encoder="e")
@@ -65,7 +65,7 @@ def test_rows_of_several_runs_come_together_under_their_names_here(tmp_path):
     assert "CKNNA (platonic) with e" in section
 
 
-def test_accuracy_is_the_best_learning_rates_of_the_best_block(tmp_path):
+def test_accuracy_is_that_of_the_best_block_and_learning_rate(tmp_path):
     run = fake_run(tmp_path / "r")
     rows = [
         {**row, "lr": rate, "top5": 1.0}
@@ -80,7 +80,7 @@ def test_accuracy_is_the_best_learning_rates_of_the_best_block(tmp_path):
     assert accuracies([analysis]) == {("r", 100): 50.0}
 
 
-def test_equal_folder_names_are_told_apart_by_where_they_lie(tmp_path):
+def test_equal_folder_names_are_distinguished_by_their_path(tmp_path):
     runs = [fake_run(tmp_path / place / name) for place in "xy" for name in ("base", "ours")]
     analysis_file(runs[2], "cknna-e", "cknna", rows_of("ours", [0.4]) + rows_of("base", [0.1]), encoder="e")
     (found,) = read_analyses(read_runs(runs))
@@ -108,7 +108,7 @@ def test_pictures_are_shown_and_drawings_of_rows_are_not_shown_twice(tmp_path):
 
 
 @pytest.mark.parametrize(("chance", "is_said"), [(0.25, True), ("a lot", False), (None, False)])
-def test_the_caption_says_what_to_hold_a_cknna_against(chance, is_said, tmp_path):
+def test_the_caption_says_what_to_compare_a_cknna_with(chance, is_said, tmp_path):
     run = fake_run(tmp_path / "r")
     analysis_file(run, "cknna-e", "cknna", rows_of("r", [0.1, 0.2]), encoder="e", chance=chance)
     page = write_report([run], tmp_path / "r.html").read_text()
@@ -125,7 +125,7 @@ def test_damaged_analyses_are_named(tmp_path, content):
         read_analyses(read_runs([run]))
 
 
-def test_damaged_metrics_are_a_sentence(tmp_path):
+def test_damaged_metrics_give_a_one_line_error(tmp_path):
     run = fake_run(tmp_path / "r")
     whole = (run / layout.METRICS).read_bytes()
     (run / layout.METRICS).write_bytes(whole + b"7\nnull\n" + b'{"kind": "event", "step": 3}\n')

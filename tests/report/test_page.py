@@ -61,7 +61,7 @@ def two(tmp_path):
     ]
 
 
-def test_whole_page(two, tmp_path):
+def test_the_page_contains_every_part(two, tmp_path):
     training = np.zeros((20, 8, 8, 3), np.uint8)
     page = page_of(
         two,
@@ -115,7 +115,7 @@ def test_nothing_is_fetched_and_ids_are_unique(two, tmp_path):
     assert set(wanted) <= set(ids)  # no marker or clip path lost its target
 
 
-def test_colours_follow_the_scheme(two, tmp_path):
+def test_colours_follow_light_and_dark_mode(two, tmp_path):
     text = write_report(two, tmp_path / "r.html").read_text()
     drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert not re.findall(r"#[0-9a-f]{6}\b", drawings)
@@ -138,12 +138,12 @@ def test_everything_from_outside_is_escaped(tmp_path):
     assert page.text.count(evil) >= 8
 
 
-def test_same_input_same_page(two, tmp_path):
+def test_the_same_input_gives_the_same_page(two, tmp_path):
     first, second = (write_report(two, tmp_path / name).read_text() for name in ("1.html", "2.html"))
     assert first == second
 
 
-def test_a_run_that_has_nothing_yet(tmp_path):
+def test_a_run_without_results_gives_a_page(tmp_path):
     run = fake_run(tmp_path / "young", num_steps=0)
     page = page_of([run], tmp_path / "r.html")
     assert page.balanced
@@ -155,7 +155,7 @@ def test_a_run_that_has_nothing_yet(tmp_path):
     assert "has not logged a single step yet" in page_of([run], tmp_path / "r.html").text
 
 
-def test_settings_that_did_not_make_the_results_are_refused(random_run, tmp_path):
+def test_a_configuration_that_contradicts_the_results_is_refused(random_run, tmp_path):
     run = Path(shutil.copytree(random_run, tmp_path / "run"))
     page_of([run], tmp_path / "r.html")
     path = run / layout.CONFIG
@@ -166,7 +166,7 @@ def test_settings_that_did_not_make_the_results_are_refused(random_run, tmp_path
         write_report([run], tmp_path / "r.html")
 
 
-def test_rows_that_a_checkpoint_knows_and_the_file_lost_are_told(random_run, tmp_path):
+def test_rows_missing_from_the_log_are_reported(random_run, tmp_path):
     run = Path(shutil.copytree(random_run, tmp_path / "run"))
     log = MetricsLog(run)
     for step in (10, 20):
@@ -185,7 +185,7 @@ def test_missing_previews_leave_a_gap(tmp_path):
     assert page.text.count("no preview") == 1
 
 
-def test_many_steps_are_thinned_and_the_ends_stay(tmp_path):
+def test_many_steps_are_thinned_but_the_ends_stay(tmp_path):
     run = fake_run(tmp_path / "a", previews=tuple(range(10, 201, 10)), num_steps=200)
     page = page_of([run], tmp_path / "r.html")
     assert len(page.all("img")) == 6 + 16
@@ -193,7 +193,7 @@ def test_many_steps_are_thinned_and_the_ends_stay(tmp_path):
     assert "200 steps" in page.text
 
 
-def test_tile_holds_the_pixels_in_order():
+def test_a_tile_contains_the_pixels_in_order():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     made = tile(images)
     picture = np.array(Image.open(io.BytesIO(base64.b64decode(made.uri.partition(",")[2]))))
@@ -206,7 +206,7 @@ def test_tile_holds_the_pixels_in_order():
     assert max(big.width, big.height) == 512
 
 
-def test_damage_is_named(two, tmp_path):
+def test_damaged_files_are_named(two, tmp_path):
     with pytest.raises(UserError, match="training_images must be uint8"):
         write_report(two, tmp_path / "r.html", training_images=np.zeros((2, 8, 8, 3)))
     layout.preview(two[0], 50, ".npz").write_bytes(b"PK nonsense")

@@ -38,7 +38,7 @@ def repa_xl(tmp_path):
     return run
 
 
-def test_the_papers_lines_stand_beside_what_was_measured_as_the_paper_did(repa_xl):
+def test_the_papers_figures_appear_next_to_comparable_results(repa_xl):
     (table,) = tables_of([repa_xl])
     assert list(table.columns.values()) == ["FID ↓", "sFID ↓", "IS ↑", "Prec. ↑", "Rec. ↑", "Acc. ↑"]
     ours, *paper = table.lines
@@ -53,7 +53,7 @@ def test_the_papers_lines_stand_beside_what_was_measured_as_the_paper_did(repa_x
 
 
 @pytest.mark.parametrize(("autoencoder", "is_beside"), [("sd-vae-ft-ema", True), ("sd-vae-ft-mse", False)])
-def test_samples_that_name_no_decoder_are_of_the_runs_own(repa_xl, autoencoder, is_beside):
+def test_samples_without_a_recorded_decoder_used_the_runs_own(repa_xl, autoencoder, is_beside):
     settings = yaml.safe_load((repa_xl / layout.CONFIG).read_text()) | {"autoencoder": autoencoder}
     (repa_xl / layout.CONFIG).write_text(yaml.safe_dump(settings))
     results_file(repa_xl / layout.EVALUATIONS / "fid.json", FIVE, made_by(repa_xl, 40, decoder=""))
@@ -62,7 +62,7 @@ def test_samples_that_name_no_decoder_are_of_the_runs_own(repa_xl, autoencoder, 
     assert table.has_paper == is_beside
 
 
-def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
+def test_guided_samples_appear_next_to_the_papers_guided_figure(repa_xl):
     guidance = ["cfg:scale=1.8,high=0.7"]
     results_file(repa_xl / layout.EVALUATIONS / "fid.json", FIVE, made_by(repa_xl, 40, guidance=guidance))
     (table,) = tables_of([repa_xl])
@@ -86,7 +86,7 @@ def test_guided_samples_stand_beside_the_papers_guided_figure(repa_xl):
         ({}, {"encoder": {"name": "inception", "weights_sha256": "0" * 64, "published": True, "precision": "bf16"}}),
     ],
 )  # fmt: skip
-def test_what_was_measured_otherwise_has_a_table_of_its_own_without_the_paper(repa_xl, made, changes):
+def test_results_of_another_protocol_have_a_separate_table(repa_xl, made, changes):
     results_file(repa_xl / layout.EVALUATIONS / "other.json", {"fid": 8.0}, made_by(repa_xl, 40, **made), **changes)
     first, second = sorted(tables_of([repa_xl]), key=lambda table: table.has_paper, reverse=True)
     assert first.has_paper
@@ -94,7 +94,7 @@ def test_what_was_measured_otherwise_has_a_table_of_its_own_without_the_paper(re
     assert [line.values["frechet_distance"].mean for line in second.lines] == [8.0]
 
 
-def test_another_data_set_is_not_the_papers(repa_xl):
+def test_another_data_set_is_not_compared_with_the_paper(repa_xl):
     (repa_xl / layout.DATA).write_text(json.dumps({**IMAGENET, "num_images": 1000}))
     (table,) = tables_of([repa_xl])
     assert not table.has_paper
@@ -102,7 +102,7 @@ def test_another_data_set_is_not_the_papers(repa_xl):
     assert [row.name for _, row in unmatched_paper_rows([table], group_seeds(records))] == ["sit-xl2-repa"]
 
 
-def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):
+def test_seeds_share_one_line_and_partial_values_are_marked(tmp_path):
     runs = []
     for seed, end in enumerate([10.0, 14.0]):
         settings = config(False, seed=seed)
@@ -117,7 +117,7 @@ def test_seeds_are_one_line_and_what_few_have_says_so(tmp_path):
     assert cell_text(line, "recall") == ""
 
 
-def test_many_steps_are_thinned_the_ends_stay_and_the_csv_has_all(tmp_path):
+def test_many_steps_are_thinned_but_the_csv_has_all(tmp_path):
     run = fake_run(tmp_path / "a", num_steps=200, distances={step: 100.0 / step for step in range(10, 201, 10)})
     (table,) = tables_of([run])
     assert len(table.lines) == MOST_STEPS
@@ -130,7 +130,7 @@ def test_many_steps_are_thinned_the_ends_stay_and_the_csv_has_all(tmp_path):
     assert rows[0]["features"] == "tiny-classifier"
 
 
-def test_samples_of_no_run_here_have_a_line(tmp_path):
+def test_samples_of_unknown_runs_have_a_line(tmp_path):
     run = fake_run(tmp_path / "a", distances={100: 3.0})
     file = results_file(tmp_path / "adm.json", FIVE, None, samples="published/adm.npz")
     elsewhere = results_file(tmp_path / "x.json", FIVE, made_by(tmp_path / "gone", 70))
@@ -173,7 +173,7 @@ def test_damaged_results_are_named(tmp_path):
         ({"made": {"step": 100, "weak_sha256": 12}}, "made.weak_sha256 is 12"),
     ],
 )
-def test_results_of_other_types_are_refused(tmp_path, changes, named):
+def test_results_with_wrong_types_are_refused(tmp_path, changes, named):
     file = results_file(tmp_path / "x.json", FIVE, **{"made": None, **changes})
     with pytest.raises(UserError, match=re.escape(f"x.json is damaged: {named}.")):
         add_evaluations(read_runs([fake_run(tmp_path / "a")]), [file])
@@ -186,7 +186,7 @@ def test_results_of_other_types_are_refused(tmp_path, changes, named):
         ({"kind": "train", "step": 100, "loss": 1.0, "alignment": [0.5]}, r"alignment is \[0.5\]"),
     ],
 )
-def test_rows_of_metrics_of_other_types_are_refused(row, named, tmp_path):
+def test_metric_rows_with_wrong_types_are_refused(row, named, tmp_path):
     run = fake_run(tmp_path / "a")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -195,13 +195,13 @@ def test_rows_of_metrics_of_other_types_are_refused(row, named, tmp_path):
 
 
 @pytest.mark.parametrize("changed", [{"num_images": "60"}, {"class_names": {"disc": 0}}])
-def test_data_of_other_types_are_refused(changed, tmp_path):
+def test_data_records_with_wrong_types_are_refused(changed, tmp_path):
     data = {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"], **changed}
     with pytest.raises(UserError, match=f"data.json is damaged: data.{next(iter(changed))} is"):
         read_runs([fake_run(tmp_path / "a", data=data)])
 
 
-def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):
+def test_only_a_distance_in_inceptions_features_is_called_fid(tmp_path):
     """While training, too, where a row names it by the name of its encoder."""
     run = fake_run(tmp_path / "a", distances={100: 3.0})
     rows = [{"kind": "eval", "step": step, "fid": 500.0 / step, "features": "inception"} for step in (50, 100)]
@@ -216,7 +216,7 @@ def test_a_distance_is_called_fid_in_inceptions_features_only(tmp_path):
     assert "FID against training steps: a goes from 10.00 at 50 steps to 5.00 at 100 steps." in page
 
 
-def test_markdown_is_the_page_in_text(repa_xl, tmp_path):
+def test_the_markdown_table_matches_the_page(repa_xl, tmp_path):
     write_report([repa_xl], tmp_path / "r.html", names=["a|b*"], tables=True)
     text = (tmp_path / "r.md").read_text()
     assert r"| a\|b\* | 40 | 8.10 | 5.20 | 120.0 | 0.70 | 0.65 |  |" in text
@@ -227,7 +227,7 @@ def test_markdown_is_the_page_in_text(repa_xl, tmp_path):
     assert rows[0]["accuracy"] == ""  # not measured
 
 
-def test_figures_guided_by_other_networks_do_not_compare(repa_xl):
+def test_results_guided_by_another_network_are_not_compared(repa_xl):
     for number, weak in enumerate(("a" * 64, "b" * 64)):
         made = made_by(repa_xl, 40, guidance=["autoguidance:scale=1.5"], weak_sha256=weak)
         results_file(repa_xl / layout.EVALUATIONS / f"{number}.json", {"fid": 8.0}, made)

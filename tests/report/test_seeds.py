@@ -28,7 +28,7 @@ def six(tmp_path):
     return runs
 
 
-def test_groups_are_of_runs_that_differ_in_the_seed_only(tmp_path):
+def test_groups_contain_runs_that_differ_only_in_the_seed(tmp_path):
     runs = [
         seeded(tmp_path / "a-0", 0),
         seeded(tmp_path / "b", 0, aligned=True),
@@ -50,14 +50,14 @@ def test_groups_are_of_runs_that_differ_in_the_seed_only(tmp_path):
     assert found[1].label == "b"
 
 
-def test_groups_of_folders_with_one_name_are_called_by_it(tmp_path):
+def test_a_group_takes_the_common_name_of_its_folders(tmp_path):
     runs = [seeded(tmp_path / f"try{seed}" / "base", seed) for seed in range(2)]
     records = read_runs(runs)
     assert [run.name for run in records] == ["try0/base", "try1/base"]
     assert [group.name for group in group_seeds(records)] == ["base"]
 
 
-def test_spread_is_of_the_sample():
+def test_the_spread_is_the_sample_standard_deviation():
     found = spread([1.0, 2.0, 4.0])
     assert found.mean == pytest.approx(7 / 3)
     assert found.deviation == pytest.approx(np.std([1, 2, 4], ddof=1))
@@ -65,7 +65,7 @@ def test_spread_is_of_the_sample():
     assert spread([3.0]).deviation is None
 
 
-def test_speedup_over_seeds_pairs_equal_seeds(six):
+def test_the_speedup_pairs_runs_with_equal_seeds(six):
     (found,) = speedups_of_groups(group_seeds(read_runs(six[::-1])))
     assert found.by_seed
     factors = found.factors("steps")
@@ -84,7 +84,7 @@ def test_speedup_over_seeds_pairs_equal_seeds(six):
     assert not any("between seeds was not measured" in note for note in notes)
 
 
-def test_images_count_the_batch(tmp_path):
+def test_the_number_of_images_counts_the_batch_size(tmp_path):
     baseline = seeded(tmp_path / "b", 0, distances={50: 20.0, 100: 10.0})
     settings = {**config(True, seed=0), "batch_size": 64}
     aligned = fake_run(tmp_path / "a", aligned=True, settings=settings, distances={30: 20.0, 50: 10.0})
@@ -93,7 +93,7 @@ def test_images_count_the_batch(tmp_path):
     assert found.factors("images").mean == pytest.approx(1.0)  # half the steps with twice the batch
 
 
-def test_other_seeds_are_all_compared_with_all(six):
+def test_different_seeds_are_compared_pairwise(six):
     found = speedups_of_groups(group_seeds(read_runs([six[0], *six[3::2]])))[0]
     assert not found.by_seed
     assert len(found.pairs) == 2  # one baseline, two aligned runs
@@ -102,7 +102,7 @@ def test_other_seeds_are_all_compared_with_all(six):
     assert any("There is one baseline" in note for note in notes)
 
 
-def test_no_mean_where_not_all_got_there(six):
+def test_there_is_no_mean_when_a_run_misses_the_target(six):
     rows = [json.loads(line) for line in (six[1] / layout.METRICS).read_text().splitlines()]
     for row in rows:
         if row["kind"] == "eval":
@@ -122,7 +122,7 @@ def test_each_run_is_compared_with_the_baseline_of_its_seed_in_the_summary(six):
     assert targets == [10.0, 12.0, 14.0]
 
 
-def test_each_seed_is_drawn_and_ringed_where_it_got_there(six):
+def test_each_seed_is_drawn_with_a_ring_at_the_target(six):
     axes = curve_figure(read_runs(six), "frechet_distance", against="images").axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["baseline (3 seeds)", "aligned (3 seeds)"]
@@ -134,12 +134,12 @@ def test_each_seed_is_drawn_and_ringed_where_it_got_there(six):
     assert sum(len(line.get_xdata()) > 1 and line.get_linewidth() < 1 for line in axes.lines) == 6
 
 
-def test_mean_curve_is_over_steps_that_all_have():
+def test_the_mean_curve_uses_steps_that_all_runs_have():
     curves = [{1: (1.0, 10.0), 2: (2.0, 20.0)}, {2: (4.0, 40.0), 3: (9.0, 1.0)}, {1: (1.0, 10.0), 2: (3.0, 90.0)}]
     assert mean_curve(curves) == [(3.0, 50.0)]
 
 
-def test_one_column_holds_one_way_of_measuring(tmp_path):
+def test_a_column_contains_results_of_one_protocol(tmp_path):
     """What only one run was measured by stands in no column beside the others, whatever came last."""
     runs = [fake_run(tmp_path / name, distances={50: 12.0, 100: 10.0}) for name in "ab"]
     with open(runs[1] / layout.METRICS, "a") as file:

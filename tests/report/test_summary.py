@@ -15,7 +15,7 @@ from repa.runs.checkpoint import Checkpoint, write_state
 from tests.report.fakes import ALIGNMENT, PROTOCOL, config, fake_run
 
 
-def test_speedup_is_the_linear_interpolation(tmp_path):
+def test_the_speedup_is_linearly_interpolated(tmp_path):
     # From 20 at step 40 to 8 at step 60, the baseline's 11 is three quarters of the way: step 55, at 0.7 s each 38.5 s.
     baseline = fake_run(tmp_path / "b", distances={40: 30.0, 100: 11.0}, seconds_per_step=0.5)
     aligned = fake_run(tmp_path / "a", aligned=True, distances={40: 20.0, 60: 8.0, 100: 5.0}, seconds_per_step=0.7)
@@ -33,14 +33,14 @@ def test_speedup_is_the_linear_interpolation(tmp_path):
     assert any("between seeds was not measured" in note for note in notes)
 
 
-def test_first_time_counts_when_the_curve_goes_up_again(tmp_path):
+def test_the_first_crossing_counts(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={20: 14.0, 40: 6.0, 60: 15.0, 80: 2.0})
     # (14 - 10) / (14 - 6) = half way from 20 to 40
     assert speedup(baseline, aligned).aligned.step == pytest.approx(30.0)
 
 
-def test_oracle_walks_the_curve_in_tiny_steps(tmp_path):
+def test_the_first_crossing_equals_a_search_on_a_fine_grid(tmp_path):
     """A literal search on a fine grid finds the same first crossing for random curves."""
     rng = np.random.default_rng(0)
     for trial in range(5):
@@ -59,7 +59,7 @@ def test_oracle_walks_the_curve_in_tiny_steps(tmp_path):
             assert found.step == pytest.approx(crossing, abs=0.011)
 
 
-def test_baseline_that_was_there_earlier_is_compared_like_for_like(tmp_path):
+def test_the_baselines_first_crossing_counts_too(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={20: 20.0, 40: 10.0, 60: 8.0, 100: 10.0})  # first had 10 at step 40
     aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 20: 10.0, 100: 7.0})
     found = speedup(baseline, aligned)
@@ -68,7 +68,7 @@ def test_baseline_that_was_there_earlier_is_compared_like_for_like(tmp_path):
     assert "2.0 times fewer steps (20 instead of the 40 after which" in verdict(read_runs([baseline, aligned])).sentence
 
 
-def test_not_reached_says_so(tmp_path):
+def test_a_target_that_is_not_reached_is_reported(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 10.5, 100: 11.0})
     found = speedup(baseline, aligned)
@@ -88,7 +88,7 @@ def test_reached_at_the_first_evaluation_is_a_bound(tmp_path):
     assert "at least 2.0 times fewer steps (at most 50 instead of 100)" in sentence
 
 
-def test_reached_at_the_first_evaluation_when_the_baseline_was_there_already_says_nothing(tmp_path):
+def test_no_speedup_is_claimed_when_the_first_evaluation_reaches_the_target(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={40: 10.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={60: 9.0, 100: 8.0})
     found = speedup(baseline, aligned)
@@ -100,7 +100,7 @@ def test_reached_at_the_first_evaluation_when_the_baseline_was_there_already_say
     assert any("--preview.score-every 20" in note for note in notes)
 
 
-def test_slower_is_said_as_slower(tmp_path):
+def test_a_slower_run_is_called_slower(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={10: 12.0, 50: 10.0}, num_steps=50)
     aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 100: 10.0})
     assert verdict(read_runs([baseline, aligned])).sentence.endswith("2.0 times more steps (100 instead of 50).")
@@ -119,20 +119,20 @@ def test_a_run_that_leads_early_and_ends_behind_is_not_called_faster(tmp_path):
     assert "fewer" not in sentence
 
 
-def test_curves_that_cross_and_end_lower_say_both(tmp_path):
+def test_curves_that_cross_and_end_lower_are_described(tmp_path):
     sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 40.0, 60: 12.0, 80: 8.0, 100: 6.0})
     assert "curves cross" in sentence
     assert "at 3 of 4 compared steps and ends lower, 6.00 against 10.00" in sentence
     assert "1.4 times fewer steps (70 instead of 100)" in sentence  # half way from 12 to 8, and never above 10 again
 
 
-def test_behind_throughout(tmp_path):
+def test_a_run_that_is_always_behind_is_described(tmp_path):
     sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 40.0, 60: 25.0, 100: 10.5})
     assert "higher than the baseline’s at all 3 compared steps: 10.50 against 10.00 at 100 steps" in sentence
     assert "fewer" not in sentence
 
 
-def test_a_crossing_between_the_evaluations_of_one_run_is_seen(tmp_path):
+def test_a_crossing_between_evaluations_is_found(tmp_path):
     """The baseline was not evaluated at 60; its straight line there is at 20, the aligned run at 30."""
     sentence = sentence_of(tmp_path, {20: 30.0, 100: 10.0}, {20: 20.0, 60: 30.0, 100: 5.0})
     assert "curves cross" in sentence
@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_early_is_compared_at_its_own_end(tmp_path):
     assert "fewer" not in sentence
 
 
-def test_one_evaluation_each_is_no_curve(tmp_path):
+def test_one_evaluation_per_run_gives_no_speedup(tmp_path):
     sentence = sentence_of(tmp_path, {100: 10.0}, {100: 5.0})
     assert "in the only evaluation to compare, 5.00 against 10.00 at 100 steps" in sentence
     assert "--preview.score-every 20" in sentence
@@ -158,7 +158,7 @@ def test_one_evaluation_each_is_no_curve(tmp_path):
     assert rows[1]["steps to the baseline's"] == "too few evaluations"
 
 
-def test_of_several_aligned_runs_the_headline_is_of_the_one_that_ends_lowest(tmp_path):
+def test_the_headline_is_about_the_aligned_run_that_ends_lowest(tmp_path):
     """`early` is below the baseline's final distance at once, `late` ends lower."""
     baseline = fake_run(tmp_path / "b", distances={20: 30.0, 60: 20.0, 100: 10.0})
     early = fake_run(tmp_path / "early", aligned=True, distances={20: 9.0, 60: 9.5, 100: 9.0})
@@ -185,7 +185,7 @@ def test_of_several_aligned_runs_the_headline_is_of_the_one_that_ends_lowest(tmp
         {"weights": "model"},
     ],
 )
-def test_distances_made_differently_are_not_compared(tmp_path, change):
+def test_distances_of_different_protocols_are_not_compared(tmp_path, change):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={50: 9.0, 100: 8.0}, protocol={**PROTOCOL, **change})
     assert speedup(baseline, aligned) is None
@@ -201,7 +201,7 @@ def test_images_are_counted_without_mirrored_copies(tmp_path):
     assert [data_facts([run])["Images"] for run in (mirrored, plain)] == ["30, and a mirrored copy of each", "30"]
 
 
-def test_the_calls_of_an_adaptive_sampler_are_no_setting(tmp_path):
+def test_network_calls_of_an_adaptive_sampler_are_not_a_setting(tmp_path):
     """They differ from network to network; those of a sampler of fixed steps do not."""
     for sampler, compared in (("dopri5:rtol=1e-5", True), ("heun", False)):
         ours, theirs = ({**PROTOCOL, "sampler": sampler, "nfe": nfe} for nfe in (90, 96))
@@ -210,7 +210,7 @@ def test_the_calls_of_an_adaptive_sampler_are_no_setting(tmp_path):
         assert (speedup(baseline, aligned) is not None) == compared
 
 
-def test_other_differences_are_told(tmp_path):
+def test_other_differences_are_reported(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={100: 10.0})
     settings = config(True, optimizer={"learning_rate": 2e-4}, seed=1)
     aligned = fake_run(
@@ -226,7 +226,7 @@ def test_other_differences_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"weight": 0.0}, {"measure_only": True}])
-def test_a_run_that_only_measures_is_a_baseline(tmp_path, change):
+def test_a_run_that_only_measures_alignment_is_a_baseline(tmp_path, change):
     settings = config(True)
     settings["alignments"] = [{**settings["alignments"][0], **change}]
     run = read_run(fake_run(tmp_path / "r", aligned=True, settings=settings))
@@ -234,7 +234,7 @@ def test_a_run_that_only_measures_is_a_baseline(tmp_path, change):
     assert run.alignment_names == ["tiny@3"]
 
 
-def test_summary_row(tmp_path):
+def test_a_summary_row_has_the_expected_figures(tmp_path):
     aligned = fake_run(tmp_path / "a", aligned=True, distances={60: 20.0}, num_steps=200, seconds_per_step=2.0)
     save_file(
         {"a": np.zeros((3, 5), np.float32), "b": np.zeros(4, np.float32)},
@@ -251,7 +251,7 @@ def test_summary_row(tmp_path):
     assert row["speedup"] is None  # there is no baseline
 
 
-def test_summary_table_is_text_without_empty_columns(tmp_path):
+def test_the_summary_table_leaves_out_empty_columns(tmp_path):
     runs = [fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0}), fake_run(tmp_path / "a", aligned=True)]
     rows = summary_table(runs)
     assert [row["Fréchet distance"] for row in rows] == ["10.00", "–"]
@@ -261,7 +261,7 @@ def test_summary_table_is_text_without_empty_columns(tmp_path):
     assert all(isinstance(cell, str) for row in rows for cell in row.values())
 
 
-def test_half_a_line_unknown_kinds_and_nulls_do_no_harm(tmp_path):
+def test_partial_lines_unknown_kinds_and_nulls_are_tolerated(tmp_path):
     run = fake_run(tmp_path / "r", distances={100: 10.0})
     rows = [
         {"kind": "weather", "step": 5, "rain": True},
@@ -278,14 +278,14 @@ def test_half_a_line_unknown_kinds_and_nulls_do_no_harm(tmp_path):
     assert read_run(run).train[-1]["new"] == 1
 
 
-def test_no_run_folder_is_named(tmp_path):
+def test_a_folder_that_is_not_a_run_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UserError, match=path.name):
             summary_rows([path])
 
 
-def test_names_must_fit(tmp_path):
+def test_names_must_match_the_runs(tmp_path):
     run = fake_run(tmp_path / "r")
     with pytest.raises(UserError, match="--names has 2 names for 1 runs"):
         read_runs([run], ["a", "b"])
@@ -299,7 +299,7 @@ def _made(folder):
     return folder
 
 
-def test_what_was_compared_is_said_only_where_alignment_is_all_that_differs(tmp_path):
+def test_alignment_is_credited_only_when_nothing_else_differs(tmp_path):
     def meaning(**changes):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         aligned = config(True, **changes)

@@ -34,12 +34,12 @@ def run(walk, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("width", "gamma"), [(0.05, 16.97), (0.10, 6.94)])
-def test_exponents_are_those_of_the_paper(width, gamma):
+def test_exponents_match_the_paper(width, gamma):
     assert gamma_of(width) == pytest.approx(gamma, abs=0.005)
 
 
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.15, 0.28])
-def test_the_width_is_the_standard_deviation_of_the_profile(width):
+def test_the_width_equals_the_standard_deviation_of_the_profile(width):
     tau = np.linspace(0, 1, 400_001)
     p = oracle.density(tau, 1.0, gamma_of(width))
     mean = oracle.integral(p * tau, tau)
@@ -48,27 +48,27 @@ def test_the_width_is_the_standard_deviation_of_the_profile(width):
 
 
 @pytest.mark.parametrize("width", [0.0, -0.1, 0.289, 1.0, float("nan")])
-def test_widths_that_no_profile_has_are_refused(width):
+def test_impossible_widths_are_refused(width):
     with pytest.raises(UserError, match=r"above 0 and at most 0.28, but got"):
         gamma_of(width)
 
 
 @pytest.mark.parametrize(("a", "b"), [((3.0, 2.0), (7.0, 5.0)), ((7.0, 2.0), (3.0, 5.0)), ((4.0, 0.5), (4.0, 9.0))])
-def test_inner_products_are_integrals(a, b):
+def test_inner_products_equal_integrals(a, b):
     tau = np.linspace(0, 8, 800_001)
     wanted = oracle.integral(oracle.density(tau, *a) * oracle.density(tau, *b), tau)
     assert inner(a, b) == pytest.approx(wanted, rel=1e-4)
     assert inner(a, b) == inner(b, a)
 
 
-def test_a_stored_profile_is_its_own_mixture():
+def test_a_stored_profile_is_reconstructed_from_itself():
     stored = [(float(t), gamma_of(w)) for t in (100, 1000, 10_000) for w in WIDTHS]
     np.testing.assert_allclose(mixture(stored, stored[3]), np.eye(6)[3], atol=1e-8)
 
 
 @pytest.mark.parametrize("width", [0.04, 0.07, 0.13, 0.2])
 @pytest.mark.parametrize("step", [120, 240])
-def test_reconstructed_is_close_to_tracked(run, walk, width, step):
+def test_a_reconstructed_average_is_close_to_a_tracked_one(run, walk, width, step):
     """The distance of the average to the raw weights is the yardstick: what the reconstruction must get right."""
     found, state = reconstruct(run, width, step)
     wanted = tracked(walk, step, width)
@@ -80,14 +80,14 @@ def test_reconstructed_is_close_to_tracked(run, walk, width, step):
     assert (state["w"] - wanted).norm() < 0.1 * nearest
 
 
-def test_snapshots_after_the_step_do_not_count(run, walk, tmp_path):
+def test_snapshots_after_the_step_are_ignored(run, walk, tmp_path):
     early = tmp_path / "early"
     for step in range(EVERY, 121, EVERY):
         save_snapshot(early, step, {w: {"w": tracked(walk, step, w).float()} for w in WIDTHS})
     assert torch.equal(reconstruct(early, 0.07)[1]["w"], reconstruct(run, 0.07, 120)[1]["w"])
 
 
-def test_mistakes_are_sentences(run, tmp_path):
+def test_mistakes_give_one_line_errors(run, tmp_path):
     with pytest.raises(UserError, match="has no snapshots to average: train with --ema-widths 0.05 0.1"):
         reconstruct(tmp_path, 0.1)
     with pytest.raises(UserError, match="has no snapshot of step 7: there are 10, 20"):
@@ -96,14 +96,14 @@ def test_mistakes_are_sentences(run, tmp_path):
         reconstruct(run, 0.5)
 
 
-def test_the_same_snapshot_is_written_once(run):
+def test_a_snapshot_is_written_once(run):
     before = reconstruct(run, 0.1, EVERY)[1]["w"]
     save_snapshot(run, EVERY, {0.05: {"w": torch.zeros(6)}})
     assert torch.equal(reconstruct(run, 0.1, EVERY)[1]["w"], before)
     assert layout.snapshot_steps(run)[-1] == STEPS
 
 
-def test_what_a_kill_left_of_a_snapshot_is_removed_and_is_none(tmp_path):
+def test_partial_snapshots_of_a_killed_run_are_removed(tmp_path):
     torn = tmp_path / layout.SNAPSHOTS / ".0000010.abcdefgh.tmp"
     torn.mkdir(parents=True)
     (torn / "ema-width-0.1.safetensors").write_bytes(b"half")
@@ -112,7 +112,7 @@ def test_what_a_kill_left_of_a_snapshot_is_removed_and_is_none(tmp_path):
     assert [path.name for path in (tmp_path / layout.SNAPSHOTS).iterdir()] == ["0000020"]
 
 
-def test_another_bit_of_a_snapshot_or_an_average_is_noticed(tmp_path):
+def test_a_flipped_bit_in_a_snapshot_or_an_average_is_found(tmp_path):
     from repa.runs.checkpoint import load_checked, save_checked
 
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}

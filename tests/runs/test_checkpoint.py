@@ -41,7 +41,7 @@ def assert_same(a: Checkpoint, b: Checkpoint) -> None:
         assert all(torch.equal(mine[key], yours[key]) for key in mine)
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_a_saved_checkpoint_is_read_back(tmp_path):
     assert load_checkpoint(tmp_path) is None
     for step in (5, 40, 7):
         save_checkpoint(tmp_path, make(step))
@@ -82,7 +82,7 @@ def test_a_kill_between_files_leaves_the_old_checkpoint(moment, tmp_path, monkey
     assert_same(load_checkpoint(tmp_path), make(10))
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_the_newest_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, make(step), keep=2)
     assert layout.checkpoint_steps(tmp_path) == [3, 4]
@@ -91,13 +91,13 @@ def test_the_newest_are_kept(tmp_path):
     assert layout.checkpoint_steps(tmp_path) == [3, 4, 5, 6]
 
 
-def test_every_nth_is_kept_for_ever(tmp_path):
+def test_every_nth_checkpoint_is_kept(tmp_path):
     for step in range(1, 9):
         save_checkpoint(tmp_path, make(step), keep=2, keep_every=3)
     assert layout.checkpoint_steps(tmp_path) == [3, 6, 7, 8]
 
 
-def test_a_kill_amid_the_removal_of_an_old_one_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_a_kill_while_removing_an_old_checkpoint_leaves_no_partial_one(tmp_path, monkeypatch):
     for step in (5, 10):
         save_checkpoint(tmp_path, make(step))
 
@@ -119,14 +119,14 @@ def test_a_kill_amid_the_removal_of_an_old_one_leaves_no_half_checkpoint(tmp_pat
     assert [p.name for p in (tmp_path / layout.CHECKPOINTS).iterdir()] == ["0000020"]
 
 
-def test_the_same_step_again_leaves_the_first(tmp_path):
+def test_saving_the_same_step_again_keeps_the_first(tmp_path):
     save_checkpoint(tmp_path, make(5))
     save_checkpoint(tmp_path, make(5)._replace(tensors=make(6).tensors))
     assert_same(load_checkpoint(tmp_path), make(5))
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_other_bit_is_noticed(name, tmp_path):
+def test_a_flipped_bit_is_found(name, tmp_path):
     for step in (5, 10):
         save_checkpoint(tmp_path, make(step))
     path = layout.checkpoint_folder(tmp_path, 10) / name
@@ -143,7 +143,7 @@ def test_one_other_bit_is_noticed(name, tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_state_file_cut_in_half_is_said(tmp_path):
+def test_a_truncated_state_file_is_reported(tmp_path):
     path = save_checkpoint(tmp_path, make(5)) / layout.STATE_FILE
     path.write_text(path.read_text()[:40])
     with pytest.raises(UserError, match=r"state\.json is damaged"):
@@ -157,7 +157,7 @@ def test_a_state_file_without_its_checksum_is_refused(tmp_path):
         load_checkpoint(tmp_path)
 
 
-def test_a_foreign_state_file_names_no_file_elsewhere(tmp_path):
+def test_a_foreign_state_file_cannot_name_files_elsewhere(tmp_path):
     elsewhere = tmp_path / "model.safetensors"
     folder = save_checkpoint(tmp_path / "run", make(5))
     elsewhere.write_bytes((folder / layout.MODEL_FILE).read_bytes())
@@ -178,7 +178,7 @@ class Bomb:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", FILES)
-def test_a_foreign_checkpoint_executes_nothing(name, zipped, tmp_path):
+def test_a_foreign_checkpoint_runs_no_code(name, zipped, tmp_path):
     folder = save_checkpoint(tmp_path, make(5))
     path, mark = folder / name, tmp_path / "executed"
     torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
@@ -204,7 +204,7 @@ def test_the_weights_of_a_checkpoint_with_a_pickled_optimizer_are_still_read(tmp
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_checkpoints_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint yet: train it first"):
         load_weights(tmp_path, "ema")
     save_checkpoint(tmp_path, make(5))
@@ -214,7 +214,7 @@ def test_what_is_not_there_is_said(tmp_path):
         load_weights(tmp_path, "best")
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(random_run, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_removed_does_not_stop_training(random_run, tmp_path, monkeypatch):
     from repa.runs import checkpoint as room
 
     run = tmp_path / "run"
@@ -236,7 +236,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_stops_nothing(random_run, tmp_
     assert [path.name for path in (run / layout.CHECKPOINTS).iterdir()] == ["0000040"]
 
 
-def test_weights_that_rotate_away_while_they_are_read(random_run, tmp_path, monkeypatch):
+def test_weights_removed_while_they_are_read_are_handled(random_run, tmp_path, monkeypatch):
     from repa.runs import checkpoint as room
 
     run = tmp_path / "run"

@@ -37,7 +37,7 @@ def ddpm_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [10, 20])
-def test_safetensors(step, random_run, tmp_path):
+def test_an_export_contains_weights_and_configuration(step, random_run, tmp_path):
     text = export(random_run, tmp_path / "out", *(["--checkpoint", "10"] if step == 10 else []))
     wanted = call(load_run(random_run, step=step).model, *inputs()).prediction
     assert wanted.abs().max() > 0
@@ -48,7 +48,7 @@ def test_safetensors(step, random_run, tmp_path):
     assert str(random_run) not in json.dumps(config) + text  # nothing of this machine
 
 
-def test_the_card(random_run, tmp_path):
+def test_the_model_card_states_the_facts(random_run, tmp_path):
     text = export(random_run, tmp_path / "out")
     front = yaml.safe_load(text.split("---")[1])
     assert front == {"library_name": "repa", "tags": ["image-generation", "diffusion-transformer", "repa"]}
@@ -58,13 +58,13 @@ def test_the_card(random_run, tmp_path):
         assert fact in text, fact
 
 
-def test_flipped_copies_are_no_images_of_the_card(random_run, tmp_path):
+def test_the_model_card_does_not_count_flipped_copies(random_run, tmp_path):
     run = shutil.copytree(random_run, tmp_path / "run")
     write_sealed(run / layout.DATA, {**read_object(run / layout.DATA), "num_images": 80})
     assert "40 images of 2 classes" in export(run, tmp_path / "out")
 
 
-def test_the_card_of_a_converted_run(ddpm_run, tmp_path):
+def test_the_model_card_of_a_converted_run_states_its_source(ddpm_run, tmp_path):
     text = export(ddpm_run, tmp_path / "out")
     for fact in (
         "DiT/4, 0 steps",
@@ -87,7 +87,7 @@ def run_card(text, folder, t):
 
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
 @pytest.mark.parametrize("kind", ["flow", "ddpm"])
-def test_the_code_of_the_card_gives_the_run_s_outputs(form, kind, random_run, ddpm_run, tmp_path):
+def test_the_code_in_the_model_card_gives_the_runs_outputs(form, kind, random_run, ddpm_run, tmp_path):
     run, t = (random_run, (0.1, 0.9)) if kind == "flow" else (ddpm_run, (5.0, 950.0))
     text = export(run, tmp_path / "out", "--format", form)
     wanted = call(load_run(run).model, *inputs(t)).prediction
@@ -111,7 +111,7 @@ def test_an_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
     assert "kind" in capsys.readouterr().err
 
 
-def test_a_network_whose_patches_overlap(tiny_config, data_folder, tmp_path, capsys):
+def test_a_network_with_overlapping_patches_is_exported(tiny_config, data_folder, tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     config = tiny_config.override(model=tiny_config.model.override(patch_overlap=2), num_steps=2)
     (tmp_path / "recipe.yaml").write_text(config.to_yaml())
@@ -125,7 +125,7 @@ def test_a_network_whose_patches_overlap(tiny_config, data_folder, tmp_path, cap
     assert "has no overlapping patches" in capsys.readouterr().err
 
 
-def test_mistakes(random_run, tmp_path, capsys):
+def test_invalid_input_is_refused(random_run, tmp_path, capsys):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
     bare = shutil.copytree(random_run, tmp_path / "bare")
@@ -142,7 +142,7 @@ def test_mistakes(random_run, tmp_path, capsys):
         assert not (tmp_path / "o").exists()
 
 
-def test_a_folder_of_diffusers_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
+def test_a_diffusers_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, capsys):
     for name, run, t in (("flow", random_run, (0.1, 0.9)), ("ddpm", ddpm_run, (5.0, 950.0))):
         export(run, tmp_path / name, "--format", "diffusers")
         assert repa(["convert", str(tmp_path / name), str(tmp_path / f"{name}-run")]) == 0, capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_a_folder_of_diffusers_becomes_a_run_again(random_run, ddpm_run, tmp_pat
         assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-def test_a_dit_of_diffusers_itself_becomes_a_run(tmp_path, capsys):
+def test_a_dit_saved_by_diffusers_becomes_a_run(tmp_path, capsys):
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
@@ -183,7 +183,7 @@ def test_a_dit_of_diffusers_itself_becomes_a_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("form", "name"), [("safetensors", "model"), ("diffusers", "diffusion_pytorch_model")])
-def test_one_other_bit_of_an_export_is_noticed(form, name, random_run, tmp_path, capsys):
+def test_a_flipped_bit_of_an_export_is_found(form, name, random_run, tmp_path, capsys):
     export(random_run, tmp_path / "out", "--format", form)
     path = tmp_path / "out" / f"{name}.safetensors"
     data = bytearray(path.read_bytes())
@@ -201,7 +201,7 @@ def test_one_other_bit_of_an_export_is_noticed(form, name, random_run, tmp_path,
         ("diffusers", "config.json", {"num_attention_heads": 4, "attention_head_dim": 8}),
     ],
 )  # fmt: skip
-def test_one_other_number_in_the_description_of_an_export_is_noticed(form, file, what, random_run, tmp_path, capsys):
+def test_a_changed_number_in_an_exports_description_is_found(form, file, what, random_run, tmp_path, capsys):
     export(random_run, tmp_path / "out", "--format", form)
     path = tmp_path / "out" / file
     values = json.loads(path.read_text())

@@ -40,7 +40,7 @@ def check(found, wanted):
 
 
 @pytest.mark.parametrize("form", ["bare", "safetensors", "training", "legacy"])
-def test_repa(form, tmp_path):
+def test_repa_checkpoints_become_runs(form, tmp_path):
     state = released.random_state()
     content = {**state, **released.projectors()}
     if form in ("training", "legacy"):
@@ -67,7 +67,7 @@ def test_repa(form, tmp_path):
         check(latents(run, "euler", 3, "model"), released.repa_euler(raw, NOISE, LABELS, 3))
 
 
-def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsys):
+def test_projectors_of_a_bare_file_need_a_named_target(tmp_path, capsys):
     content = {**released.random_state(), **released.projectors(number=2)}
     code, run = convert(content, tmp_path, "--targets", "dinov2-b", "tiny", "--depth", "2")
     assert code == 0
@@ -86,7 +86,7 @@ def test_projectors_of_a_bare_file_are_named_by_hand_or_left_out(tmp_path, capsy
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_sit(training, tmp_path):
+def test_sit_checkpoints_become_runs(training, tmp_path):
     state = released.random_state(learn_sigma=True)
     code, run = convert(released.sit_training(state) if training else state, tmp_path, "--kind", "sit")
     assert code == 0
@@ -96,7 +96,7 @@ def test_sit(training, tmp_path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dit(training, tmp_path):
+def test_dit_checkpoints_become_runs(training, tmp_path):
     state = released.random_state(learn_sigma=True)
     code, run = convert(
         released.sit_training(state, model="DiT-XL/2") if training else state, tmp_path, "--kind", "dit"
@@ -111,7 +111,7 @@ def test_dit(training, tmp_path):
     ("kind", "said", "path"),
     [("repa", "cosine", "trigonometric"), ("sit", "GVP", "trigonometric"), ("sit", "VP", "vp")],
 )
-def test_the_path_is_the_one_that_the_file_tells(kind, said, path, tmp_path):
+def test_the_path_comes_from_the_file(kind, said, path, tmp_path):
     state = released.random_state()
     torch.save(released.sit_training(state, path_type=said), tmp_path / "c.pt")
     assert read_checkpoint(tmp_path / "c.pt", kind, num_heads=2).settings["diffusion"] == {"path": path}
@@ -127,7 +127,7 @@ def test_the_path_is_the_one_that_the_file_tells(kind, said, path, tmp_path):
         {"proj_coeff": 10**400}, {"enc_type": "os.system"}, {"enc_type": "../.."}, {"enc_type": ","},
     ],
 )  # fmt: skip
-def test_arguments_that_lie_are_one_sentence(lie, tmp_path, capsys):
+def test_contradicting_arguments_give_a_one_line_error(lie, tmp_path, capsys):
     content = {**released.random_state(), **released.projectors(number=1)}
     told = {"enc_type": "tiny", "encoder_depth": 1, "proj_coeff": 0.5, **lie}
     assert convert(released.repa_training(content, **told), tmp_path)[0] == 2
@@ -136,12 +136,12 @@ def test_arguments_that_lie_are_one_sentence(lie, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [-1, 10**30, True, "7", float("inf")])
-def test_steps_that_no_training_has_are_not_taken(steps, tmp_path):
+def test_impossible_step_numbers_are_ignored(steps, tmp_path):
     code, run = convert({"ema": released.random_state(), "steps": steps}, tmp_path)
     assert (code, layout.checkpoint_steps(run)) == (0, [0])
 
 
-def test_the_weight_is_shared_by_the_encoders(tmp_path):
+def test_the_alignment_weight_is_divided_among_encoders(tmp_path):
     """REPA averages its alignment loss over encoders; ours is a sum."""
     content = {**released.random_state(), **released.projectors(number=2)}
     torch.save(
@@ -186,7 +186,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", list(AVERAGES))
-def test_the_average_is_taken_under_every_name(name, tmp_path, capsys):
+def test_the_average_is_found_under_every_known_name(name, tmp_path, capsys):
     code, run = convert(AVERAGES[name], tmp_path)
     assert code == 0, capsys.readouterr().err
     checkpoint = load_checkpoint(run)
@@ -200,13 +200,13 @@ def test_the_average_is_taken_under_every_name(name, tmp_path, capsys):
     "prefix",
     ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "model.", "module.model.", "model._orig_mod."],
 )
-def test_prefixes_of_wrappers_are_no_part_of_the_names(prefix, tmp_path):
+def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     code, run = convert({"ema": {prefix + key: value for key, value in STATE.items()}}, tmp_path)
     assert code == 0
     assert load_checkpoint(run).ema.keys() == STATE.keys()
 
 
-def test_an_average_that_is_none_or_one_of_several_is_told(tmp_path, capsys):
+def test_a_missing_or_ambiguous_average_is_reported(tmp_path, capsys):
     assert convert({"ema": None, "model": STATE}, tmp_path)[0] == 0
     assert "'ema' has no named tensors, so the raw weights are used" in capsys.readouterr().out
     two = {"ema_0": STATE, "ema_1": raw_of(STATE)}
@@ -219,7 +219,7 @@ def test_an_average_that_is_none_or_one_of_several_is_told(tmp_path, capsys):
     assert torch.equal(load_checkpoint(run).ema["pos_embed"], STATE["pos_embed"] + 0.01)
 
 
-def test_converted_runs_sample_as_their_own_code(tmp_path, capsys):
+def test_converted_runs_sample_like_the_released_code(tmp_path, capsys):
     """What nobody set: guided channels and sampler of the released script, and a line that says so."""
     code, run = convert(released.random_state(learn_sigma=True), tmp_path, "--kind", "sit")
     assert code == 0
@@ -246,7 +246,7 @@ def test_converted_runs_sample_as_their_own_code(tmp_path, capsys):
     assert said
 
 
-def test_a_named_size_needs_no_heads(tmp_path):
+def test_a_named_model_size_needs_no_number_of_heads(tmp_path):
     small = {"hidden_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 8, "latent_size": 8, "latent_channels": 4}
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in released.DiT(**small, num_classes=3).state_dict().items()}
@@ -268,7 +268,7 @@ class Payload:
         return (exec, ("raise SystemExit('code in a checkpoint was run')",))
 
 
-def test_mistakes_are_sentences(tmp_path, capsys):
+def test_mistakes_give_one_line_errors(tmp_path, capsys):
     two, one = released.random_state(learn_sigma=True), released.random_state()
     wide = released.random_state(mlp_ratio=2.0)
     for content, options, sentence in [
@@ -302,7 +302,7 @@ def test_mistakes_are_sentences(tmp_path, capsys):
     assert "There is no checkpoint file" in capsys.readouterr().err
 
 
-def test_what_is_written_is_whole(tmp_path):
+def test_a_converted_run_contains_all_weights(tmp_path):
     state = {**released.random_state(), **released.projectors()}
     _, run = convert(released.repa_training(state), tmp_path)
     assert sorted(p.name for p in run.iterdir()) == [layout.CHECKPOINTS, layout.CONFIG, layout.ORIGIN]
@@ -311,7 +311,7 @@ def test_what_is_written_is_whole(tmp_path):
     assert all(torch.equal(ema[key], state[key]) for key in ema)
 
 
-def test_the_other_commands_take_it(data_folder, tmp_path, capsys):
+def test_a_converted_run_works_with_the_other_commands(data_folder, tmp_path, capsys):
     _, run = convert(released.repa_training(released.random_state()), tmp_path)
     out = tmp_path / "rows.json"
     analyse = [

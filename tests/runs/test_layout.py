@@ -3,7 +3,7 @@
 from repa.runs import layout
 
 
-def test_only_what_training_writes_is_tidied(tmp_path):
+def test_tidying_removes_only_files_that_training_writes(tmp_path):
     gone = [
         ".config.yaml.abcdefgh.tmp",
         ".metrics.jsonl.abcdefgh.tmp",

@@ -34,7 +34,7 @@ def inputs(num=3):
     return torch.randn(num, 3, 16, 16, generator=stream), torch.rand(num, generator=stream), torch.tensor([0, 1, 2])
 
 
-def test_a_folder_alone_gives_the_network_that_was_in_memory(trained, tmp_path):
+def test_a_run_folder_restores_the_trained_network(trained, tmp_path):
     run, state = trained
     moved = shutil.copytree(run, tmp_path / "moved")
     for weights, network in (("ema", state.ema.model), ("model", state.model)):
@@ -46,7 +46,7 @@ def test_a_folder_alone_gives_the_network_that_was_in_memory(trained, tmp_path):
         assert torch.equal(call(loaded.model, *inputs()).prediction, wanted)
 
 
-def test_what_is_loaded_is_ready_to_use(random_run):
+def test_a_loaded_network_is_frozen_and_in_eval_mode(random_run):
     loaded = load_run(random_run)
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
@@ -57,7 +57,7 @@ def test_what_is_loaded_is_ready_to_use(random_run):
     assert (float(path.alpha), float(path.sigma)) == (0.75, 0.25)
 
 
-def test_the_denoiser_closes_over_labels_and_guidance(random_run):
+def test_the_denoiser_includes_labels_and_guidance(random_run):
     loaded = load_run(random_run)
     x, _, _ = inputs()
     labels, null = torch.tensor([0, 1, 0]), torch.full((3,), loaded.model.null_label)
@@ -70,7 +70,7 @@ def test_the_denoiser_closes_over_labels_and_guidance(random_run):
     torch.testing.assert_close(guided.velocity(x, 0.5), call(loaded.model, x, t, labels).prediction)
 
 
-def test_steps_and_weights_differ(random_run):
+def test_steps_and_weights_can_be_chosen(random_run):
     outputs = [
         call(load_run(random_run, weights, step=step).model, *inputs()).prediction
         for step in (10, 20)
@@ -80,20 +80,20 @@ def test_steps_and_weights_differ(random_run):
     assert [torch.equal(output, newest) for output in outputs] == [False, False, True, False]
 
 
-def test_loading_changes_nothing(random_run):
+def test_loading_does_not_change_the_folder(random_run):
     before = {path: path.stat().st_mtime_ns for path in random_run.rglob("*")}
     load_run(random_run)
     assert before == {path: path.stat().st_mtime_ns for path in random_run.rglob("*")}
 
 
-def test_unknown_weights_and_steps(random_run):
+def test_unknown_weights_and_steps_are_refused(random_run):
     with pytest.raises(UserError, match="has no weights 'best' at step 20: choose ema, model,"):
         load_run(random_run, "best")
     with pytest.raises(UserError, match="no checkpoint of step 15: there are 10, 20"):
         load_run(random_run, step=15)
 
 
-def test_no_run_and_no_checkpoint(copy, tmp_path):
+def test_folders_without_a_run_or_checkpoint_are_refused(copy, tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         load_run(tmp_path / "nowhere")
     shutil.rmtree(copy / layout.CHECKPOINTS)
@@ -101,7 +101,7 @@ def test_no_run_and_no_checkpoint(copy, tmp_path):
         load_run(copy)
 
 
-def test_a_damaged_checkpoint(copy):
+def test_a_damaged_checkpoint_is_refused(copy):
     path = layout.checkpoint_folder(copy, 20) / layout.EMA_FILE
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match=r"ema\.safetensors is damaged"):
@@ -135,7 +135,7 @@ def test_a_damaged_checkpoint(copy):
         (lambda config: config["diffusion"].update(path="trigonometric"), "has diffusion.path: 'trigonometric'"),
     ],
 )
-def test_a_configuration_of_something_else(change, sentence, copy):
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(change, sentence, copy):
     config = yaml.safe_load((copy / layout.CONFIG).read_text())
     change(config)
     (copy / layout.CONFIG).write_text(yaml.safe_dump(config))
@@ -144,7 +144,7 @@ def test_a_configuration_of_something_else(change, sentence, copy):
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "model: [", "\x00"])
-def test_a_configuration_that_is_no_mapping(text, copy):
+def test_a_configuration_that_is_not_a_mapping_is_refused(text, copy):
     (copy / layout.CONFIG).write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml"):
         load_run(copy)

@@ -23,7 +23,7 @@ def steps(run):
     return [row["step"] for row in read_metrics(run)]
 
 
-def test_rows_come_back(tmp_path):
+def test_logged_rows_are_read_back(tmp_path):
     assert list(read_metrics(tmp_path)) == []
     log = MetricsLog(tmp_path)
     log.row("train", 1, loss=0.1 + 0.2, alignment={"tiny@1": math.nan}, rate=math.inf)
@@ -40,7 +40,7 @@ def test_rows_come_back(tmp_path):
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
-def test_a_line_cut_anywhere_is_left_out(tmp_path):
+def test_a_truncated_line_is_left_out(tmp_path):
     write(tmp_path, [1, 2, 3])
     path = tmp_path / layout.METRICS
     whole = path.read_bytes()
@@ -52,7 +52,7 @@ def test_a_line_cut_anywhere_is_left_out(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
-def test_a_file_that_lost_rows_says_so_when_training_continues(tmp_path):
+def test_missing_rows_are_reported_when_training_continues(tmp_path):
     write(tmp_path, [1, 2, 3])
     (tmp_path / layout.METRICS).write_text((tmp_path / layout.METRICS).read_text().splitlines(keepends=True)[0])
     log = MetricsLog(tmp_path, resume_step=2)
@@ -64,7 +64,7 @@ def test_a_file_that_lost_rows_says_so_when_training_continues(tmp_path):
     assert log.lost == ""
 
 
-def test_another_digit_in_a_row_is_noticed(tmp_path):
+def test_a_changed_digit_in_a_row_is_found(tmp_path):
     log = MetricsLog(tmp_path)
     log.row("train", 1, loss=0.5, alignment={"tiny@1": -0.25})
     log.row("eval", 2, fid=31.5)
@@ -81,7 +81,7 @@ def test_another_digit_in_a_row_is_noticed(tmp_path):
     assert path.read_text() == text.splitlines(keepends=True)[0]
 
 
-def test_a_restart_drops_what_will_be_done_again(tmp_path):
+def test_a_restart_drops_rows_of_steps_that_are_repeated(tmp_path):
     write(tmp_path, [1, 2, 3, 4, 5])
     write(tmp_path, [4, 5, 6], resume_step=3)
     assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
@@ -89,7 +89,7 @@ def test_a_restart_drops_what_will_be_done_again(tmp_path):
     assert steps(tmp_path) == [1]
 
 
-def test_a_restart_after_a_half_line_continues_on_a_line_of_its_own(tmp_path):
+def test_a_restart_after_a_partial_line_begins_a_new_line(tmp_path):
     write(tmp_path, [1, 2, 3])
     path = tmp_path / layout.METRICS
     path.write_bytes(path.read_bytes()[:-10])
@@ -126,7 +126,7 @@ def offline_rows(folder) -> list[dict]:
     return rows
 
 
-def test_weights_and_biases_gets_the_numbers_offline(tmp_path, monkeypatch):
+def test_weights_and_biases_receives_the_numbers_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     for resume_step in (0, 2):  # started, killed after step 2, continued: one run there
         log = MetricsLog(tmp_path, resume_step, project="repa", config={"seed": 3})
@@ -140,7 +140,7 @@ def test_weights_and_biases_gets_the_numbers_offline(tmp_path, monkeypatch):
     assert offline_rows(second) == [{"step": 3, "train/loss": 0.5, "train/alignment/tiny@1": -0.25}]
 
 
-def test_without_weights_and_biases_a_sentence(tmp_path, monkeypatch):
+def test_without_weights_and_biases_the_install_command_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r'--wandb needs wandb.* pip install "repa\[wandb\]"'):
         MetricsLog(tmp_path, project="repa")

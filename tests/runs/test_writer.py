@@ -42,7 +42,7 @@ def test_a_thread_writes_while_the_caller_goes_on(gate, tmp_path):
         assert layout.checkpoint_steps(tmp_path) == [1]
 
 
-def test_the_last_one_is_waited_for(gate, tmp_path):
+def test_leaving_the_writer_waits_for_the_last_checkpoint(gate, tmp_path):
     threading.Timer(0.1, gate.set).start()
     with Writer(tmp_path, keep=2, background=True) as background:
         for step in (1, 2, 3):
@@ -52,7 +52,7 @@ def test_the_last_one_is_waited_for(gate, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["begin", "write", "wait", "end"])
-def test_an_error_of_the_thread_is_raised(where, tmp_path, monkeypatch):
+def test_an_error_in_the_thread_is_raised(where, tmp_path, monkeypatch):
     def full(*arguments):
         raise UserError("The disk is full")
 
@@ -71,7 +71,7 @@ def test_an_error_of_the_thread_is_raised(where, tmp_path, monkeypatch):
             pytest.fail("the error was lost")
 
 
-def test_an_error_of_the_block_is_the_one_that_is_raised(gate, tmp_path):
+def test_an_error_in_the_with_block_takes_precedence(gate, tmp_path):
     gate.set()
     with pytest.raises(KeyError), Writer(tmp_path, background=True) as background:
         background.write(make(1))
@@ -79,7 +79,7 @@ def test_an_error_of_the_block_is_the_one_that_is_raised(gate, tmp_path):
     assert layout.checkpoint_steps(tmp_path) == [1]  # and what was under way is whole
 
 
-def test_without_a_thread_it_is_on_disk_at_once(tmp_path):
+def test_without_a_thread_the_checkpoint_is_written_at_once(tmp_path):
     with Writer(tmp_path, keep=1, keep_every=2) as foreground:
         for step in (1, 2, 3):
             foreground.write(make(step))

@@ -62,7 +62,7 @@ def close(image, x):
 
 
 @torch.no_grad()
-def test_ddpm_is_the_reverse_chain_written_out(run):
+def test_ddpm_sampling_equals_the_reverse_chain_written_out(run):
     """Eq. 12 and the posterior mean at timesteps 999, 749, 500, 250, 0, each of the respaced process."""
     kept = [0, 250, 500, 749, 999]
     for index, image in zip((3, 8), generate(run, CONFIG, [3, 8]).images, strict=True):
@@ -83,7 +83,7 @@ def test_ddpm_is_the_reverse_chain_written_out(run):
 
 
 @torch.no_grad()
-def test_ddim_is_the_deterministic_chain_written_out(run):
+def test_ddim_sampling_equals_the_deterministic_chain_written_out(run):
     config = CONFIG.override(sampler="ddim", steps=4)
     for index, image in zip((3, 8), generate(run, config, [3, 8]).images, strict=True):
         x = SampleStreams(1, [index]).randn(3, 16, 16).double()
@@ -95,7 +95,7 @@ def test_ddim_is_the_deterministic_chain_written_out(run):
         assert close(image, x[0])
 
 
-def test_dits_guidance_is_of_the_first_three_channels():
+def test_dits_guidance_applies_to_the_first_three_channels():
     torch.manual_seed(0)
     size = {"hidden_dim": 16, "depth": 1, "num_heads": 2}
     model = build_model("DiT-S/2", latent_size=4, latent_channels=4, num_classes=5, **size)
@@ -140,7 +140,7 @@ def test_other_samplers_see_the_velocity_of_the_discrete_process(run):
         torch.testing.assert_close(velocity, d_alpha * data + d_sigma * noise, rtol=1e-3, atol=1e-3)
 
 
-def test_its_own_samplers_are_refused_to_a_flow(random_run):
+def test_ddpm_samplers_are_refused_for_a_flow(random_run):
     for sampler in ("ddpm", "ddim:eta=0.5"):
         with pytest.raises(
             UserError, match="needs a network trained with the objective ddpm, but this network .* flow"
@@ -151,12 +151,12 @@ def test_its_own_samplers_are_refused_to_a_flow(random_run):
 @pytest.mark.parametrize(
     ("sampler", "steps", "sentence"), [("ddim", 300, "No stride visits exactly 300"), ("ddpm", 1, "2 to 1000 steps")]
 )
-def test_a_number_of_steps_that_does_not_exist(sampler, steps, sentence, run):
+def test_an_impossible_number_of_steps_is_refused(sampler, steps, sentence, run):
     with pytest.raises(UserError, match=sentence):
         generate(run, CONFIG.override(sampler=sampler, steps=steps), range(2))
 
 
-def test_a_folder_whose_objective_does_not_fit_its_network(folder, tmp_path):
+def test_a_run_whose_objective_does_not_fit_its_network_is_refused(folder, tmp_path):
     other = copytree(folder, tmp_path / "other")
     config = yaml.safe_load((other / layout.CONFIG).read_text())
     del config["diffusion"]["objective"]  # as a run was written before there were two
@@ -166,7 +166,7 @@ def test_a_folder_whose_objective_does_not_fit_its_network(folder, tmp_path):
 
 
 @torch.no_grad()
-def test_analysis_asks_the_network_for_its_timestep(run):
+def test_analysis_uses_the_networks_timesteps(run):
     from repa.analysis import collect_hidden
 
     x = SampleStreams(5, range(3)).randn(3, 16, 16)
@@ -177,7 +177,7 @@ def test_analysis_asks_the_network_for_its_timestep(run):
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_says_how_often_the_network_was_called(folder, tmp_path, capsys):
+def test_the_command_prints_the_number_of_network_calls(folder, tmp_path, capsys):
     out = tmp_path / "samples.npz"
     asked = ["--sampler", "ddim", "--steps", "10", "--guidance", "cfg:scale=1.5,channels=3"]
     assert repa(["sample", str(folder), "--num-images", "3", "--batch-size", "2", "--out", str(out), *asked]) == 0

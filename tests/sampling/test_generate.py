@@ -46,7 +46,7 @@ def read(path):
 
 
 @both
-def test_an_image_does_not_depend_on_its_companions(config, run):
+def test_an_image_does_not_depend_on_its_batch(config, run):
     whole = generate(run, config, range(12)).images
     assert (whole.dtype, whole.shape) == (torch.uint8, (12, 3, 16, 16))
     for size in (1, 2, 5):
@@ -58,7 +58,7 @@ def test_an_image_does_not_depend_on_its_companions(config, run):
 
 
 @both
-def test_a_wider_network_differs_by_rounding_alone(config):
+def test_in_a_wider_network_the_batch_changes_only_rounding(config):
     """A batch of one multiplies matrices by another routine: measured one grey level in 1e-4 of the pixels."""
     torch.manual_seed(0)
     model = build_model(
@@ -75,7 +75,7 @@ def test_a_wider_network_differs_by_rounding_alone(config):
     assert (alone != whole).float().mean() < 1e-3
 
 
-def test_euler_is_the_equation_written_out(run):
+def test_euler_sampling_equals_the_equation_written_out(run):
     """dx = v dt from t = 1 to 0 in 4 steps, v guided, from the noise of each image's own stream."""
     config = ODE.override(sampler="euler", steps=4, labels="1")
     images = generate(run, config, [3, 8]).images
@@ -101,7 +101,7 @@ def half_the_latents(denoiser, noise, num_steps, randn_like):
 
 
 @pytest.mark.parametrize(("name", "given"), [("no_latents", "NoneType"), ("half_the_latents", r"\(1, 3, 16, 16\)")])
-def test_a_sampler_gives_the_latents_of_all_images(run, name, given):
+def test_a_sampler_must_return_the_latents_of_all_images(run, name, given):
     config = SampleConfig(sampler=f"{__name__}.{name}", steps=1, precision="fp32")
     with pytest.raises(
         UserError, match=rf"{name}' must return .* noise's shape, \(2, 3, 16, 16\), but returned {given}"
@@ -109,7 +109,7 @@ def test_a_sampler_gives_the_latents_of_all_images(run, name, given):
         generate(run, config, [0, 1])
 
 
-def test_an_untrained_network_shows_the_noise_it_starts_from(run):
+def test_an_untrained_network_returns_its_initial_noise(run):
     """Its answer is 0 everywhere, so nothing moves: the same index starts from the same noise in every run."""
     model = build_model(
         "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=32, depth=1, num_heads=2
@@ -122,7 +122,7 @@ def test_an_untrained_network_shows_the_noise_it_starts_from(run):
 @pytest.mark.parametrize(
     ("sampler", "nfe"), [("euler", 6), ("heun", 11), ("euler_maruyama", 6), ("euler_maruyama:last=0.2", 6)]
 )
-def test_calls_are_counted(sampler, nfe, run):
+def test_network_calls_are_counted(sampler, nfe, run):
     for scale in (1.0, 2.0):
         config = ODE.override(sampler=sampler, steps=6, guidance=[f"cfg:scale={scale}"])
         assert generate(run, config, range(2)).nfe == nfe
@@ -139,7 +139,7 @@ def test_guidance_changes_samples_and_keeps_to_its_interval(run):
     assert torch.equal(images("cfg:scale=2,low=0.9,high=0.95"), plain)  # no time of the grid lies in there
 
 
-def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
+def test_the_batch_is_doubled_only_inside_the_interval(run, monkeypatch):
     seen = []
     forward = type(run.model).forward
 
@@ -155,7 +155,7 @@ def test_the_network_is_doubled_inside_the_interval_alone(run, monkeypatch):
     assert seen == [(1.0, *alone), (0.8, *alone), (0.6, *double), (0.4, *double), (0.2, *double)]
 
 
-def test_every_pass_of_a_full_batch_has_as_many_rows(run):
+def test_every_pass_fills_the_batch(run):
     """Where guidance is off nothing is half full: twice the images in the same passes, and the same images."""
     guided = ODE.override(sampler="euler", steps=5, guidance=["cfg:scale=2,low=0.2,high=0.6"])  # on at 3 of the 5 steps
     found, passes = {}, {}
@@ -175,7 +175,7 @@ def test_every_pass_of_a_full_batch_has_as_many_rows(run):
     assert torch.equal(found[12, 12], found[16, 8])
 
 
-def test_labels(run, monkeypatch):
+def test_labels_follow_the_setting(run, monkeypatch):
     asked = []
     denoiser = LoadedRun.denoiser
     monkeypatch.setattr(
@@ -195,31 +195,31 @@ def test_labels(run, monkeypatch):
 
 
 @pytest.mark.parametrize("labels", ["2", "0,7", "0, 7"])
-def test_a_class_that_does_not_exist(labels, run):
+def test_a_class_number_out_of_range_is_refused(labels, run):
     with pytest.raises(UserError, match=r"Class [27] does not exist: the model has 2 classes, numbered from 0"):
         generate(run, ODE.override(labels=labels), range(2))
 
 
 @pytest.mark.parametrize("labels", ["", "1,", " "])
-def test_labels_that_are_none(labels):
+def test_invalid_labels_are_refused(labels):
     with pytest.raises(UserError, match="must be uniform, balanced, or classes"):
         ODE.override(labels=labels)
 
 
 @pytest.mark.parametrize("labels", ["cow", "-1", "1.5", "²", "9" * 5000])
-def test_classes_that_nobody_knows(labels, run):
+def test_unknown_class_names_and_numbers_are_refused(labels, run):
     with pytest.raises(UserError, match="does not exist"):
         generate(run, ODE.override(labels=labels), range(2))
 
 
-def test_a_name_of_two_classes_is_refused_and_their_numbers_are_told(run):
+def test_a_name_of_two_classes_is_refused_with_their_numbers(run):
     twins = replace(run, class_names=("crane", "crane"), class_counts=(1, 1))
     with pytest.raises(UserError, match="2 classes have the name crane: choose by number, #0 or #1"):
         classes_named("crane", twins)
     assert classes_named("#1", twins) == [("#1", 1)]
 
 
-def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
+def test_classes_are_chosen_by_name_among_those_with_images(run, monkeypatch):
     asked = []
     denoiser = LoadedRun.denoiser
     monkeypatch.setattr(
@@ -237,7 +237,7 @@ def test_classes_by_name_and_only_those_with_images(run, monkeypatch):
         generate(gap, ODE.override(labels="0", steps=1), range(2))
 
 
-def test_what_is_said_of_classes(run):
+def test_ambiguous_class_choices_are_explained(run):
     named = replace(run, class_names=("1", "caf\u00e9"), class_counts=(3, 4))
     assert [drawn_classes(text, named) for text in ("1", "#1", "0", "0,1,#1", " cafe\u0301")] == [
         (0,),
@@ -257,7 +257,7 @@ def test_what_is_said_of_classes(run):
     assert drawn_classes("uniform", replace(run, class_counts=(5,))) == (0,)  # a network of more classes than its data
 
 
-def test_counts_of_a_run_are_those_of_its_data(run, random_run, tmp_path):
+def test_class_counts_of_a_run_come_from_its_data(run, random_run, tmp_path):
     assert (run.class_names, run.class_counts) == (("dark", "light"), (20, 20))
     folder = shutil.copytree(random_run, tmp_path / "run")
     facts = read_json(folder / layout.DATA)
@@ -267,7 +267,7 @@ def test_counts_of_a_run_are_those_of_its_data(run, random_run, tmp_path):
             load_run(folder)
 
 
-def test_the_file_is_what_evaluators_read(run, tmp_path):
+def test_the_file_has_the_format_of_evaluators(run, tmp_path):
     done = []
     out = write_samples(run, ODE, 10, tmp_path / "new" / "samples.npz", lambda *counts: done.append(counts))
     images = read(out)
@@ -314,7 +314,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, m
     assert not parts.exists()
 
 
-def test_one_other_bit_of_a_part_or_of_the_samples_is_noticed(run, tmp_path):
+def test_a_flipped_bit_of_a_part_or_of_the_samples_is_found(run, tmp_path):
     out = tmp_path / "s.npz"
     with pytest.raises(ZeroDivisionError):
         write_samples(run, ODE, 8, out, lambda done, total: 1 / (8 - done))
@@ -351,14 +351,14 @@ def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path
     assert out.read_bytes() == whole
 
 
-def test_parts_that_another_process_wrote_elsewhere_are_missed(run, tmp_path, monkeypatch):
+def test_missing_parts_of_another_process_are_reported(run, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "world", lambda: 3)
     with pytest.raises(UserError, match="contains 1 of 3 parts"):
         write_samples(run, ODE, 11, tmp_path / "samples.npz")
     assert not (tmp_path / "samples.npz").exists()
 
 
-def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
+def test_another_job_is_refused_and_the_parts_stay(run, random_run, tmp_path):
     out = tmp_path / "samples.npz"
 
     def stop(done, total):
@@ -382,7 +382,7 @@ def test_another_job_is_refused_and_its_parts_stay(run, random_run, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_a_mistake_found_late_does_not_block_the_mended_command(run, tmp_path):
+def test_the_corrected_command_runs_after_a_late_error(run, tmp_path):
     out = tmp_path / "samples.npz"
     for wrong in ({"labels": "5"}, {"sampler": "euler_maruyama:last=7"}, {"sampler": "ddpm"}):
         with pytest.raises(UserError):
@@ -390,19 +390,19 @@ def test_a_mistake_found_late_does_not_block_the_mended_command(run, tmp_path):
     assert len(read(write_samples(run, ODE, 4, out))) == 4
 
 
-def test_a_name_that_is_no_npz(run, tmp_path):
+def test_an_output_name_without_npz_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"--out is .*samples\.png: give a name such as samples\.npz"):
         write_samples(run, ODE, 4, tmp_path / "samples.png")
     assert not any(tmp_path.iterdir())
 
 
-def test_a_disk_without_room_is_said_first(run, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_found_before_sampling(run, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 5000})())
     with pytest.raises(UserError, match=r"Writing 11 samples needs 16\.5 KiB, but .* has 4\.9 KiB free"):
         write_samples(run, ODE, 11, tmp_path / "samples.npz")
 
 
-def test_the_job_is_on_paper(run, tmp_path):
+def test_the_settings_of_the_job_are_recorded(run, tmp_path):
     with pytest.raises(ZeroDivisionError):
         write_samples(run, ODE, 8, tmp_path / "s.npz", lambda done, total: 1 / 0)
     job = json.loads((tmp_path / "s.parts" / "job.json").read_text())
@@ -412,7 +412,7 @@ def test_the_job_is_on_paper(run, tmp_path):
     assert job["weights_sha256"] == hashlib.sha256(ema.read_bytes()).hexdigest()
 
 
-def test_a_step_that_was_trained_again_is_another_job(random_run, tmp_path):
+def test_a_retrained_step_is_another_job(random_run, tmp_path):
     """The same run, step and settings; other weights."""
     folder = shutil.copytree(random_run, tmp_path / "run")
     out = write_samples(load_run(folder), ODE, 5, tmp_path / "s.npz")
@@ -423,7 +423,7 @@ def test_a_step_that_was_trained_again_is_another_job(random_run, tmp_path):
         write_samples(load_run(folder), ODE, 5, out)
 
 
-def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, tmp_path, monkeypatch):
+def test_a_finished_job_is_not_repeated_or_replaced(run, tmp_path, monkeypatch):
     out = write_samples(run, ODE, 5, tmp_path / "s.npz")
     before = out.read_bytes()
     monkeypatch.setattr("repa.sampling.writing.draw", lambda *a: pytest.fail("sampled again"))
@@ -433,7 +433,7 @@ def test_a_finished_job_is_not_done_again_and_another_does_not_replace_it(run, t
     assert out.read_bytes() == before
 
 
-def test_what_is_not_finite_is_no_image(run):
+def test_non_finite_images_are_refused(run):
     huge = SampleConfig(steps=3, guidance=["cfg:scale=1e30"], labels="0,1")
     with pytest.raises(UserError, match="Image 5 of .* is not finite, from network call [12] of 3"):
         generate(run, huge, [5, 6])
@@ -447,14 +447,14 @@ def test_what_is_not_finite_is_no_image(run):
         run.model.load_state_dict(state)
 
 
-def test_guidance_needs_a_null_class_that_trained(run):
+def test_guidance_needs_a_trained_null_class(run):
     never = replace(run, label_dropout=0.0)
     with pytest.raises(UserError, match="label_dropout 0"):
         generate(never, SampleConfig(steps=2, guidance=["cfg:scale=1.5"]), [0])
     assert len(generate(never, SampleConfig(steps=2), [0]).images) == 1
 
 
-def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
+def test_decoding_in_a_thread_changes_no_byte(run, tmp_path, monkeypatch):
     """As on CUDA: a thread decodes and writes while the next batch is drawn. What it raises ends the command."""
     at_once = write_samples(run, SDE, 11, tmp_path / "at_once.npz").read_bytes()
     threads = set()
@@ -470,7 +470,7 @@ def test_decoding_one_batch_behind_changes_no_byte(run, tmp_path, monkeypatch):
     assert not (tmp_path / "broken.npz").exists()
 
 
-def test_bf16_differs_from_float32_by_little_and_is_another_job(run, tmp_path):
+def test_bf16_is_close_to_float32_but_another_job(run, tmp_path):
     """Half precision may move a pixel by a few of 255 grey levels; float32 and bf16 parts are never mixed."""
     exact, rounded = (generate(run, SDE.override(precision=p), range(8)).images.int() for p in ("fp32", "bf16"))
     assert 0 < (exact - rounded).abs().float().mean() < 2
@@ -498,7 +498,7 @@ def test_half_precision_decodes_to_near_grey_levels():
     assert 0 < (exact - rounded).abs().max() <= 2
 
 
-def test_samples_that_are_begun_are_finished_in_their_precision(random_run, tmp_path, monkeypatch):
+def test_started_samples_are_finished_in_the_same_precision(random_run, tmp_path, monkeypatch):
     """A CPU is timed for precision auto: another time it may choose otherwise."""
     run, config, out = load_run(random_run), SampleConfig(steps=2, sampler="heun", batch_size=2), tmp_path / "s.npz"
     monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
@@ -515,7 +515,7 @@ def test_samples_that_are_begun_are_finished_in_their_precision(random_run, tmp_
     assert json.loads(out.with_suffix(".json").read_text())["precision"] == "bf16"
 
 
-def test_the_precision_of_a_decoder_that_is_not_there_is_refused(run):
+def test_a_decoder_precision_without_a_decoder_is_refused(run):
     with pytest.raises(UserError, match="--decoder-precision bf16 has no effect: pixels"):
         prepared(run, ODE.override(decoder_precision="bf16"))
     assert prepared(run, ODE).autoencoder is run.autoencoder

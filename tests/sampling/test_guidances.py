@@ -66,7 +66,7 @@ def test_internal_guidance_then_cfg():
         generate(random_network(), config, [5])
 
 
-def test_a_stream_is_integrated_beside_the_latents_with_noise_of_its_own():
+def test_a_stream_is_sampled_together_with_the_latents():
     """REG's joint sampler: one step for both, guided by their own scales; internal guidance is of the latents alone."""
     run = random_network(streams={"class": 6}, heads=(1,))
 
@@ -87,7 +87,7 @@ def test_a_stream_is_integrated_beside_the_latents_with_noise_of_its_own():
         assert torch.equal(torch.cat([generate(run, config, range(i, i + 2)).images for i in (0, 2)]), whole)
 
 
-def test_autoguidance_asks_the_weaker_network():
+def test_autoguidance_uses_the_weaker_network():
     run, weak = random_network(), random_network(seed=1)
 
     def velocity(state, t):
@@ -105,7 +105,7 @@ def test_autoguidance_asks_the_weaker_network():
 
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])
-def test_path_drop_asks_for_a_pass_without_condition_and_middle(merge):
+def test_path_drop_adds_a_pass_without_condition_and_middle_blocks(merge):
     run = random_network(route=Route(2, 2, 0.5, 0, merge, 0.1))
 
     def velocity(state, t):
@@ -121,7 +121,7 @@ def test_path_drop_asks_for_a_pass_without_condition_and_middle(merge):
         generate(random_network(route=Route(2, 2, 0.5)), config, [5])
 
 
-def test_a_network_of_another_checkpoint_guides_on_the_command_line(random_run, tmp_path):
+def test_another_checkpoint_can_guide_on_the_command_line(random_run, tmp_path):
     """The job's record says which weights guided; without --weak the command stops before anything is loaded."""
     out = tmp_path / "samples.npz"
     command = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(out)]
@@ -152,7 +152,7 @@ def test_a_run_with_every_part_trains_previews_and_samples(tiny_config, data_fol
     assert (tmp_path / "s.npz").exists()
 
 
-def test_representation_guidance_walks_to_the_features_of_an_image(random_run, image_folder, tmp_path):
+def test_representation_guidance_follows_the_gradient_of_the_alignment_loss(random_run, image_folder, tmp_path):
     """REPA-G: v + scale d loss / d x_t, the loss that of the run's own term, projector and encoder; by finite differences."""
     image = str(next(image_folder.glob("*/*.png")))
     config = EULER.override(guidance=["representation:scale=50,high=0.6"], guide_image=image, labels="1")

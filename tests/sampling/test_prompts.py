@@ -27,14 +27,14 @@ def images(run, config, indices):
     return generate(loaded, config, indices).images
 
 
-def test_an_image_is_a_function_of_its_seed_and_its_prompt(text_run):
+def test_an_image_depends_only_on_its_seed_and_prompt(text_run):
     both = images(text_run, CONFIG, range(4))
     one = images(text_run, CONFIG.override(prompt=("a light picture",)), [1, 2])
     assert torch.equal(one[0], both[1])
     assert not torch.equal(one[1], both[2])  # the same noise, another text
 
 
-def test_guidance_is_that_of_the_two_conditions(text_run):
+def test_guidance_extrapolates_between_the_two_prompts(text_run):
     run = load_run(text_run)
     encoder = load_text_encoder(TINY)
     own, negative = encoder(["a dark picture"]), encoder(["number 3"])
@@ -49,7 +49,7 @@ def test_guidance_is_that_of_the_two_conditions(text_run):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)
 
 
-def test_prompts_of_a_file_and_of_data(text_run, captioned_data, tmp_path):
+def test_prompts_come_from_a_file_or_from_data(text_run, captioned_data, tmp_path):
     (tmp_path / "a.txt").write_text("a dark picture\n\n  a light picture \n")
     (tmp_path / "a.jsonl").write_text('{"tag": "one", "prompt": "a dark picture"}\n{"caption": "a light picture"}\n')
     wanted = images(text_run, CONFIG, range(2))
@@ -70,7 +70,7 @@ def test_prompts_of_a_file_and_of_data(text_run, captioned_data, tmp_path):
         write_samples(changed, config.override(batch_size=3), 5, tmp_path / "s.npz")
 
 
-def test_what_is_refused(text_run, random_run, tmp_path, captioned_data):
+def test_invalid_prompts_are_refused(text_run, random_run, tmp_path, captioned_data):
     for run, change, sentence in (
         (text_run, {"prompt": ()}, "trained on captions"),
         (text_run, {"negative_prompt": "blue"}, "guidance"),
@@ -92,7 +92,7 @@ def test_what_is_refused(text_run, random_run, tmp_path, captioned_data):
         prompts_in(tmp_path / "bad.txt")
 
 
-def test_another_text_encoder_is_noticed(text_run, tmp_path):
+def test_another_text_encoder_is_refused(text_run, tmp_path):
     import shutil
 
     run = tmp_path / "run"
@@ -108,7 +108,7 @@ def test_another_text_encoder_is_noticed(text_run, tmp_path):
         load_run(run)
 
 
-def test_the_command(text_run, tmp_path, capsys):
+def test_the_command_samples_prompts(text_run, tmp_path, capsys):
     out = tmp_path / "cats.npz"
     words = ["sample", str(text_run), "--num-images", "4", "--steps", "2", "--out", str(out)]
     assert (
@@ -130,7 +130,7 @@ def test_the_command(text_run, tmp_path, capsys):
     assert len((tmp_path / "cats.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_folder_for_each_prompt(text_run, random_run, tmp_path, capsys):
+def test_each_prompt_can_have_a_folder(text_run, random_run, tmp_path, capsys):
     lines = [
         '{"tag": "single", "include": [{"class": "cat"}], "prompt": "a dark picture"}',
         '{"prompt": "a light one"}',
@@ -161,7 +161,7 @@ def test_a_folder_for_each_prompt(text_run, random_run, tmp_path, capsys):
     assert "trained on labels" in capsys.readouterr().err
 
 
-def test_files_of_prompts_that_strangers_made(tmp_path):
+def test_invalid_prompt_files_are_refused(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a \\ud800 cat"}\n')
     assert prompts_in(path) == ["a \ufffd cat"]

@@ -46,7 +46,7 @@ def config(**changes):
     return SampleConfig.parse({"sampler": "euler", "steps": 6, "precision": "fp32", **changes})
 
 
-def test_evaluations_are_those_of_the_released_code():
+def test_encoder_evaluations_equal_those_of_the_released_code():
     i = torch.arange(72, dtype=torch.float64)
     states = torch.sin(0.37 * i + 0.2).reshape(12, 6).cumsum(0) + torch.sin(0.05 * i + 1).reshape(12, 6)
     units = torch.nn.functional.normalize(states, dim=1)
@@ -55,7 +55,7 @@ def test_evaluations_are_those_of_the_released_code():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_no_other_choice_is_better(count):
+def test_the_chosen_evaluations_have_the_lowest_cost(count):
     errors = np.random.default_rng(0).random((7, 7)) * (1 - np.eye(7))
 
     def cost(chosen):
@@ -66,7 +66,7 @@ def test_no_other_choice_is_better(count):
 
 
 @pytest.mark.parametrize("guidance", [(), ("cfg:scale=2,high=0.7",)])
-def test_the_encoder_runs_as_often_as_asked(run, guidance):
+def test_the_encoder_runs_as_often_as_configured(run, guidance):
     calls = []
     given = config(guidance=guidance, encoder_steps=2)
     shared = prepared(run, given)
@@ -79,12 +79,12 @@ def test_the_encoder_runs_as_often_as_asked(run, guidance):
     assert not torch.equal(generate(run, config(guidance=guidance), range(3)).images, images)
 
 
-def test_always_is_as_without(run):
+def test_encoding_at_every_step_equals_no_sharing(run):
     given = config(encoder_steps=6)
     assert torch.equal(generate(prepared(run, given), given, range(2)).images, generate(run, config(), range(2)).images)
 
 
-def test_what_does_not_fit_is_refused(run):
+def test_unsupported_settings_are_refused(run):
     with pytest.raises(UserError, match="shares the encoder of a DDT, but this run has a DiT"):
         prepared(run_of(DiT(**SIZES)), config(encoder_steps=2))
     with pytest.raises(UserError, match="internal guidance"):

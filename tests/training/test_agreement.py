@@ -22,7 +22,7 @@ def test_processes_that_disagree_stop(tiny_config, data_folder, tmp_path):
     assert not (runs[0] / "checkpoints/0000004").exists()  # nobody trained on
 
 
-def test_a_process_that_does_not_see_the_run_is_dealt_its_checkpoint(tiny_config, data_folder, run_training, tmp_path):
+def test_a_process_without_the_run_folder_receives_the_checkpoint(tiny_config, data_folder, run_training, tmp_path):
     one = tiny_config.override(num_steps=4, save_every=2)
     runs = [tmp_path / "a", tmp_path / "b"]
     run_training(one.override(num_steps=2), runs[0])
@@ -32,7 +32,7 @@ def test_a_process_that_does_not_see_the_run_is_dealt_its_checkpoint(tiny_config
 
 
 @pytest.mark.parametrize("what", ["configuration", "step", "data"])
-def test_the_sentence_names_what_differs(what, tiny_config, data_folder, monkeypatch, tmp_path):
+def test_the_error_names_what_differs(what, tiny_config, data_folder, monkeypatch, tmp_path):
     def others(value):
         return [value, {**value, what: "other"} if isinstance(value, dict) else 7]
 

@@ -11,13 +11,13 @@ CPU = torch.device("cpu")
 MODEL = ModelConfig(name="SiT-XL/2", latent_size=32, latent_channels=4)
 
 
-def test_the_shape_is_that_of_a_micro_batch_of_one_process():
+def test_kernels_are_timed_on_the_shape_of_one_micro_batch():
     config = TrainConfig(model=MODEL, batch_size=256)
     assert attention_shape(config, 1) == (256, 16, 256, 72)
     assert attention_shape(config.override(accumulate=2), 8) == (16, 16, 256, 72)
 
 
-def test_kernels_that_run_here_are_timed_fastest_first():
+def test_available_kernels_are_timed_and_sorted():
     found = kernel_seconds((2, 3, 16, 8), torch.float32, CPU)
     assert {"flash", "math"} <= found.keys() <= KERNELS.keys()  # those that a CPU has
     assert list(found.values()) == sorted(found.values())
@@ -30,7 +30,7 @@ def test_nothing_is_measured_on_a_cpu(monkeypatch):
         assert found == {}
 
 
-def test_on_cuda_the_order_is_that_of_the_measurement_until_the_end(monkeypatch):
+def test_on_cuda_the_measured_order_is_used_inside_the_block(monkeypatch):
     """Without a GPU: the measurement is made up, and what PyTorch is told is read back."""
     order = torch._C._get_sdp_priority_order
     before = order()

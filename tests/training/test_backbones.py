@@ -17,7 +17,7 @@ def not_a_network(config):
     return torch.nn.Linear(1, 1)
 
 
-def test_names_build_networks_of_the_sizes_of_the_configuration():
+def test_backbones_have_the_sizes_of_the_configuration():
     assert BACKBONES.names() == ["ddt", "dit", "hooked", "jit", "mmdit"]
     network = build(ModelConfig(backbone=JIT, patch_size=4, **COMPLETE))
     assert isinstance(network, JiT)
@@ -28,7 +28,7 @@ def test_names_build_networks_of_the_sizes_of_the_configuration():
     assert build(ModelConfig(patch_size=8, **COMPLETE)).grid == (1, 1)
 
 
-def test_what_is_refused():
+def test_invalid_backbones_are_refused():
     with pytest.raises(UserError, match="hooked"):
         ModelConfig().override(backbone="unet")
     with pytest.raises(UserError, match="heads"):
@@ -37,7 +37,7 @@ def test_what_is_refused():
         build(ModelConfig(backbone=f"{__name__}.not_a_network", **COMPLETE))
 
 
-def test_jit_trains_and_is_read_back(run_training, tiny_config, tmp_path):
+def test_jit_trains_and_can_be_loaded(run_training, tiny_config, tmp_path):
     config = tiny_config.override(
         num_steps=3,
         save_every=3,
@@ -59,7 +59,7 @@ def test_jit_trains_and_is_read_back(run_training, tiny_config, tmp_path):
 RAE = "ddt:head_depth=1,head_dim=24,head_heads=3,positions=true,times=fourier,silu_twice=true"
 
 
-def test_ddt_trains_samples_and_is_refused_where_it_has_no_place(run_training, tiny_config, tmp_path):
+def test_ddt_trains_and_samples_and_unsupported_uses_are_refused(run_training, tiny_config, tmp_path):
     blocks = {"norm": "rms", "mlp": "swiglu", "qk_norm": "rms", "rotary": True, "heads": (1,)}
     model = tiny_config.model.override(backbone=RAE, depth=3, num_heads=2, **blocks)
     config = tiny_config.override(num_steps=3, save_every=3, model=model)

@@ -176,7 +176,7 @@ def said(*names: str) -> str:
 
 
 @pytest.mark.parametrize("first", SETTINGS)
-def test_two_settings_train_or_a_sentence_says_why_not(first):
+def test_every_two_settings_train_or_are_refused(first):
     names = list(SETTINGS)
     for second in names[names.index(first) :]:
         wanted, found = REFUSED.get(frozenset((first, second)), ""), said(first, second)
@@ -184,7 +184,7 @@ def test_two_settings_train_or_a_sentence_says_why_not(first):
         assert wanted in found, (first, second, found)
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
     for name in SETTINGS:
         if name == "in parts" or frozenset((name, "in parts")) in REFUSED:
             continue
@@ -209,7 +209,7 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
         ),
     ],
 )
-def test_one_graph_gives_the_same(names):
+def test_a_compiled_step_gives_the_same_loss_and_gradients(names):
     torch.compiler.reset()
     (wanted, gradients, _), (found, compiled, _) = (one_step(together(*names), compiled=c) for c in (False, True))
     torch.testing.assert_close(found.total, wanted.total, rtol=1e-4, atol=1e-5)
@@ -224,7 +224,7 @@ PROCESSES = {
 }
 
 
-def test_two_processes_do_the_work_of_one(data_folder, tmp_path):
+def test_two_processes_train_like_one(data_folder, tmp_path):
     """New draws are of the global batch, and each parameter has its gradient: three steps of two processes are those of one."""
     jobs = []
     for name, names in PROCESSES.items():

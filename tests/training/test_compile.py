@@ -74,7 +74,7 @@ def test_the_objective_is_one_graph_compiled_once(settings, alignment, precision
     assert counter.frame_count == 1
 
 
-def test_ddpm_and_a_weight_that_becomes_zero_are_compiled_without_breaks(counter):
+def test_ddpm_and_a_weight_that_becomes_zero_compile_without_graph_breaks(counter):
     objective = make(COSINE.override(schedule="stop:step=2"), objective="ddpm")
     compiled = torch.compile(objective, backend=counter, fullgraph=True)
     x, labels, features = batch()
@@ -89,7 +89,7 @@ def test_ddpm_and_a_weight_that_becomes_zero_are_compiled_without_breaks(counter
     assert frames[4] == frames[2]  # once more without the alignment, and never again
 
 
-def test_blocks_that_are_computed_again_are_part_of_the_graph():
+def test_recomputed_blocks_are_part_of_the_graph():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")  # the plain eager backend does not know recomputed regions
     plain, objective = make(COSINE), make(COSINE, checkpointed=True)

@@ -50,7 +50,7 @@ def test_a_step_never_waits_for_the_device(changes):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_fused_update_is_that_of_two_calls():
+def test_the_fused_update_equals_separate_updates():
     found = []
     for fused in (False, True):
         step = cached_step(configuration(fused_update=fused, precision="fp32"))
@@ -61,7 +61,7 @@ def test_the_fused_update_is_that_of_two_calls():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_tokens_made_ahead_on_another_stream_are_those_made_in_turn():
+def test_tokens_computed_ahead_on_another_stream_are_the_same():
     config, data = configuration(), Synthetic({}, 8)
     encoders = EncoderFeatures(config, data, DEVICE)
     assert encoders.stream is not None
@@ -76,7 +76,7 @@ def test_tokens_made_ahead_on_another_stream_are_those_made_in_turn():
         assert torch.equal(tokens["tiny"].patches, patches), batch.labels
 
 
-def test_compiled_gradients_are_those_of_the_eager_step():
+def test_compiled_gradients_equal_those_of_the_eager_step():
     """On a GPU the two round at other places, so the whole gradient is compared, not each number."""
     eager, compiled = (gradients(cached_step(configuration(compile=c, precision="fp32"))) for c in (False, True))
     assert eager.keys() == compiled.keys()
@@ -107,7 +107,7 @@ def test_two_steps_in_fp16_scale_the_loss_and_move_the_weights():
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_the_noise_of_a_sample_is_that_of_the_cpu():
+def test_the_noise_of_a_sample_equals_that_of_the_cpu():
     """Integers to the bit; normal numbers are rounded from float64, so that the last bit of a logarithm does not show."""
     here, there = (SampleStreams(3, range(50), device) for device in ("cpu", "cuda"))
     a, b = here.randn(4, 32, 32), there.randn(4, 32, 32)
@@ -117,7 +117,7 @@ def test_the_noise_of_a_sample_is_that_of_the_cpu():
 
 
 @pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
-def test_attention_kernels_at_the_width_of_xl_have_the_gradients_of_float64(kernel):
+def test_attention_kernels_at_xls_head_width_have_the_gradients_of_float64(kernel):
     """Heads of 72 numbers are no multiple of 16; in bf16 the whole gradient is within the rounding of its inputs."""
     torch.manual_seed(0)
     qkv = torch.randn(4, 256, 3 * 2 * 72, device=DEVICE, dtype=torch.bfloat16)
@@ -138,7 +138,7 @@ def test_attention_kernels_at_the_width_of_xl_have_the_gradients_of_float64(kern
     assert (found - exact).norm() < 0.02 * exact.norm()
 
 
-def test_clipping_by_the_optimizer_is_clipping_before_it():
+def test_clipping_in_the_optimizer_equals_clipping_before_it():
     weights = []
     for fused in (True, False):
         step = cached_step(configuration(precision="fp32", optimizer={"max_grad_norm": 0.01}))
@@ -155,7 +155,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_linear_layers_in_8_bits_are_those_of_the_cpu():
+def test_8_bit_linear_layers_equal_those_of_the_cpu():
     if torch.cuda.get_device_capability() < CAPABILITY:
         pytest.skip("does not support 8-bit products")
     torch.manual_seed(0)
@@ -173,7 +173,7 @@ def test_linear_layers_in_8_bits_are_those_of_the_cpu():
         assert (a - b).norm() < 0.02 * a.norm()
 
 
-def test_a_step_in_8_bits_compiled_moves_the_weights():
+def test_a_compiled_8_bit_step_moves_the_weights():
     if torch.cuda.get_device_capability() < CAPABILITY:
         pytest.skip("does not support 8-bit products")
     step = cached_step(configuration(fp8=True, compile=True))

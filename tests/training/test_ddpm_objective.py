@@ -53,7 +53,7 @@ def batch(num=8):
     return x, torch.randint(3, (num,), generator=stream), features
 
 
-def test_total_is_the_hybrid_loss_and_the_alignment_written_out(objective):
+def test_the_total_equals_hybrid_loss_and_alignment_written_out(objective):
     x, labels, features = batch()
     bars = oracle.alpha_bars(oracle.BETAS)
     draws = objective.draw({"x": x}, 3)
@@ -80,7 +80,7 @@ def test_total_is_the_hybrid_loss_and_the_alignment_written_out(objective):
     assert len(seen) > 4
 
 
-def test_the_bound_reaches_only_the_rows_of_the_variance(objective):
+def test_the_variational_bound_reaches_only_the_variance_outputs(objective):
     """Eq. 10's gradient of noise prediction is that of the squared error alone; alignment reaches no row of the head."""
     x, labels, features = batch()
     rows = objective.model.final_layer.linear.bias  # (p p 2C,), channels fastest: noise, then v
@@ -97,7 +97,7 @@ def test_the_bound_reaches_only_the_rows_of_the_variance(objective):
     assert not wanted[:, 2:].any()
 
 
-def test_it_learns(config, run_training, tmp_path):
+def test_training_reduces_the_losses(config, run_training, tmp_path):
     faster = config.override(num_steps=120, log_every=10, save_every=120, optimizer={"learning_rate": 3e-3})
     run_training(faster, tmp_path / "r")
     rows = train_rows(tmp_path / "r")
@@ -110,7 +110,7 @@ def test_it_learns(config, run_training, tmp_path):
         assert row["loss"] == pytest.approx(total, rel=1e-5, abs=1e-6)  # the parts nearly cancel
 
 
-def test_six_steps_are_three_and_a_restart_and_three(config, run_training, tmp_path):
+def test_six_steps_equal_three_a_restart_and_three(config, run_training, tmp_path):
     run_training(config, tmp_path / "whole")
     run_training(config.override(num_steps=3), tmp_path / "halves")
     run_training(config, tmp_path / "halves")
@@ -130,12 +130,12 @@ def test_six_steps_are_three_and_a_restart_and_three(config, run_training, tmp_p
         ({"diffusion": {"objective": "ddpm", "path": "vp"}}, "diffusion: path 'vp' applies only to the objective flow"),
     ],
 )  # fmt: skip
-def test_a_network_that_the_objective_does_not_train_is_refused(config, change, sentence):
+def test_a_network_that_does_not_fit_the_objective_is_refused(config, change, sentence):
     with pytest.raises(UserError, match=sentence):
         TrainConfig.parse({**config.model_dump(), "alignments": (), **change})
 
 
-def test_previews_by_a_sampler_that_cannot_are_refused_at_once(tiny_config, config, run_training, tmp_path):
+def test_previews_with_an_unsupported_sampler_are_refused_before_training(tiny_config, config, run_training, tmp_path):
     with pytest.raises(UserError, match="The sampler ddim needs a network trained with the objective ddpm"):
         tiny_config.override(preview={"sampler": "ddim"})
     assert config.override(preview={"sampler": "ddim:eta=1"}).preview.sampler == "ddim:eta=1"
@@ -152,7 +152,7 @@ def test_previews_by_a_sampler_that_cannot_are_refused_at_once(tiny_config, conf
 @pytest.mark.parametrize(
     ("name", "trainable"), [("DiT-B/2", 130_315_808), ("DiT-L/2", 457_840_672), ("DiT-XL/2", 674_834_720)]
 )
-def test_parameter_counts_of_dit(name, trainable):
+def test_parameter_counts_of_dit_match_the_paper(name, trainable):
     """SiT's, and 16 more rows of the head: 2 x 2 patches of 4 variance channels, of D weights and a bias each."""
     with torch.device("meta"):
         dit, sit = (build_model(n, latent_size=32, num_classes=1000) for n in (name, name.replace("DiT", "SiT")))

@@ -25,7 +25,7 @@ def start(config, data, run):
     return rows(run)
 
 
-def test_alignment_stops_and_its_encoder_with_it(tiny_config, images_only, tmp_path, monkeypatch):
+def test_alignment_and_its_encoder_stop_together(tiny_config, images_only, tmp_path, monkeypatch):
     seen = []
 
     def load(*arguments, **options):
@@ -56,7 +56,7 @@ def test_alignment_stops_and_its_encoder_with_it(tiny_config, images_only, tmp_p
     assert any(not torch.equal(value, aligned[key]) for key, value in whole.items())
 
 
-def test_a_plateau_stops_the_term_and_a_continued_run_at_the_same_step(tiny_config, images_only, tmp_path):
+def test_a_plateau_stops_a_resumed_run_at_the_same_step(tiny_config, images_only, tmp_path):
     """No loss falls by 10 in two steps: it stops after its second span, whether or not the run was continued between."""
     (term,) = tiny_config.alignments
     config = tiny_config.override(

@@ -59,7 +59,7 @@ def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_process_is_started_again_with_the_others_and_nothing_is_lost(tiny_config, data_folder, tmp_path):
+def test_a_killed_process_is_restarted_with_the_others_and_nothing_is_lost(tiny_config, data_folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(tiny_config.override(num_steps=10, save_every=5, keep_checkpoints=0).to_yaml())
     never, marker = tmp_path / "never", tmp_path / "killed"

@@ -30,7 +30,7 @@ def test_a_constant_decay_weights_geometrically():
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1, 0.25])
-def test_a_power_function_average_is_its_profile(width):
+def test_a_power_function_average_has_the_defined_profile(width):
     weights = followed(power_function(width), 40)
     wanted = torch.from_numpy(oracle.profile_of_steps(40, gamma_of(width)))
     assert weights[0] == 0  # the initialisation leaves no trace
@@ -51,7 +51,7 @@ def test_a_skipped_step_leaves_no_trace():
     assert not torch.equal(ema.model.weight, before[0])
 
 
-def test_frozen_parameters_stay():
+def test_frozen_parameters_are_not_averaged():
     model = nn.Linear(3, 2)
     model.bias.requires_grad_(False)
     ema = EMA(model, exponential(0.5))

@@ -92,7 +92,7 @@ class Fixed(Backbone):
         return []
 
 
-def test_the_loss_of_reg_is_that_of_the_released_code():
+def test_the_loss_of_reg_equals_the_released_code():
     """Latents and vector share their times, all tokens with the vector's in front are aligned; weights 0.5 and 0.03."""
     case = golden.load("reg_loss_linear")
     given = {name: golden.tensor(formula) for name, formula in case["inputs"].items()}
@@ -116,7 +116,7 @@ def test_the_loss_of_reg_is_that_of_the_released_code():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_gradients_and_weights_are_those_of_the_version_before(case):
+def test_losses_gradients_and_weights_match_the_recorded_version(case):
     terms, diffusion, tokens = CASES[case]
     model = network(learn_sigma=case == "ddpm")
     objective = objective_of(model, terms, diffusion, {"tiny": 20})
@@ -138,7 +138,7 @@ def test_losses_gradients_and_weights_are_those_of_the_version_before(case):
     assert weights == pytest.approx(GOLDEN[case]["end"], rel=1e-6)
 
 
-def test_every_kind_of_target_at_once_trains_all_that_it_should():
+def test_all_kinds_of_target_together_train_every_parameter():
     """A stream, a head, five targets: the gradients reach every parameter, and the total is the weighted sum of the terms."""
     model = network(streams={"class": 20}, heads=(2,))
     terms = [
@@ -188,7 +188,7 @@ def test_the_averaged_network_sees_less_noise():
     assert float(less[draws.t > 0.25].mean()) == pytest.approx(0.125, abs=0.01)
 
 
-def test_two_times_an_image_go_to_a_quarter_and_the_rest_of_its_tokens():
+def test_two_times_per_image_go_to_a_quarter_and_the_rest_of_the_tokens():
     model = network(separate_times=True)
     terms = [{"target": "ema:depth=4,cleanest=true", "depth": 2, "projector": "linear"}]
     objective = objective_of(model, terms, {"token_times": 0.25}, {})
@@ -203,7 +203,7 @@ def test_two_times_an_image_go_to_a_quarter_and_the_rest_of_its_tokens():
     assert losses.total.isfinite().all()
 
 
-def test_the_averaged_network_has_the_same_groups_of_tokens_each_earlier():
+def test_the_averaged_network_sees_the_same_token_groups_at_earlier_times():
     terms = [{"target": "ema:depth=4,earlier=0.25", "depth": 2, "projector": "linear"}]
     objective = objective_of(network(), terms, {"token_times": 0.25}, {})
     draws = objective.draw({"x": images(num=400)[0]}, 0)
@@ -217,7 +217,7 @@ def test_the_averaged_network_has_the_same_groups_of_tokens_each_earlier():
 @pytest.mark.parametrize(
     "settings", [{}, {"separate_times": True}, {"separate_times": True, "route": Route(2, 3, 0.5)}]
 )
-def test_two_times_an_image_are_the_times_of_their_tokens(settings):
+def test_two_times_per_image_equal_one_time_per_token(settings):
     """Two modulations and a choice give what a modulation for every token gives: taps, heads, predictions and gradients."""
     model = network(heads=(4,), **settings).double()
     keep = torch.arange(1, 16, 2).expand(6, -1) if "route" in settings else None
@@ -233,7 +233,7 @@ def test_two_times_an_image_are_the_times_of_their_tokens(settings):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
-def test_two_equal_times_are_one_time():
+def test_two_equal_times_equal_one_time():
     model = network().double()
     x, condition, _ = images()
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
@@ -242,7 +242,7 @@ def test_two_equal_times_are_one_time():
     torch.testing.assert_close(one, both, rtol=0, atol=1e-12)
 
 
-def test_a_token_with_the_same_time_everywhere_is_an_image_with_that_time():
+def test_equal_token_times_equal_one_image_time():
     model = network(separate_times=True).double()
     x, condition, _ = images()
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
@@ -251,7 +251,7 @@ def test_a_token_with_the_same_time_everywhere_is_an_image_with_that_time():
     torch.testing.assert_close(one, each, rtol=0, atol=1e-10)
 
 
-def test_tokens_of_other_times_are_not_seen():
+def test_tokens_of_another_time_group_have_no_influence():
     """Changing the latents of one group of tokens leaves the prediction at the other group as it was."""
     model = network(separate_times=True)
     x, condition, _ = images()
@@ -265,7 +265,7 @@ def test_tokens_of_other_times_are_not_seen():
     assert not torch.equal(a[:, :, :2], b[:, :, :2])
 
 
-def test_attention_taps_are_the_logits_behind_the_attention():
+def test_attention_taps_are_the_logits_of_the_attention():
     model = network(depth=1, streams={"class": 3})
     x, condition, stream = images()
     state = {"x": x, "class": torch.randn(6, 3, generator=stream)}
@@ -277,7 +277,7 @@ def test_attention_taps_are_the_logits_behind_the_attention():
 
 
 @pytest.mark.parametrize("latent_size", [(8, 4), (4, 8)])
-def test_rectangles_and_patches_of_one_pixel(latent_size):
+def test_rectangular_latents_and_patches_of_one_pixel_train(latent_size):
     model = network(latent_size=latent_size, patch_size=1)
     assert model.grid == latent_size
     terms = [{"target": "tiny", "depth": 2, "projector": "conv"}]

@@ -38,7 +38,7 @@ def dinov2(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["tiny", "dinov2-b"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_weights_rounded_once_give_the_tokens_of_autocast_bit_for_bit(name, precision, dinov2):
+def test_weights_rounded_once_give_the_same_tokens_as_autocast(name, precision, dinov2):
     encoder = load_encoder(name, weights=dinov2 if name == "dinov2-b" else None)
     images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = sum(p.nbytes for p in encoder.parameters())
@@ -50,7 +50,7 @@ def test_weights_rounded_once_give_the_tokens_of_autocast_bit_for_bit(name, prec
     assert sum(p.nbytes for p in encoder.parameters()) < 0.7 * before
 
 
-def test_the_network_of_a_teacher_is_one_graph(dinov2):
+def test_an_encoder_compiles_in_one_graph(dinov2):
     encoder = load_encoder("dinov2-b", weights=dinov2)
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     wanted = encoder(images, 3).patches
@@ -64,7 +64,7 @@ def test_the_network_of_a_teacher_is_one_graph(dinov2):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_computed_tokens_can_be_aligned_to(precision):
+def test_computed_tokens_can_be_alignment_targets(precision):
     """They are made under inference mode, whose tensors autograd refuses to save."""
     data = Synthetic({}, 4)
     config = configuration(precision=precision)
@@ -79,7 +79,7 @@ def test_computed_tokens_can_be_aligned_to(precision):
     assert (patches.float() - exact).norm() < (0.02 if precision == "bf16" else 1e-6) * exact.norm()
 
 
-def test_an_encoder_that_nobody_wants_is_neither_run_nor_fed(monkeypatch):
+def test_an_unused_encoder_is_neither_run_nor_given_images(monkeypatch):
     encoders = EncoderFeatures(configuration(), Synthetic({}, 4), CPU)
     assert encoders.reads_images(encoders.wanted)
     assert not encoders.reads_images(())
@@ -89,7 +89,7 @@ def test_an_encoder_that_nobody_wants_is_neither_run_nor_fed(monkeypatch):
     assert encoders(batch, ()) == {}
 
 
-def test_stored_tokens_are_read_as_long_as_they_are_wanted():
+def test_stored_tokens_are_read_while_they_are_needed():
     data = Synthetic({"tiny": 7}, 4)
     encoders = EncoderFeatures(configuration(), data, CPU)
     assert (encoders.dims, encoders.encoders) == ({"tiny": 7}, {})
@@ -99,7 +99,7 @@ def test_stored_tokens_are_read_as_long_as_they_are_wanted():
     assert EncoderFeatures(configuration(), Synthetic({"tiny": 7}, 4, has_moments=False), CPU).reads_images(())
 
 
-def test_where_an_encoder_cannot_be_loaded_the_stored_tokens_are_named(monkeypatch):
+def test_the_error_about_a_missing_encoder_names_the_stored_tokens(monkeypatch):
     def absent(name, **_):
         raise UserError(f"no weights of {name}.")
 
@@ -111,7 +111,7 @@ def test_where_an_encoder_cannot_be_loaded_the_stored_tokens_are_named(monkeypat
         EncoderFeatures(config, Synthetic({}, 4), CPU)
 
 
-def test_every_batch_comes_with_the_tokens_of_its_own_step():
+def test_every_batch_comes_with_the_tokens_of_its_step():
     config, data = configuration(precision="fp32"), Synthetic({}, 4)
     encoders = EncoderFeatures(config, data, CPU)
     first = data.batch(config, CPU, 16)
@@ -125,7 +125,7 @@ def test_every_batch_comes_with_the_tokens_of_its_own_step():
             torch.testing.assert_close(features["tiny"].patches, encoders(batch, encoders.wanted)["tiny"].patches)
 
 
-def test_features_that_are_not_finite_are_refused_at_the_step_that_first_wants_them():
+def test_non_finite_features_are_refused_at_the_first_step_that_uses_them():
     """With a weight that warms up from 0 that is not the first step."""
     data = Synthetic({}, 4)
     config = configuration()
@@ -140,7 +140,7 @@ def test_features_that_are_not_finite_are_refused_at_the_step_that_first_wants_t
 
 
 @pytest.mark.parametrize("num", [0, 1, 2, 5])
-def test_one_ahead_asks_for_the_next_before_it_hands_out_the_one_in_front(num):
+def test_one_ahead_requests_the_next_item_before_returning_the_current(num):
     asked = []
 
     def items():
@@ -156,7 +156,7 @@ def test_one_ahead_asks_for_the_next_before_it_hands_out_the_one_in_front(num):
 
 
 @pytest.mark.parametrize("measured_twice", [False, True])
-def test_stored_tokens_are_no_longer_read_once_their_weight_is_zero(
+def test_stored_tokens_are_not_read_after_their_weight_becomes_zero(
     measured_twice, tiny_config, run_training, tmp_path, monkeypatch
 ):
     stops = tiny_config.alignments[0].override(schedule="stop:step=3")

@@ -32,7 +32,7 @@ def emulated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_and_gradients_are_those_of_the_rounded_numbers(bias):
+def test_forward_and_gradients_equal_those_of_rounded_numbers(bias):
     linear, x = layer(bias), torch.randn(4, 8, 48, requires_grad=True)
     out = linear(x)
     gradient = torch.randn(out.shape).to(torch.bfloat16)
@@ -55,7 +55,7 @@ def test_forward_and_gradients_are_those_of_the_rounded_numbers(bias):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("dtype", [FORWARD, GRADIENT])
-def test_numbers_of_any_size_keep_their_bits(size, dtype):
+def test_numbers_of_any_size_keep_their_precision(size, dtype):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1)) * size
     x8, scale = rounded(x, dtype)
     assert x8.float().isfinite().all()
@@ -64,7 +64,7 @@ def test_numbers_of_any_size_keep_their_bits(size, dtype):
     assert relative.max() <= (1 / 16 if dtype == FORWARD else 1 / 8) * 1.001  # half of the last bit
 
 
-def test_zeros_and_what_is_not_finite():
+def test_zeros_stay_zero_and_nan_stays_nan():
     x8, scale = rounded(torch.zeros(4), FORWARD)
     assert not x8.float().any()
     assert scale > 0
@@ -81,7 +81,7 @@ def network(**changes):
     return model
 
 
-def test_the_matrices_of_inner_blocks_turn_and_nothing_else():
+def test_only_matrices_of_inner_blocks_become_8_bit():
     model = network()
     names = list(model.state_dict())
     turned = use_fp8(model, "bf16", CPU)
@@ -91,7 +91,7 @@ def test_the_matrices_of_inner_blocks_turn_and_nothing_else():
     assert list(model.state_dict()) == names
 
 
-def test_the_network_answers_nearly_the_same():
+def test_the_predictions_are_close_to_full_precision():
     plain = network()
     turned = copy.deepcopy(plain)
     use_fp8(turned, "bf16", CPU)
@@ -104,7 +104,7 @@ def test_the_network_answers_nearly_the_same():
     assert errors[0] < errors[1] < 0.1
 
 
-def test_blocks_in_8_bits_are_compiled_without_breaks():
+def test_8_bit_blocks_compile_without_graph_breaks():
     torch._dynamo.reset()
     model = network()
     use_fp8(model, "bf16", CPU)
@@ -119,7 +119,7 @@ def test_blocks_in_8_bits_are_compiled_without_breaks():
     assert model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
 
 
-def test_networks_and_precisions_that_it_does_not_serve():
+def test_unsupported_networks_and_precisions_are_refused():
     with pytest.raises(UserError, match="precision is fp32"):
         use_fp8(network(), "fp32", CPU)
     with pytest.raises(UserError, match="needs matrices with sides"):
@@ -128,7 +128,7 @@ def test_networks_and_precisions_that_it_does_not_serve():
         use_fp8(network(), "bf16", torch.device("mps"))
 
 
-def test_a_run_in_8_bits_learns_as_one_in_16(tiny_config, data_folder, tmp_path):
+def test_an_8_bit_run_learns_like_a_16_bit_run(tiny_config, data_folder, tmp_path):
     """The same draws: the losses of thirty steps stay together, and the run is continued from its checkpoint to the bit."""
     config = tiny_config.override(
         model=tiny_config.model.override(depth=4, hidden_dim=32, num_heads=2), precision="bf16", num_steps=30, save_every=20,

@@ -23,7 +23,7 @@ MODEL = ModelConfig(
 )
 
 
-def test_every_number_of_every_row_is_one_programs():
+def test_every_element_is_updated_by_exactly_one_program():
     sizes, owner, start = programs((1, BLOCK, BLOCK + 1, 3 * BLOCK), CPU)
     assert sizes.tolist() == [1, BLOCK, BLOCK + 1, 3 * BLOCK]
     assert owner.tolist() == [0, 1, 2, 2, 3, 3, 3]
@@ -95,7 +95,7 @@ print("equal")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernel_in_tritons_interpreter_is_adamw_and_the_average():
+def test_the_triton_kernel_equals_adamw_and_the_average():
     """In a process of its own: the interpreter is chosen when Triton is imported."""
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",

@@ -45,7 +45,7 @@ def poison(monkeypatch, *steps: int, value: float = NAN) -> None:
     monkeypatch.setattr(Objective, "forward", poisoned)
 
 
-def test_any_norm_that_is_not_finite_skips():
+def test_a_non_finite_norm_skips_the_step():
     guard = Guard("fp32", CPU)
     assert checked(guard, 1.0, NAN, INF, 2.0) == [0, 1, 1, 0]
     assert float(guard.check([torch.tensor(1.0), torch.tensor(NAN)])) == 1  # of the projectors that only measure
@@ -71,7 +71,7 @@ def test_the_loss_scale_follows_the_rule_of_grad_scaler(monkeypatch):
     assert float(guard.scale) != 2.0**16
 
 
-def test_scaling_leaves_the_gradient_as_it_is():
+def test_loss_scaling_does_not_change_the_gradient():
     torch.manual_seed(0)
     guard, layer, x = Guard("fp16", CPU), torch.nn.Linear(5, 3), torch.randn(7, 5)
     guard.load({"guard_scale": 1024.0})
@@ -86,7 +86,7 @@ def test_scaling_leaves_the_gradient_as_it_is():
         assert torch.equal(large, 1024 * p.grad)
 
 
-def test_a_spike_is_told_against_the_running_median():
+def test_a_spike_is_reported_relative_to_the_running_median():
     guard, told = Guard("fp32", CPU), []
     for step, norm in enumerate([1.0, 50.0, *[2.0] * 12, 19.0, 21.0, 2.0], start=1):
         checked(guard, norm)
@@ -94,7 +94,7 @@ def test_a_spike_is_told_against_the_running_median():
     assert told == ["The gradient norm rose to 21 by step 16, 10 times its running median of 2."]
 
 
-def test_a_poisoned_step_changes_nothing_but_its_count(tiny_config, run_training, tmp_path, monkeypatch):
+def test_a_skipped_step_changes_only_the_count(tiny_config, run_training, tmp_path, monkeypatch):
     poison(monkeypatch, 3, 4)
     config = tiny_config.override(num_steps=6, save_every=1, keep_checkpoints=0, ema_decays=(0.5,))
     told = []
@@ -110,7 +110,7 @@ def test_a_poisoned_step_changes_nothing_but_its_count(tiny_config, run_training
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_too_many_in_a_row_stop_before_anything_is_written(tiny_config, run_training, tmp_path, monkeypatch, value):
+def test_too_many_skipped_steps_in_a_row_stop_training(tiny_config, run_training, tmp_path, monkeypatch, value):
     poison(monkeypatch, 1, 2, 3, *range(5, 10), value=value)
     config = tiny_config.override(save_every=4, max_skipped_steps=3)
     with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to step 9 .*checkpoint of step 8 is good"):
@@ -118,7 +118,7 @@ def test_too_many_in_a_row_stop_before_anything_is_written(tiny_config, run_trai
     assert layout.checkpoint_steps(tmp_path / "r") == [4, 8]
 
 
-def test_the_count_survives_a_restart(tiny_config, run_training, tmp_path, monkeypatch):
+def test_the_count_of_skipped_steps_survives_a_restart(tiny_config, run_training, tmp_path, monkeypatch):
     poison(monkeypatch, 2, 3, 4, 5, 6)
     config = tiny_config.override(num_steps=4, save_every=4, max_skipped_steps=4)
     run_training(config, tmp_path / "r")
@@ -127,9 +127,7 @@ def test_the_count_survives_a_restart(tiny_config, run_training, tmp_path, monke
 
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "muon"), ("fp16", "adamw")])
-def test_ten_steps_are_four_and_a_restart_and_six(
-    tiny_config, run_training, tmp_path, monkeypatch, precision, optimizer
-):
+def test_ten_steps_equal_four_a_restart_and_six(tiny_config, run_training, tmp_path, monkeypatch, precision, optimizer):
     """With a skipped step before the restart and one after; fp16 with its loss scale amid its count, Muon with momenta."""
     monkeypatch.setattr(update, "GROWTH_STEPS", 3)
     poison(monkeypatch, 1, 7)

@@ -101,13 +101,13 @@ def endure(num_kills: int, config, data_folder, whole, folder: Path) -> int:
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_a_few_kills(background, config, data_folder, whole, tmp_path):
+def test_a_few_kills_do_not_change_the_result(background, config, data_folder, whole, tmp_path):
     endure(4, config.override(async_save=background), data_folder, whole, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("background", [False, True])
-def test_a_hundred_kills(background, config, data_folder, whole, tmp_path):
+def test_a_hundred_kills_do_not_change_the_result(background, config, data_folder, whole, tmp_path):
     torn = endure(100, config.override(async_save=background), data_folder, whole, tmp_path)
     assert torn >= 10  # kills did hit the writing of checkpoints

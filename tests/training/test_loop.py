@@ -44,7 +44,7 @@ def finished(tiny_config, data_folder, tmp_path_factory):
     return run
 
 
-def test_ten_steps_are_five_and_a_restart_and_five(finished, tiny_config, run_training, tmp_path):
+def test_ten_steps_equal_five_a_restart_and_five(finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "halves"
     assert run_training(tiny_config.override(num_steps=5), run).step == 5
     assert run_training(tiny_config, run).step == 10
@@ -53,7 +53,7 @@ def test_ten_steps_are_five_and_a_restart_and_five(finished, tiny_config, run_tr
         assert torch.equal(value, weights(run)[name]), name
 
 
-def test_a_kill_between_checkpoints_costs_only_the_steps_since(finished, tiny_config, run_training, tmp_path):
+def test_a_kill_loses_only_the_steps_since_the_last_checkpoint(finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "killed"
 
     def die(state):
@@ -83,7 +83,7 @@ def test_a_signal_ends_with_a_checkpoint(number, finished, tiny_config, run_trai
                        weights(finished)["ema.safetensors/final_layer.linear.weight"])  # fmt: skip
 
 
-def test_metrics_hold_what_the_page_needs(finished):
+def test_metrics_contain_what_the_report_needs(finished):
     rows = trained(finished)
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert set(rows[-1]["alignment"]) == {"tiny@1"}
@@ -92,7 +92,7 @@ def test_metrics_hold_what_the_page_needs(finished):
         assert row["images_per_second"] > 0
 
 
-def test_progress_and_log_tell_the_alignment(finished):
+def test_progress_and_log_show_the_alignment(finished):
     (row, *_), lines = trained(finished), (finished / layout.LOG).read_text().splitlines()
     first = next(line for line in lines if line.startswith("step 1/"))
     assert first.startswith(
@@ -107,7 +107,7 @@ def test_a_signal_in_the_last_preview_is_not_forgotten(tiny_config, run_training
     assert result.interrupted == signal.SIGINT
 
 
-def test_a_measuring_projector_that_is_not_finite_stops_too(tiny_config, run_training, tmp_path):
+def test_a_non_finite_measuring_projector_stops_training(tiny_config, run_training, tmp_path):
     measured = (tiny_config.alignments[0].override(measure_only=True),)
 
     def poison(state):
@@ -120,7 +120,7 @@ def test_a_measuring_projector_that_is_not_finite_stops_too(tiny_config, run_tra
     assert layout.checkpoint_steps(tmp_path / "r") == [5]
 
 
-def test_it_learns(tiny_config, run_training, tmp_path):
+def test_training_reduces_the_losses(tiny_config, run_training, tmp_path):
     config = tiny_config.override(num_steps=150, log_every=10, save_every=150, optimizer={"learning_rate": 3e-3})
     run_training(config, tmp_path / "r")
     rows = trained(tmp_path / "r")
@@ -142,7 +142,7 @@ def test_the_baseline_starts_from_the_same_network(finished, tiny_config, run_tr
     assert "alignment" not in base
 
 
-def test_measuring_alignment_leaves_the_baseline_as_it_is(tiny_config, run_training, tmp_path):
+def test_measuring_alignment_does_not_change_the_baseline(tiny_config, run_training, tmp_path):
     measured = (tiny_config.alignments[0].override(measure_only=True),)
     run_training(tiny_config.override(alignments=()), tmp_path / "a")
     run_training(tiny_config.override(alignments=measured), tmp_path / "b")
@@ -152,7 +152,7 @@ def test_measuring_alignment_leaves_the_baseline_as_it_is(tiny_config, run_train
         )
 
 
-def test_ema_follows_by_its_decay(tiny_config, run_training, tmp_path):
+def test_the_ema_follows_with_its_decay(tiny_config, run_training, tmp_path):
     run_training(tiny_config.override(num_steps=2, save_every=1, keep_checkpoints=0), tmp_path / "r")
     first, second = (weights(tmp_path / "r", step) for step in (1, 2))
     key = "final_layer.linear.weight"
@@ -171,7 +171,7 @@ def test_hooks_run_when_due_and_at_the_end(tiny_config, run_training, tmp_path):
     assert rows[0]["frechet_distance"] == 1.5
 
 
-def test_a_run_of_another_configuration_is_refused_and_untouched(finished, tiny_config, run_training, tmp_path):
+def test_a_run_with_another_configuration_is_refused_and_unchanged(finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -180,7 +180,9 @@ def test_a_run_of_another_configuration_is_refused_and_untouched(finished, tiny_
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
 
 
-def test_a_configuration_that_was_edited_is_refused_unless_it_may_change(finished, tiny_config, run_training, tmp_path):
+def test_an_edited_configuration_is_refused_unless_the_setting_may_change(
+    finished, tiny_config, run_training, tmp_path
+):
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     whole = TrainConfig.load(run / layout.CONFIG)
@@ -210,19 +212,19 @@ def test_other_data_is_refused(finished, tiny_config, run_training, tmp_path):
         run_training(tiny_config.override(num_steps=12), run)
 
 
-def test_a_folder_of_something_else_is_refused(tiny_config, run_training, tmp_path):
+def test_a_folder_with_other_files_is_refused(tiny_config, run_training, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty and not a run"):
         run_training(tiny_config, tmp_path)
 
 
-def test_a_kill_amid_the_first_files_of_a_folder_is_continued(finished, tiny_config, run_training, tmp_path):
+def test_a_run_killed_while_its_folder_is_created_continues(finished, tiny_config, run_training, tmp_path):
     for name in (layout.DATA, f".{layout.CONFIG}.abc.tmp"):
         (tmp_path / name).write_text((finished / layout.DATA).read_text())
     assert run_training(tiny_config.override(num_steps=1), tmp_path).step == 1
 
 
-def test_snapshots_of_steps_that_are_done_again_are_made_again(tiny_config, run_training, tmp_path):
+def test_snapshots_of_repeated_steps_are_written_again(tiny_config, run_training, tmp_path):
     """Ten steps under a schedule that ends with them; its last checkpoint is lost, and the run goes on to step 12 from step 5."""
     config = tiny_config.override(
         ema_widths=(0.1,), snapshot_every=3, optimizer={"schedule": "linear", "learning_rate": 1e-2}
@@ -242,7 +244,7 @@ def test_snapshots_of_steps_that_are_done_again_are_made_again(tiny_config, run_
 
 
 @pytest.mark.parametrize(("precision", "products"), [("bf16", "high"), ("fp32", "highest")])
-def test_fp32_means_float32_whatever_ran_before(precision, products, tiny_config, run_training, tmp_path):
+def test_fp32_computes_in_float32_whatever_ran_before(precision, products, tiny_config, run_training, tmp_path):
     torch.set_float32_matmul_precision("medium")
     try:
         run_training(tiny_config.override(precision=precision, num_steps=1), tmp_path / "r")
@@ -252,7 +254,7 @@ def test_fp32_means_float32_whatever_ran_before(precision, products, tiny_config
 
 
 @pytest.mark.parametrize("name", [layout.MODEL_FILE, layout.OPTIMIZER_FILE, layout.STATE_FILE])
-def test_a_checkpoint_cut_in_half_is_named(name, finished, tiny_config, run_training, tmp_path):
+def test_a_truncated_checkpoint_is_named(name, finished, tiny_config, run_training, tmp_path):
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     path = layout.checkpoint_folder(run, 10) / name
@@ -316,18 +318,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
         ({"feature_weights": ("dino-b=somewhere",)}, "--feature-weights names 'dino-b'"),
     ],
 )
-def test_what_does_not_fit_is_said_before_a_folder_is_made(change, sentence, tiny_config, run_training, tmp_path):
+def test_invalid_settings_are_refused_before_a_folder_is_created(change, sentence, tiny_config, run_training, tmp_path):
     with pytest.raises(UserError, match=sentence):
         run_training(tiny_config.override(**change), tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
 
-def test_a_run_folder_is_text(tiny_config, run_training, tmp_path):
+def test_a_run_folder_name_must_be_utf_8(tiny_config, run_training, tmp_path):
     with pytest.raises(UserError, match="needs a name in UTF-8"):
         run_training(tiny_config, tmp_path / "\udcff")
 
 
-def test_depth_beyond_the_model():
+def test_a_depth_beyond_the_model_is_refused():
     with pytest.raises(UserError, match=r"alignments\.0\.depth is 13, but SiT-B/2 has 12 blocks"):
         TrainConfig.parse({"alignments": [{"target": "tiny", "depth": 13}]})
 
@@ -338,7 +340,7 @@ def test_the_resolved_configuration_is_a_recipe(finished, tiny_config, run_train
     assert run_training(config, finished).step == 10
 
 
-def test_minutes_save_too(tiny_config, run_training, tmp_path, monkeypatch):
+def test_checkpoints_are_also_saved_by_the_clock(tiny_config, run_training, tmp_path, monkeypatch):
     """A clock of which every look costs a minute: the loop looks once a step, and once more when it saves."""
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
@@ -347,7 +349,7 @@ def test_minutes_save_too(tiny_config, run_training, tmp_path, monkeypatch):
     assert layout.checkpoint_steps(tmp_path / "r") == [3, 6, 9]
 
 
-def test_checkpoints_that_stay_are_written_between_the_others_too(tiny_config, run_training, tmp_path):
+def test_kept_checkpoints_are_also_written_between_the_others(tiny_config, run_training, tmp_path):
     run_training(tiny_config.override(save_every=4, keep_every=3, keep_checkpoints=1), tmp_path / "r")
     assert layout.checkpoint_steps(tmp_path / "r") == [3, 6, 9, 10]
 
@@ -373,7 +375,7 @@ def test_a_full_disk_under_asynchronous_writing_ends_the_run_at_the_next_step(
     assert all(torch.equal(value, weights(tmp_path / "r")[name]) for name, value in weights(finished).items())
 
 
-def test_what_a_thread_writes_is_the_state_when_it_was_taken(
+def test_asynchronous_checkpoints_contain_the_state_at_their_step(
     finished, tiny_config, run_training, tmp_path, monkeypatch
 ):
     later, write = threading.Event(), writer.save_checkpoint
@@ -394,9 +396,7 @@ def test_what_a_thread_writes_is_the_state_when_it_was_taken(
         assert all(torch.equal(value, mine[name]) for name, value in load_file(path).items()), path.name
 
 
-def test_going_on_computes_as_the_run_began_whatever_is_found_now(
-    tiny_config, run_training, random_run, tmp_path, monkeypatch
-):
+def test_a_resumed_run_computes_as_it_began(tiny_config, run_training, random_run, tmp_path, monkeypatch):
     """A CPU is timed for precision auto, and a target run may have trained on: neither may stop or change a run that goes on."""
     teacher = shutil.copytree(random_run, tmp_path / "teacher")
     term = {"target": f"run:path={teacher},depth=2,scale=1", "depth": 1, "loss": "mse", "projector": "linear"}

@@ -43,7 +43,7 @@ def losses_of(objective, x, labels, features, step=0):
 COSINE = AlignmentConfig(target="tiny", depth=2, weight=0.7, projector="linear")
 
 
-def test_total_is_equation_9_written_out():
+def test_the_total_is_equation_9_written_out():
     objective = make([COSINE])
     x, labels, features = batch()
     losses = losses_of(objective, x, labels, features, step=3)
@@ -69,7 +69,7 @@ def test_total_is_equation_9_written_out():
     ("linear", lambda t: -1.0, lambda t: 1.0),
     ("trigonometric", lambda t: -math.pi / 2 * math.sin(math.pi * t / 2), lambda t: math.pi / 2 * math.cos(math.pi * t / 2)),
 ])  # fmt: skip
-def test_velocity_target_follows_the_path(path, d_alpha, d_sigma):
+def test_the_velocity_target_follows_the_path(path, d_alpha, d_sigma):
     objective = make(path=path)
     torch.nn.init.zeros_(objective.model.final_layer.linear.weight)
     torch.nn.init.zeros_(
@@ -82,7 +82,7 @@ def test_velocity_target_follows_the_path(path, d_alpha, d_sigma):
         assert float(losses.total[n].detach()) == pytest.approx(float(target.square().mean()), rel=1e-5)
 
 
-def test_draws_are_functions_of_seed_and_step():
+def test_draws_depend_only_on_seed_and_step():
     x, _, _ = batch()
     a, b = make().draw({"x": x}, 5), make().draw({"x": x}, 5)
     assert torch.equal(a.noise["x"], b.noise["x"])
@@ -91,7 +91,7 @@ def test_draws_are_functions_of_seed_and_step():
     assert not torch.equal(a.noise["x"], make(seed=1).draw({"x": x}, 5).noise["x"])
 
 
-def test_labels_are_dropped_at_the_asked_rate():
+def test_labels_are_dropped_at_the_configured_rate():
     x = torch.zeros(20_000, 1, 1, 1)
     for rate in (0.0, 0.1, 1.0):
         assert float(make(label_dropout=rate).draw({"x": x}, 0).dropped.float().mean()) == pytest.approx(rate, abs=0.01)
@@ -112,7 +112,7 @@ def test_measuring_moves_the_projector_but_not_the_network():
     assert {id(p) for p in groups[1]} == {id(p) for p in objective.alignments.parameters()}
 
 
-def test_an_encoder_whose_weight_is_zero_is_not_asked_for():
+def test_an_encoder_with_weight_zero_is_not_needed():
     objective = make([COSINE.override(schedule="stop:step=10")])
     assert [need.encoder for need in objective.needs(9)] == ["tiny"]
     assert objective.needs(10) == ()
@@ -143,7 +143,7 @@ def test_half_precision_keeps_norms_and_losses_in_float32():
         assert all(p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
 
 
-def test_the_draws_of_some_samples_are_those_of_a_micro_batch():
+def test_a_micro_batch_has_the_draws_of_its_samples():
     objective = make([COSINE])
     x, labels, features = batch()
     draws, weights = objective.draw({"x": x}, 2), objective.weights(2, x.device)
@@ -162,7 +162,7 @@ def test_weights_follow_the_schedules_of_the_alignments():
 
 
 @pytest.mark.parametrize("token_times", [0.0, 0.25])
-def test_contrastive_terms_look_at_the_image_before_in_the_global_batch(token_times, monkeypatch):
+def test_contrastive_terms_use_the_previous_image_of_the_global_batch(token_times, monkeypatch):
     """The same for one process and for two; a micro-batch keeps its images' neighbours, so accumulation changes nothing."""
     objective = make(contrastive=0.2, token_times=token_times)
     x, labels, _ = batch()
@@ -183,7 +183,7 @@ def test_contrastive_terms_look_at_the_image_before_in_the_global_batch(token_ti
     assert make().draw({"x": x}, 0).other is None
 
 
-def test_a_stream_needs_an_encoder_with_a_vector_for_the_image():
+def test_a_stream_needs_an_encoder_with_pooled_features():
     objective = make()
     objective.streams = (StreamConfig(source="tiny"),)
     x, _, features = batch()

@@ -51,7 +51,7 @@ def same(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_rate_rises_then_follows_its_schedule():
+def test_the_learning_rate_warms_up_and_follows_its_schedule():
     def rates(**settings):
         settings = OptimizerConfig(learning_rate=0.1, **settings)
         return [learning_rate(settings, 12, step) for step in range(12)]
@@ -67,7 +67,7 @@ def test_the_rate_rises_then_follows_its_schedule():
 
 
 @pytest.mark.parametrize("size", [0.01, 30.0])
-def test_clipping_by_the_optimizer_is_clipping_before_it(size):
+def test_clipping_in_the_optimizer_equals_clipping_before_it(size):
     """Three steps of AdamW whose gradients are scaled as they are read, against torch's own clipping in a pass before."""
     found = []
     for fused in (True, False):
@@ -90,7 +90,7 @@ def test_clipping_by_the_optimizer_is_clipping_before_it(size):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_groups_with_norms_of_their_own_are_clipped_before_the_step():
+def test_groups_with_separate_norms_are_clipped_before_the_step():
     objective, optimizer = make("adamw")
     gradients(objective, 1)
     first, *rest = objective.parameters()
@@ -101,7 +101,7 @@ def test_groups_with_norms_of_their_own_are_clipped_before_the_step():
     assert not hasattr(optimizer, "grad_scale")
 
 
-def test_the_rate_scales_the_step():
+def test_the_learning_rate_scales_the_step():
     moved = []
     for rate in (0.01, 0.03):
         objective, optimizer = make("adamw")
@@ -114,7 +114,7 @@ def test_the_rate_scales_the_step():
         torch.testing.assert_close(3 * a, b, rtol=1e-3, atol=1e-6)
 
 
-def test_muon_has_the_matrices_of_attention_and_mlp_and_adamw_the_rest():
+def test_muon_updates_attention_and_mlp_matrices_and_adamw_the_rest():
     objective, optimizer = make("muon")
     names = {p: name for name, p in objective.named_parameters()}
     muon, adamw = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
@@ -150,7 +150,7 @@ def test_muon_steps_along_the_orthogonalised_momentum(precision, tolerance):
         assert torch.equal(p, rest[name]) == (name not in momentum), name
 
 
-def test_muon_in_bf16_is_that_of_torch_to_the_bit():
+def test_muon_in_bf16_equals_torchs_bit_for_bit():
     objective, optimizer = make("muon", "bf16", weight_decay=0.1)
     other, _ = make("muon", "bf16")
     reference = torch.optim.Muon(other.model.matrices(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
@@ -183,7 +183,7 @@ def test_a_skipped_step_leaves_no_trace(name, first):
 
 
 @muon_too
-def test_four_steps_are_two_and_a_restart_and_two(name):
+def test_four_steps_equal_two_a_restart_and_two(name):
     whole, optimizer = make(name)
     halves, first = make(name)
     for seed in (1, 2):
@@ -202,7 +202,7 @@ def test_four_steps_are_two_and_a_restart_and_two(name):
     assert same(weights(whole), weights(again))
 
 
-def test_muon_is_refused_where_it_cannot_be():
+def test_muon_is_refused_where_it_is_unsupported():
     with pytest.raises(UserError, match="parallel fsdp shards them"):
         TrainConfig.parse({"optimizer": {"name": "muon"}, "parallel": "fsdp"})
     objective, _ = make("adamw")
@@ -212,7 +212,7 @@ def test_muon_is_refused_where_it_cannot_be():
 
 
 @muon_too
-def test_a_run_takes_the_rates_that_its_rows_name(name, tiny_config, run_training, tmp_path):
+def test_a_run_uses_the_learning_rates_that_it_logs(name, tiny_config, run_training, tmp_path):
     settings = OptimizerConfig(name=name, learning_rate=0.002, warmup_steps=2, schedule="linear")
     config, taken = tiny_config.override(num_steps=6, save_every=6, optimizer=settings.model_dump()), []
 

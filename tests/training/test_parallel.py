@@ -71,7 +71,7 @@ PARTS = ("in parts, ddp", "in parts, fsdp")
 
 
 @pytest.mark.parametrize(("name", "like"), [*((n, "one") for n in OTHERS), *((n, "plain") for n in PARTS)])
-def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
+def test_losses_and_weights_equal_those_of_one_process(name, like, runs):
     mine, yours = rows(runs / name), rows(runs / like)
     assert [row["step"] for row in mine] == [row["step"] for row in yours] == list(range(1, NUM_STEPS + 1))
     for a, b in zip(mine, yours, strict=True):
@@ -91,7 +91,7 @@ def test_the_losses_and_weights_are_those_of_one_process(name, like, runs):
         torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_an_encoder_and_a_head_of_another_width_in_parts_are_those_of_one_process(tiny_config, data_folder, tmp_path):
+def test_ddt_under_fsdp_equals_one_process(tiny_config, data_folder, tmp_path):
     """DDT: FSDP2 gathers the blocks of both, and what modulates the head goes from one to the other."""
     model = {"backbone": "ddt:head_depth=1,head_dim=24,head_heads=3", "hidden_dim": 32, "depth": 3, "num_heads": 2}
     config = tiny_config.override(model=model, num_steps=4, save_every=4, optimizer={"learning_rate": 1e-3})
@@ -108,7 +108,7 @@ def test_an_encoder_and_a_head_of_another_width_in_parts_are_those_of_one_proces
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_compiled_steps_of_two_processes_are_those_of_one(parallel, recompute, config, data_folder, tmp_path):
+def test_compiled_steps_of_two_processes_equal_those_of_one(parallel, recompute, config, data_folder, tmp_path):
     """With DDP once each block by itself and once the whole step, cut at DDP's buckets; FSDP2 compiles each block by itself."""
     config = config.override(num_steps=4, save_every=4, compile_scope="step" if recompute else "blocks")
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
@@ -122,7 +122,7 @@ def test_compiled_steps_of_two_processes_are_those_of_one(parallel, recompute, c
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_four_processes_on_two_machines_are_one(config, data_folder, tmp_path):
+def test_four_processes_on_two_machines_train_like_one(config, data_folder, tmp_path):
     """HSDP: parts within each machine, gradients summed between the two; ten steps, then ten more from the checkpoint."""
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
     shared = config.override(parallel="fsdp")
@@ -137,14 +137,14 @@ def test_four_processes_on_two_machines_are_one(config, data_folder, tmp_path):
         torch.testing.assert_close(value, b[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_processes_lie_on_machines():
+def test_the_mesh_follows_the_machines():
     assert mesh_sides(8, 8) == (8,)
     assert mesh_sides(64, 8) == (8, 8)
     assert mesh_sides(4, 1) == (4,)  # machines of one process have nobody to share parts with
     assert mesh_sides(12, 8) == (12,)  # nor are machines alike
 
 
-def test_the_runs_did_learn_and_contrast(runs):
+def test_the_compared_runs_learned_and_contrasted(runs):
     """Else the comparisons would compare nothing."""
     first, *_, last = rows(runs / "one")
     assert last["loss"] < first["loss"] - 0.2
@@ -154,7 +154,7 @@ def test_the_runs_did_learn_and_contrast(runs):
     assert first["alignment"]["tiny@2"] > 1.6
 
 
-def test_a_batch_that_cannot_be_cut_is_said():
+def test_a_batch_that_cannot_be_divided_is_refused():
     require_equal_parts(24, 3, 4)
     with pytest.raises(UserError, match="8 images cannot be split into 6 equal parts.*multiple of 6"):
         require_equal_parts(8, 2, 3)

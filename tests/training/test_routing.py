@@ -47,7 +47,7 @@ def term(**settings):
 
 
 @pytest.mark.parametrize(("norm", "num"), [("none", 16), ("zscore:alpha=0.6", 16), ("none", 64), ("none", 4)])
-def test_a_tap_of_the_route_is_compared_with_the_target_of_its_tokens(norm, num):
+def test_a_tap_in_the_route_is_compared_at_the_kept_tokens(norm, num):
     """Also where the encoder happens to have as many tokens as are kept: 4 are a grid of 2 x 2, not the kept ones."""
     subject, (x, condition, _) = objective(SPRINT, term(token_norm=norm)), images()
     (alignment,) = subject.alignments.values()
@@ -78,7 +78,7 @@ def test_a_tap_of_the_route_is_compared_with_the_target_of_its_tokens(norm, num)
 
 
 @pytest.mark.parametrize(("own", "other"), [(1, 3), (2, 3), (2, 4), (3, 1), (1, 4)])
-def test_blocks_of_one_pass_are_compared_at_the_tokens_that_both_have(own, other):
+def test_two_taps_are_compared_at_the_tokens_they_share(own, other):
     subject, (x, condition, _) = (
         objective(TREAD, term(target=f"block:depth={other}", depth=own, projector="none")),
         images(),
@@ -114,7 +114,7 @@ def test_the_averaged_network_sees_all_tokens():
         ({"target": "block:depth=3", "depth": 1, "loss": "dispersive", "projector": "none"}, "the loss dispersive"),
     ],
 )  # fmt: skip
-def test_terms_that_need_all_tokens_are_refused_in_the_route_alone(settings, message):
+def test_terms_that_need_all_tokens_are_refused_only_in_the_route(settings, message):
     with pytest.raises(UserError, match=message):
         objective(TREAD, term(**settings))
     objective(TREAD._replace(keep=1.0), term(**settings))
@@ -162,7 +162,7 @@ def test_blocks_are_compiled_for_both_numbers_of_tokens():
 
 
 @pytest.mark.parametrize("route", [TREAD, SPRINT])
-def test_parts_of_a_batch_have_its_gradient(route):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(route):
     subject, (x, condition, _) = objective(route, term()), images()
     whole, draws, weights = features(), subject.draw({"x": x}, 0), subject.weights(0, CPU)
     subject({"x": x}, condition, whole, draws, weights).total.mean().backward()
@@ -184,7 +184,7 @@ def test_every_parameter_has_a_gradient_at_every_step(route):
     assert all(p.grad is not None for p in subject.parameters() if p.requires_grad)
 
 
-def test_the_other_draws_are_those_of_a_run_without_route():
+def test_the_route_does_not_change_other_random_draws():
     x, _condition, _ = images()
     plain, routed = (objective(route, term()).draw({"x": x}, 4) for route in (None, SPRINT))
     assert plain.keep is None
@@ -230,7 +230,7 @@ def weights(run, step=8):
     return {f"{p.name}/{key}": value for p in folder.glob("*.safetensors") for key, value in load_file(p).items()}
 
 
-def test_a_run_is_continued_bit_for_bit(runs):
+def test_a_run_resumes_bit_for_bit(runs):
     mine, yours = weights(runs / "stopped"), weights(runs / "one")
     assert mine.keys() == yours.keys()
     assert {"model.safetensors/router.fuse.weight", "model.safetensors/router.mask_token"} <= mine.keys()
@@ -238,7 +238,7 @@ def test_a_run_is_continued_bit_for_bit(runs):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "parts"])
-def test_the_run_is_that_of_one_process(name, runs):
+def test_two_processes_train_like_one(name, runs):
     mine, yours = ([r for r in read_metrics(runs / n) if r["kind"] == "train"] for n in (name, "one"))
     assert [row["step"] for row in mine] == [row["step"] for row in yours] == list(range(1, 9))
     for a, b in zip(mine, yours, strict=True):
@@ -250,7 +250,7 @@ def test_the_run_is_that_of_one_process(name, runs):
         torch.testing.assert_close(value, other[key], atol=2e-5, rtol=1e-3, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_two_stages_then_samples_and_an_export(config, runs, data_folder, tmp_path, capsys):
+def test_two_training_stages_then_sampling_and_export(config, runs, data_folder, tmp_path, capsys):
     """SPRINT's second stage sees all tokens; path-drop guidance asks it without its middle; the export is the network."""
     first, second = runs / "one", tmp_path / "second"
     stage = [str(first), "--data", str(data_folder), "--out", str(second), "--init", str(first), "--model.keep", "1"]
@@ -296,7 +296,7 @@ def test_two_stages_then_samples_and_an_export(config, runs, data_folder, tmp_pa
     assert "a network with the merge fuse" in capsys.readouterr().err
 
 
-def test_what_the_tokens_that_are_left_out_spare():
+def test_skipped_tokens_save_work_and_memory():
     settings = {
         "name": "SiT-S/2",
         "hidden_dim": 64,
@@ -332,7 +332,7 @@ def test_what_the_tokens_that_are_left_out_spare():
         assert flops < 0.6 * flops_per_image(plain.override(alignments=(aligned,)), {"tiny": 48})
 
 
-def test_short_passes_are_those_of_path_drop():
+def test_short_passes_are_counted_for_path_drop():
     assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == (8, 0)
     assert passes_of(5, ["path_drop:scale=3"]) == (5, 5)
     assert passes_of(5, ["path_drop:scale=3,high=0.7"]) == (5, 3)

@@ -15,7 +15,7 @@ PLAIN = Machine(seconds_per_tflop=1e-3, memory=4e12, links=4e11, network=2e11, l
 P = 700e6
 
 
-def test_eight_gpus_by_hand():
+def test_the_step_of_eight_gpus_matches_hand_computation():
     """30 ms of computing: 10 forward, 20 backward. All-reduce of 5.6 GB at 7/8: 12.25 ms, hidden; the update 64 P / 4 TB/s."""
     found = step("ddp", P, 1e12, 30, 1, 8, PLAIN)
     assert found.compute == pytest.approx(0.030)
@@ -29,7 +29,7 @@ def test_eight_gpus_by_hand():
     assert shared.seconds < found.seconds
 
 
-def test_between_machines_gradients_take_the_network():
+def test_gradients_between_machines_use_the_network():
     """Small batches: 2 ms of computing cannot hide 8 P 3/4 / 200 GB/s = 21 ms beside the 12.25 within a machine."""
     found = step("ddp", P, 1e12, 2, 4, 8, PLAIN)
     between = 8 * P * 3 / 4 / 2e11
@@ -39,14 +39,14 @@ def test_between_machines_gradients_take_the_network():
     assert busy.exposed == 0
 
 
-def test_what_overlaps_is_not_free_and_collectives_take_time_to_begin():
+def test_overlap_is_not_free_and_collectives_have_latency():
     slow = Machine(seconds_per_tflop=1e-3, links=4e11, network=2e11, latency=1e-3, contention=0.5)
     found = step("ddp", P, 1e12, 60, 1, 8, slow, buckets=10)
     communication = 8 * P * 7 / 8 / 4e11 + 10 * 1e-3
     assert found.exposed == pytest.approx(0.5 * communication)
 
 
-def test_checkpoints():
+def test_checkpoint_times_match_hand_computation():
     """16 GB in 15 parts: 8 processes write 2 GB each, 16 processes a 15th each, of which the disk takes 4 GB a second at most."""
     one = checkpoint(1e9, 1, 8, host=4e9, disk=1e9, shared=16e9, links=8e9)
     assert vars(one) == {"size": 16e9, "writers": 8, "gather": 2.5, "write": 2.0, "verify": 2.0, "deal": 4.5}
@@ -55,7 +55,7 @@ def test_checkpoints():
     assert many.deal == pytest.approx(4 + 16 / 15 / 4 + 8)
 
 
-def test_the_faster_strategy():
+def test_the_faster_strategy_is_chosen():
     assert faster(P, 1e12, 256, 1, 1) == "ddp"  # one process
     assert faster(P, 1e12, 32, 1, 8) == "fsdp"  # the update of all parameters on every GPU is what it saves
     assert faster(1e6, 1e12, 256, 1, 8) == "ddp"  # nothing to save

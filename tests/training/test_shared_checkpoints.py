@@ -23,7 +23,7 @@ from tests.training import processes
 PART = 6000  # bytes; the network of the tests has ten times as many
 
 
-def test_every_tensor_is_written_once_and_the_bytes_are_shared(monkeypatch):
+def test_every_tensor_is_written_once_and_the_bytes_are_divided_evenly(monkeypatch):
     monkeypatch.setattr(checkpoint, "PART", 100)
     sizes = {
         "a.safetensors": {f"w{i}": 40 for i in range(10)} | {"empty": 0},
@@ -110,7 +110,7 @@ def assert_same(mine: dict[str, torch.Tensor], yours: dict[str, torch.Tensor]) -
     assert all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
-def test_large_files_are_in_parts_and_read_as_one(whole):
+def test_large_files_are_written_in_parts_and_read_as_one(whole):
     folder = layout.checkpoint_folder(whole, 10)
     names = sorted(path.name for path in folder.iterdir())
     assert {
@@ -139,7 +139,7 @@ def test_one_process_resumes_with_every_bit(whole, config, data_folder):
     )
 
 
-def test_a_process_killed_while_it_writes_costs_the_steps_since_the_checkpoint_before(
+def test_a_process_killed_while_writing_loses_only_the_steps_since_the_last_checkpoint(
     whole, config, data_folder, tmp_path
 ):
     run = tmp_path / "run"
@@ -153,7 +153,7 @@ def test_a_process_killed_while_it_writes_costs_the_steps_since_the_checkpoint_b
 
 
 @pytest.mark.parametrize("form", ["safetensors", "diffusers"])
-def test_an_export_of_parts_holds_the_bits_of_the_whole(form, whole, tmp_path):
+def test_an_export_from_parts_has_the_same_bits(form, whole, tmp_path):
     alone = shutil.copytree(whole, tmp_path / "alone")
     shutil.rmtree(layout.checkpoint_folder(alone, 10))
     checkpoint.save_checkpoint(alone, load_checkpoint(whole, 10))
@@ -167,7 +167,7 @@ def test_an_export_of_parts_holds_the_bits_of_the_whole(form, whole, tmp_path):
     assert made[whole] == made[alone]
 
 
-def test_a_part_with_another_bit_or_none_is_named(whole, config, data_folder, tmp_path):
+def test_a_damaged_or_missing_part_is_named(whole, config, data_folder, tmp_path):
     run = tmp_path / "run"
     for step in (5, 10):
         folder = layout.checkpoint_folder(run, step)

@@ -45,7 +45,7 @@ def losses_of(part: Objective, step=2):
     return part(clean, condition, features, draws, part.weights(step, x.device)), draws
 
 
-def test_two_terms_have_one_projector():
+def test_two_terms_can_share_a_projector():
     shared = objective(TOKENS, {**RELATIONS, "projector_of": "tokens"})
     own = objective(TOKENS, RELATIONS)
     first, second = own.alignments.values()
@@ -69,12 +69,12 @@ def test_two_terms_have_one_projector():
     [({"projector": "mlp:width=8"}, "their projector differs"), ({"measure_only": True}, "their measure_only differs"),
      ({"target": "tiny-classifier"}, "a separate projector")],
 )  # fmt: skip
-def test_projectors_that_cannot_be_shared(changes, told):
+def test_projectors_that_cannot_be_shared_are_refused(changes, told):
     with pytest.raises(UserError, match=told):
         objective(TOKENS, {**RELATIONS, "projector_of": "tokens", **changes})
 
 
-def test_a_projector_of_a_later_term_is_refused():
+def test_sharing_the_projector_of_a_later_term_is_refused():
     with pytest.raises(UserError, match="relations"):
         TrainConfig.parse({"alignments": [{**TOKENS, "projector_of": "relations"}, RELATIONS]})
     with pytest.raises(UserError, match="leave it out") as alone:
@@ -84,7 +84,7 @@ def test_a_projector_of_a_later_term_is_refused():
         TrainConfig.parse({"alignments": [TOKENS, {**RELATIONS, "projector_of": "token"}]})
 
 
-def test_each_image_has_the_weight_of_its_own_time():
+def test_each_image_is_weighted_by_its_own_time():
     plain, weighted = objective(TOKENS), objective({**TOKENS, "time_weight": "cosine", "times": (0.2, 1.0)})
     (before, draws), (after, _) = losses_of(plain), losses_of(weighted)
     key = "alignment/tokens"
@@ -141,7 +141,9 @@ def second_stage(tiny_config, random_run, **settings) -> TrainConfig:
         ({"num_heads": 4}, "has model.num_heads: 4, but the checkpoint"),
     ],
 )  # fmt: skip
-def test_a_frozen_run_whose_configuration_was_edited(edit, why, run_training, tiny_config, random_run, tmp_path):
+def test_a_frozen_run_with_an_edited_configuration_is_refused(
+    edit, why, run_training, tiny_config, random_run, tmp_path
+):
     teacher = shutil.copytree(random_run, tmp_path / "teacher")
     config = yaml.safe_load((teacher / layout.CONFIG).read_text())
     (teacher / layout.CONFIG).write_text(yaml.safe_dump({**config, "model": {**config["model"], **edit}}))
@@ -192,7 +194,7 @@ def test_a_run_that_does_not_fit_is_refused(run_training, tiny_config, random_ru
         tiny_config.override(alignments=(first, other))
 
 
-def test_two_forwards_of_a_frozen_run_are_counted(tiny_config, random_run):
+def test_the_estimate_counts_two_forwards_of_a_frozen_run(tiny_config, random_run):
     complete = {"latent_size": 16, "latent_channels": 3, "num_classes": 2}
     config = second_stage(tiny_config, random_run)
     config = config.override(model=config.model.override(**complete))
@@ -205,7 +207,7 @@ def with_text(tiny_config) -> TrainConfig:
     return tiny_config.override(alignments=(*tiny_config.alignments, term), num_steps=2)
 
 
-def test_a_caption_is_a_target_of_a_network_that_reads_none(tiny_config, captioned_data, tmp_path):
+def test_captions_can_be_targets_of_a_class_conditional_network(tiny_config, captioned_data, tmp_path):
     """The mean of the tokens that are there of the image's caption, whatever was dropped; as wide as the data says."""
     seen = []
 
@@ -230,7 +232,7 @@ def test_a_caption_is_a_target_of_a_network_that_reads_none(tiny_config, caption
     assert repa(["sample", str(run), "--num-images", "2", "--steps", "2", "--out", str(tmp_path / "s.npz")]) == 0
 
 
-def test_captions_that_are_not_there_are_said(tiny_config, captioned_data, tmp_path):
+def test_missing_captions_are_reported(tiny_config, captioned_data, tmp_path):
     with pytest.raises(UserError, match="--text NAME"):
         train(with_text(tiny_config), open_data(captioned_data / "plain"), tmp_path / "run", device=CPU)
     with pytest.raises(UserError, match="set pool to true"):

@@ -32,7 +32,7 @@ def losses(run):
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned_data):
+def test_one_caption_per_image_is_read_and_processes_share_the_batch(captioned_data):
     data = open_data(captioned_data / "stored")
     whole = Loader(data, batch_size=8, seed=3, text="captions")
     batches = [whole.batch(step) for step in range(10)]
@@ -50,7 +50,7 @@ def test_one_of_each_images_captions_is_read_and_processes_share_them(captioned_
     assert torch.equal(tokens.mask, wanted.mask)
 
 
-def test_training_resumes_exactly_and_is_read_back(captioned_data, config, tmp_path):
+def test_training_resumes_exactly_and_can_be_loaded(captioned_data, config, tmp_path):
     start(config, captioned_data / "stored", tmp_path / "whole")
     start(config.override(num_steps=3), captioned_data / "stored", tmp_path / "parts")
     start(config, captioned_data / "stored", tmp_path / "parts")
@@ -67,7 +67,7 @@ def test_training_resumes_exactly_and_is_read_back(captioned_data, config, tmp_p
     assert record == load_text_encoder(TINY).identity
 
 
-def test_tokens_computed_while_training_give_the_same(captioned_data, config, tmp_path):
+def test_text_tokens_computed_during_training_give_the_same_run(captioned_data, config, tmp_path):
     start(config, captioned_data / "stored", tmp_path / "stored")
     start(config.override(text=TINY), captioned_data / "plain", tmp_path / "online")
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "stored"), rel=1e-3)
@@ -75,7 +75,7 @@ def test_tokens_computed_while_training_give_the_same(captioned_data, config, tm
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "online"), rel=1e-4)
 
 
-def test_two_processes_are_one(captioned_data, config, tmp_path):
+def test_two_processes_train_like_one(captioned_data, config, tmp_path):
     """Under DDP, and under FSDP with the text encoder running in both."""
     config = config.override(num_steps=3)
     start(config, captioned_data / "stored", tmp_path / "one")
@@ -101,7 +101,7 @@ def test_text_reaches_the_network(captioned_data, config, tmp_path):
     assert (own - none).abs().amax((1, 2, 3)).min() > 1e-6
 
 
-def test_what_does_not_fit_is_refused(captioned_data, config, data_folder, tmp_path):
+def test_incompatible_data_and_settings_are_refused(captioned_data, config, data_folder, tmp_path):
     with pytest.raises(UserError, match="no captions"):
         start(config, data_folder, tmp_path / "a")
     with pytest.raises(UserError, match="--text"):
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused(captioned_data, config, data_folder, tmp_p
         start(config.override(text="tiny-text:tokens=4,width=10"), captioned_data / "stored", tmp_path / "d")
 
 
-def test_a_run_knows_other_weights_of_its_text_encoder(captioned_data, config, tmp_path, monkeypatch):
+def test_changed_weights_of_the_text_encoder_are_refused(captioned_data, config, tmp_path, monkeypatch):
     start(config.override(num_steps=1, text=TINY), captioned_data / "plain", tmp_path / "run")
     from repa.training import inputs
 
@@ -131,7 +131,7 @@ def test_a_run_knows_other_weights_of_its_text_encoder(captioned_data, config, t
         start(config.override(text=TINY), captioned_data / "plain", tmp_path / "run")
 
 
-def test_previews_are_of_captions_and_the_report_shows_them(captioned_data, config, tmp_path):
+def test_previews_use_captions_and_the_report_shows_them(captioned_data, config, tmp_path):
     from repa.cli.hooks import preview_hooks
     from repa.report import write_report
     from repa.runs import layout

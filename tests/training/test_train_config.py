@@ -27,12 +27,12 @@ CONTRAST = {"target": "tiny", "depth": 1, "loss": "nt_xent:temperature=0.1"}
         ({"preview": {"every": 5, "guidance": ["path_drop:scale=3"]}}, "never trained without them: leave it out"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(values, sentence):
+def test_invalid_settings_are_refused(values, sentence):
     with pytest.raises(UserError, match=sentence):
         TrainConfig.parse(values)
 
 
-def test_a_configuration_of_before_these_settings_means_what_it_meant():
+def test_old_configurations_keep_their_meaning():
     """The fields that runs of version 0.1.0 wrote, for the settings that were renamed or added since."""
     old = {
         "optimizer": {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0},
@@ -45,7 +45,7 @@ def test_a_configuration_of_before_these_settings_means_what_it_meant():
     assert (config.accumulate, config.parallel, config.compile, config.ema_decays) == (1, "auto", False, ())
 
 
-def test_how_to_compute_and_how_often_may_change_and_nothing_else(tiny_config, run_training, tmp_path):
+def test_only_changeable_settings_may_change_when_resuming(tiny_config, run_training, tmp_path):
     run = tmp_path / "r"
     run_training(tiny_config.override(num_steps=2), run)
     free = {
@@ -72,7 +72,7 @@ def test_how_to_compute_and_how_often_may_change_and_nothing_else(tiny_config, r
         ("contrast_of:with_others=false", False),
     ],
 )
-def test_a_loss_of_ones_own_that_compares_images_is_refused_with_accumulation(
+def test_a_private_loss_that_compares_images_is_refused_with_accumulation(
     loss, is_refused, tiny_config, data_folder, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "own_losses.py").write_text(

@@ -91,7 +91,7 @@ def runs(recipe, data_folder, tmp_path_factory) -> tuple[Path, Path]:
     return one, two
 
 
-def test_every_loss_is_the_same(runs):
+def test_the_losses_equal_those_of_one_process(runs):
     one, two = (rows(folder, "train") for folder in runs)
     assert [row["step"] for row in one] == [row["step"] for row in two] == list(range(1, 11))
     for mine, yours in zip(one, two, strict=True):
@@ -110,20 +110,20 @@ def test_every_loss_is_the_same(runs):
 
 
 @pytest.mark.parametrize("step", [6, 10])  # made by two processes; made by one that continued
-def test_weights_are_close(step, runs):
+def test_the_weights_are_close_to_those_of_one_process(step, runs):
     one, two = (weights(folder, step) for folder in runs)
     assert one.keys() == two.keys()
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, atol=2e-5, err_msg=name)
 
 
-def test_both_said_who_did_it(runs):
+def test_the_log_records_the_number_of_processes(runs):
     _, two = runs
     begins = [line for line in (two / layout.LOG).read_text().splitlines() if line.startswith("from step")]
     assert [line.split(",")[0] for line in begins] == ["from step 0 on 2 x cpu", "from step 6 on 1 x cpu"]
 
 
-def test_previews_and_distances_are_shared(runs):
+def test_previews_and_distances_equal_those_of_one_process(runs):
     one, two = runs
     images = []
     for folder in runs:
@@ -136,7 +136,7 @@ def test_previews_and_distances_are_shared(runs):
     assert mine["frechet_distance"] == pytest.approx(yours["frechet_distance"], rel=1e-3)
 
 
-def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
+def test_samples_equal_those_of_one_process(random_run, tmp_path):
     command = (
         "sample",
         random_run,
@@ -159,7 +159,7 @@ def test_samples_are_the_same_to_the_byte(random_run, tmp_path):
     assert done.stdout.count("11 images of step 20") == 1  # one process speaks
 
 
-def test_figures_of_samples_are_those_of_one_process(random_run, data_folder, tmp_path):
+def test_evaluation_equals_that_of_one_process(random_run, data_folder, tmp_path):
     """Of a run that is sampled while it is measured, against data whose reference both make."""
     command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
                "--features", "tiny-classifier", "--out")  # fmt: skip
@@ -175,7 +175,7 @@ def test_figures_of_samples_are_those_of_one_process(random_run, data_folder, tm
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
 
 
-def test_shards_are_the_same_to_the_byte(image_folder, tmp_path):
+def test_shards_equal_those_of_one_process(image_folder, tmp_path):
     command = ("prepare", image_folder)
     settings = ("--resolution", 16, "--features", "tiny", "--shard-size", 9, "--batch-size", 5)
     alone(*command, tmp_path / "one", *settings)
@@ -185,7 +185,7 @@ def test_shards_are_the_same_to_the_byte(image_folder, tmp_path):
     assert one == two
 
 
-def test_a_mistake_that_only_the_main_process_sees_ends_both(runs, recipe, data_folder):
+def test_an_error_in_only_the_main_process_ends_both(runs, recipe, data_folder):
     """The other process waits at a barrier for the one that refuses."""
     begin = time.monotonic()
     done = torchrun(

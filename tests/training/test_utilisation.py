@@ -14,7 +14,7 @@ from repa.training.log import flops_of
 
 
 @pytest.mark.parametrize("projector", ["mlp:width=96", "conv:kernel=3"])
-def test_flops_are_those_that_torch_counts(projector):
+def test_flops_equal_torchs_count(projector):
     config = TrainConfig(
         model={"name": "SiT-S/2", "hidden_dim": 64, "depth": 3, "num_heads": 2, "latent_size": 16, "latent_channels": 4,
                "num_classes": 10},
@@ -28,7 +28,7 @@ def test_flops_are_those_that_torch_counts(projector):
     assert flops_of(objective) == pytest.approx(flops_per_image(config, {"tiny": 48}), rel=0.01)
 
 
-def test_rows_have_the_share_of_the_rate(tiny_config, run_training, tmp_path):
+def test_logged_rows_contain_the_utilisation(tiny_config, run_training, tmp_path):
     seen: list = []
     run_training(tiny_config.override(num_steps=2), tmp_path / "r", progress=seen.append)
     row = [row for row in read_metrics(tmp_path / "r") if row["kind"] == "train"][-1]
