@@ -282,19 +282,7 @@ class Aligner(nn.Module):
         if term.tap.kind == "attention":
             student = self._attention(attached, grid)
             return term.at_times(term.compare(student, features_of(name, features, "attention")), t)
-        student, grid = self._tokens(attached.block, attached, grid)
-        if term.config.measure_only:
-            student = student.detach()
-        elif torch.is_grad_enabled() and not student.requires_grad:
-            raise UserError(
-                f"The output of block {attached.block} has no gradient: train weights of this block or of an earlier one, and do not run "
-                "the network under no_grad."
-            )
-        if attached.width and student.shape[2] != attached.width:
-            raise UserError(
-                f"Block {attached.block} outputs tokens of width {student.shape[2]}, but its projector was built for {attached.width}: "
-                f"attach with hidden_dim={student.shape[2]}."
-            )
+        student, grid = self._student(attached, grid)
         target: Tensor | None = None
         if attached.other:
             target, own = self._tokens(attached.other, attached, grid)
@@ -324,6 +312,23 @@ class Aligner(nn.Module):
         else:  # every frame is an image
             loss = term.compare(student, target, grid=rows_columns).unflatten(0, (-1, frames)).mean(1)  # (N,)
         return term.at_times(loss, t)
+
+    def _student(self, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tokens:
+        """Tokens of the term's block, checked to train the block and to fit the projector."""
+        student, grid = self._tokens(attached.block, attached, grid)
+        if attached.term.config.measure_only:
+            student = student.detach()
+        elif torch.is_grad_enabled() and not student.requires_grad:
+            raise UserError(
+                f"The output of block {attached.block} has no gradient: train weights of this block or of an earlier one, and do not run "
+                "the network under no_grad."
+            )
+        if attached.width and student.shape[2] != attached.width:
+            raise UserError(
+                f"Block {attached.block} outputs tokens of width {student.shape[2]}, but its projector was built for {attached.width}: "
+                f"attach with hidden_dim={student.shape[2]}."
+            )
+        return Tokens(student, grid)
 
     def _tokens(self, block: str, attached: "_AttachedTerm", grid: tuple[int, ...] | None) -> Tokens:
         record = self._watcher.record

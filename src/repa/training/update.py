@@ -49,14 +49,14 @@ def update(state: "TrainState", groups: Sequence[Sequence[nn.Parameter]]) -> lis
     state.rate = learning_rate(settings, state.config.num_steps, state.step)
     set_learning_rate(state.optimizer, state.rate)
     state.step += 1
-    averages = list(state.averages.values())
+    averages = dict(state.averages)
     if state.config.fused_update:
-        step_and_average(state.optimizer, averages.pop(0), state.step, skip)
+        step_and_average(state.optimizer, averages.pop("ema"), state.step, skip)
     else:
         step_unless_skipped(skip, state.optimizer)
     # None, not zeros: the next backward pass writes gradients instead of adding to them.
     state.optimizer.zero_grad(set_to_none=True)
-    for average in averages:
+    for average in averages.values():
         average.update(state.step, skip)
     return norms
 
@@ -67,7 +67,7 @@ class Guard:
     Every process has the same averaged gradients, so all make the same decision. Only `row`, `require_progress` and `state`
     synchronise.
 
-        Args:
+    Args:
         precision: precision of the run; fp16 scales the loss, so that small gradients do not underflow.
         device: device of the gradients.
     """
