@@ -148,13 +148,7 @@ def _train(
     loader: Loader, hooks: Sequence[Hook], progress: Callable[[TrainState], None], say: Callable[[str], None],
 ) -> Finished:  # fmt: skip
     config, device, objective = state.config, loader.device, state.objective
-    log = MetricsLog(run, state.step, project=config.wandb, config=config.model_dump(mode="json"))
-    started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
-    log.line(started)
-    log.row("event", state.step, message=started)
-    if log.lost:
-        say(f"{run}: {log.lost}")
-        log.row("event", state.step, message=log.lost)
+    log = _open_log(state, run, device, say)
     module, groups = wrapped(objective, config, device), objective.clipping_groups()
     batches = TimedIterator(loader.iterate(state.step))
     writer = Writer(run, config.keep_checkpoints, config.keep_every, background=config.async_save)
@@ -179,25 +173,17 @@ def _train(
                 if config.async_save:
                     writer.settle(device)
             last = state.step == config.num_steps
+            due = _due(config, state.step, hooks, ends=last, saves=stop or time_is_up)
             # Log entry, previews, checkpoint, in this order: after a kill in between, the interrupted part is repeated.
-            hooks_due = [hook for hook in hooks if _is_due(hook.every, state.step) or last]
-            save_due = (
-                last
-                or stop
-                or time_is_up
-                or _is_due(config.save_every, state.step)
-                or _is_due(config.keep_every, state.step)
-            )
-            snapshot_due = _is_due(config.snapshot_every, state.step)
-            if _is_due(config.log_every, state.step) or save_due or hooks_due or snapshot_due:
+            if due.anything or _is_due(config.log_every, state.step):
                 training_log.write(losses, norms[0])
             progress(state)
-            for hook in hooks_due:
+            for hook in due.hooks:
                 values = hook.run(state)
                 log.row("eval", state.step, **{"seconds": state.seconds, **values})
-            if snapshot_due:
+            if due.snapshot:
                 state.keep_snapshot(run)
-            if save_due:
+            if due.checkpoint:
                 if writers := writer.begin(state.step):
                     writer.write(state.snapshot(writers, copy=config.async_save))
                 saved = time.monotonic()
@@ -205,9 +191,22 @@ def _train(
                 writer.wait()
                 break
             # Previews and checkpoints do not count in the training rate.
-            if hooks_due or save_due or snapshot_due:
+            if due.anything:
                 training_log.restart()
     return Finished(state.step, caught[0] if caught else None if last else signal.SIGTERM)
+
+
+def _open_log(state: TrainState, run: Path, device: torch.device, say: Callable[[str], None]) -> MetricsLog:
+    """The run's log, with an event that says where and how the training starts."""
+    config = state.config
+    log = MetricsLog(run, state.step, project=config.wandb, config=config.model_dump(mode="json"))
+    started = f"from step {state.step} on {dist.world()} x {device}, {config.precision}, torch {torch.__version__}"
+    log.line(started)
+    log.row("event", state.step, message=started)
+    if log.lost:
+        say(f"{run}: {log.lost}")
+        log.row("event", state.step, message=log.lost)
+    return log
 
 
 def backward(
@@ -259,6 +258,27 @@ def _latents(batch: Batch, autoencoder: Autoencoder, seed: int, step: int) -> Te
     stream = generator(seed, "posterior", step, device=moments.device)
     noise = torch.randn((dist.world() * num, *shape), generator=stream, device=moments.device)
     return autoencoder.sample(moments, noise=noise[dist.rank() * num : (dist.rank() + 1) * num])
+
+
+class Due(NamedTuple):
+    """What follows a step, besides its log entry."""
+
+    hooks: list[Hook]
+    snapshot: bool
+    checkpoint: bool
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.hooks) or self.snapshot or self.checkpoint
+
+
+def _due(config: TrainConfig, step: int, hooks: Sequence[Hook], *, ends: bool, saves: bool) -> Due:
+    """`ends`: this is the last step; `saves`: a signal or the clock asks for a checkpoint."""
+    return Due(
+        hooks=[hook for hook in hooks if ends or _is_due(hook.every, step)],
+        snapshot=_is_due(config.snapshot_every, step),
+        checkpoint=ends or saves or _is_due(config.save_every, step) or _is_due(config.keep_every, step),
+    )
 
 
 def _is_due(every: int, step: int) -> bool:
