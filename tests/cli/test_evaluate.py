@@ -32,6 +32,9 @@ def test_measuring_a_run_equals_sampling_it_first(random_run, data_folder, tmp_p
     assert "10 samples against 40 images" in capsys.readouterr().out
     assert repa("sample", random_run, *SAMPLING, "--out", tmp_path / "s.npz") == 0
     assert repa("evaluate", tmp_path / "s.npz", *arguments, "--out", tmp_path / "file.json") == 0
+    np.savez(tmp_path / "s.npz", arr_0=255 - np.load(tmp_path / "s.npz")["arr_0"])  # beside the record of others
+    assert repa("evaluate", tmp_path / "s.npz", *arguments, "--out", tmp_path / "other.json") == 0
+    assert json.loads((tmp_path / "other.json").read_text())["made"] is None
     direct, file = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("direct", "file"))
     assert direct["metrics"] == pytest.approx(file["metrics"])
     for made in (direct["made"], file["made"]):

@@ -111,6 +111,17 @@ def test_changed_bytes_give_a_one_line_error(save, tmp_path):
         list(open_images(path).batches(4))
 
 
+@pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name_are_refused(packing, tmp_path):
+    with zipfile.ZipFile(tmp_path / "s.npz", "w", packing) as archive:
+        for array in (pixels(), 255 - pixels()):
+            with archive.open("arr_0.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+    with pytest.raises(UserError, match=r"s\.npz cannot be read as images: it holds 'arr_0\.npy' twice"):
+        open_images(tmp_path / "s.npz")
+
+
 def test_fewer_images_than_announced_are_refused(tmp_path):
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (9, 6, 4, 3)})

@@ -165,6 +165,35 @@ def test_damaged_and_unexpected_files_are_refused(tmp_path, samples):
         open_reference(tmp_path / "none.npz", 16)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sigma": np.triu(np.full((6, 6), 0.5)) + np.eye(6)}, "sigma is not a covariance"),
+        ({"sigma": -np.eye(6)}, "sigma is not a covariance"),
+        # a diagonal that is right, but no features have these correlations
+        ({"sigma_s": np.eye(4) - 0.9 * (1 - np.eye(4))}, "sigma_s is not a covariance"),
+        ({"sigma": np.eye(6, dtype=np.int64)}, "sigma must hold finite floating-point numbers"),
+        ({"count": 30.5}, "count must be a whole number, but is 30.5"),
+        ({"count": -1}, "count must be a whole number, but is -1"),
+        ({"count": 3, "subset": np.zeros((4, 6), np.float32)}, "subset has 4 images, more than its count 3"),
+        ({"resolution": 16.5}, "resolution must be a whole number, but is 16.5"),
+    ],
+)
+def test_statistics_that_no_features_have_are_refused(changed, message, tmp_path, samples):
+    path = adm_file(tmp_path / "r.npz", small_inception(), samples, "arr_0")
+    assert measured(path, samples, ("fid", "sfid"))["fid"] < 1e-5
+    np.savez(path, **{**np.load(path), **changed})
+    with pytest.raises(UserError, match=rf"r\.npz cannot be read as a reference: {message}"):
+        measured(path, samples, ("fid", "sfid"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rounded_statistics_are_read(dtype, tmp_path, samples):
+    path = adm_file(tmp_path / "r.npz", small_inception(), samples, "arr_0")
+    np.savez(path, **{name: array.astype(dtype) for name, array in np.load(path).items()})
+    assert measured(path, samples, ("fid",))["fid"] < 0.01
+
+
 def test_an_image_folder_is_cropped_to_the_samples_size(image_folder, samples):
     opened = open_reference(image_folder, 16)
     assert (opened.num, opened.height, opened.width) == (40, 16, 16)

@@ -433,6 +433,18 @@ def test_a_finished_job_is_not_repeated_or_replaced(run, tmp_path, monkeypatch):
     assert out.read_bytes() == before
 
 
+def test_other_samples_of_the_same_name_are_not_taken_for_the_job(run, tmp_path):
+    out = write_samples(run, ODE, 5, tmp_path / "s.npz")
+    record = json.loads(out.with_suffix(".json").read_text())
+    images = np.load(out)["arr_0"]
+    np.savez(out, arr_0=255 - images)
+    with pytest.raises(UserError, match=r"s\.npz holds other samples than those of its record .*s\.json\. Delete it"):
+        write_samples(run, ODE, 5, out)
+    np.savez(out, arr_0=images)
+    assert write_samples(run, ODE, 5, out) == out
+    assert record["crc32"] == zipfile.ZipFile(out).getinfo("arr_0.npy").CRC
+
+
 def test_non_finite_images_are_refused(run):
     huge = SampleConfig(steps=3, guidance=["cfg:scale=1e30"], labels="0,1")
     with pytest.raises(UserError, match="Image 5 of .* is not finite, from network call [12] of 3"):

@@ -32,7 +32,7 @@ def load_npz(
             # NumPy writes no comments; a flipped bit can create one that hides the arrays after it.
             if any(member.comment for member in archive.infolist()):
                 raise zipfile.BadZipFile("its directory is damaged")
-            _require_once(archive)
+            require_once(archive)
             members = [m for m in archive.infolist() if names is None or m.filename.removesuffix(".npy") in names]
         if (size := sum(member.file_size for member in members)) > limit:
             raise UserError(
@@ -52,14 +52,14 @@ def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: 
     """One array of an .npz: a memory map if it is stored unpacked (np.load cannot do this), otherwise as from `load_npz`."""
     with faults.reading(f"{name!r} of {path}", kind, remedy), _no_objects():
         with zipfile.ZipFile(path) as archive:
-            _require_once(archive)
+            require_once(archive)
             member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1:  # neither packed nor encrypted
             return _mapped(path, member)
         return load_npz(path, kind, (name,), remedy=remedy, limit=limit)[name]
 
 
-def _require_once(archive: zipfile.ZipFile) -> None:
+def require_once(archive: zipfile.ZipFile) -> None:
     """Raises BadZipFile for an archive that holds a name twice, of which readers take the first or the last."""
     names = archive.namelist()
     if len(archive.NameToInfo) < len(names):

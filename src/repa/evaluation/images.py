@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from repa.base import dist, faults
-from repa.base.arrays import map_npz, read_header
+from repa.base.arrays import map_npz, read_header, require_once
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
 from repa.data import DataSet, Source, open_data, open_source
@@ -77,6 +77,7 @@ class NpzImages(Images):
         # numpy would unpack the whole member into memory: 50,000 images of 512 pixels are 39 GB.
         with faults.reading(path, "images", wanted, missing=f"There is no file {path}."):
             self._archive = zipfile.ZipFile(path)
+            require_once(self._archive)
             self._info = self._archive.getinfo("arr_0.npy")
             self._file = self._archive.open(self._info)
             shape, fortran, dtype = read_header(self._file)

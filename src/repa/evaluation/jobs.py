@@ -53,10 +53,10 @@ def evaluate_file(
     images = open_images(samples)
     if images.height != images.width:
         raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: crop them to squares first.")
-    # Samples may be truncated while their record stays: it counts only if its number of images matches.
+    # Other samples may have replaced those of the record: it counts only if its checksum matches.
     path = Path(samples).with_suffix(".json")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
-    if not isinstance(made, dict) or made.get("num") != images.num:
+    if not isinstance(made, dict) or made.get("crc32") != images.identity.get("crc32"):
         made = None  # nothing, or about another file
 
     def counted() -> ImageBatches:

@@ -54,7 +54,7 @@ class Reference(NamedTuple):
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Reference":
         """From arrays of this package, or of the ADM evaluator without count and subset; raises ValueError if shapes do not match."""
-        count = int(arrays["count"]) if "count" in arrays else None
+        count = whole_number(arrays, "count") if "count" in arrays else None
 
         def moments(mu: str, sigma: str) -> Moments:
             mean, covariance = (torch.from_numpy(_finite(arrays, name).astype(np.float64)) for name in (mu, sigma))
@@ -62,18 +62,33 @@ class Reference(NamedTuple):
                 raise ValueError(
                     f"the shapes of {mu} {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)} do not match"
                 )
+            # Up to the rounding of half precision. A Cholesky factor shows negative eigenvalues and is cheap.
+            slack = 1e-3 * max(covariance.diagonal().max().item(), 1e-30)
+            symmetric = torch.allclose(covariance, covariance.T, rtol=0, atol=slack)
+            if not symmetric or torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mean))).info:
+                raise ValueError(f"{sigma} is not a covariance: it is not symmetric, or has negative eigenvalues")
             return Moments(mean, covariance, count)
 
         subset = torch.from_numpy(_finite(arrays, "subset").astype(np.float32)) if "subset" in arrays else None
         if subset is not None and subset.shape[1:] != arrays["mu"].shape:
             raise ValueError(f"the shapes of subset {tuple(subset.shape)} and mu {arrays['mu'].shape} do not match")
+        if subset is not None and count is not None and len(subset) > count:
+            raise ValueError(f"subset has {len(subset):,} images, more than its count {count:,}")
         return cls(moments("mu", "sigma"), subset, moments("mu_s", "sigma_s") if "mu_s" in arrays else None)
+
+
+def whole_number(arrays: dict[str, np.ndarray], name: str) -> int:
+    """An array of a single whole number, at least 0; raises ValueError for another."""
+    array = arrays[name]
+    if array.dtype.kind not in "iu" or array.size != 1 or array.item() < 0:
+        raise ValueError(f"{name} must be a whole number, but is {array.tolist()!r:.80}")
+    return int(array.item())
 
 
 def _finite(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
     array = arrays[name]  # from an untrusted file
     if array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise ValueError(f"{name} has values that are not finite")
+        raise ValueError(f"{name} must hold finite floating-point numbers")
     return array
 
 

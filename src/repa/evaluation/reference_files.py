@@ -15,7 +15,7 @@ from repa.base.reporting import Progress, silent
 from repa.evaluation.config import INCEPTION
 from repa.evaluation.extractors import Extractor, InceptionExtractor
 from repa.evaluation.images import Images, NpzImages, open_images
-from repa.evaluation.reference import BATCH, Reference, kept_reference, subset_of
+from repa.evaluation.reference import BATCH, Reference, kept_reference, subset_of, whole_number
 
 MOMENTS = ("mu", "sigma", "mu_s", "sigma_s", "count", "subset")
 OURS = ("extractor", "resolution")
@@ -34,7 +34,7 @@ class ReferenceFile:
         self.arrays = {name: arrays[name] for name in MOMENTS if name in arrays}
         with faults.reading(path, "a reference"):
             self.extractor = json.loads(str(arrays["extractor"])) if "extractor" in arrays else None
-            self.resolution = int(arrays["resolution"]) if "resolution" in arrays else None
+            self.resolution = whole_number(arrays, "resolution") if "resolution" in arrays else None
             if self.extractor is not None and not (
                 isinstance(self.extractor, list) and len(self.extractor) == 2 and isinstance(self.extractor[1], dict)
             ):

@@ -174,15 +174,16 @@ def _finish(run: LoadedRun, job: dict[str, Any], starts: Sequence[int], parts: P
         )
     # The NFE of dopri5 differs between batches.
     nfe = max(int(path.name.split("-")[1]) for path in paths)
-    files.write_sealed(out.with_suffix(".json"), job | {"nfe": nfe})
+    record = job | {"nfe": nfe}
     if run.prompts:  # one line per image, for scoring
         texts = enumerate(run.prompts.texts_of(range(num)))
         lines = [json.dumps({"index": index, "prompt": text}, ensure_ascii=False) + "\n" for index, text in texts]
         files.write_text(out.with_suffix(".jsonl"), "".join(lines))
     save_png(grid(_first_of(paths)), out.with_suffix(".png"))
     if out.suffix:
-        _assemble(paths, num, out)
+        _assemble(paths, num, out, record)
     else:
+        files.write_sealed(out.with_suffix(".json"), record)
         write_pngs(map(_part, paths), out)
     shutil.rmtree(parts, ignore_errors=True)
 
@@ -260,6 +261,9 @@ def _require_intact(out: Path, num: int) -> None:
     with faults.reading(out, "samples", again), zipfile.ZipFile(out) as archive:
         if (name := archive.testzip()) is not None:
             raise UserError(f"{out} is damaged: its {name} has another checksum than when it was written. {again}")
+        checksum = archive.getinfo("arr_0.npy").CRC
+    if files.read_object(record := out.with_suffix(".json")).get("crc32") != checksum:
+        raise UserError(f"{out} holds other samples than those of its record {record}. {again}")
 
 
 def _first_of(paths: Sequence[Path]) -> Tensor:
@@ -269,10 +273,16 @@ def _first_of(paths: Sequence[Path]) -> Tensor:
     return torch.from_numpy(few).permute(0, 3, 1, 2)
 
 
-def _assemble(paths: Sequence[Path], num: int, out: Path) -> None:
-    """All in an npz, without holding more than one part in memory. It comes last: it says that all is there."""
-    with files.atomic_path(out) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        write_images(archive, (num, *_part(paths[0]).shape[1:]), map(_part, paths))
+def _assemble(paths: Sequence[Path], num: int, out: Path, record: dict[str, Any]) -> None:
+    """All in an npz, without holding more than one part in memory. It comes last: it says that all is there.
+
+    Its checksum goes into the record, so that other samples of this name are not taken for these.
+    """
+    with files.atomic_path(out) as temporary:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+            write_images(archive, (num, *_part(paths[0]).shape[1:]), map(_part, paths))
+        checksum = archive.getinfo("arr_0.npy").CRC
+        files.write_sealed(out.with_suffix(".json"), record | {"crc32": checksum})
 
 
 def write_pngs(parts: Iterable[np.ndarray], out: Path) -> None:
