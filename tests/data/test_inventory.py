@@ -176,7 +176,7 @@ def test_unknown_columns_are_named_with_how_to_choose_one(tmp_path):
     file = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"image": [png(0), png(1)], "text": ["a", "b"], "species": ["owl", "cat"]}), file)
     source = open_source(file)
-    assert (len(source.class_names), f"there are species: {file}:label=species takes one" in source.labels_from) == (
+    assert (len(source.class_names), f"not read: species; {file}:label=species selects one" in source.labels_from) == (
         1,
         True,
     )
@@ -492,13 +492,13 @@ def test_files_of_an_unpacked_webdataset_need_a_choice(ending, text, tmp_path):
     for number in "01":
         tree(tmp_path / "x", f"{number}.png")
         (tmp_path / "x" / f"{number}.{ending}").write_text(text.replace("1", number))
-    with pytest.raises(UserError, match="pack it by"):
+    with pytest.raises(UserError, match="pack it with"):
         open_source(tmp_path / "x")
     subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "-C", tmp_path / "x", "."], check=True)
     assert classes(open_source(tmp_path / "x.tar")) == ["0", "1"]
     if ending == "json":  # a zip is read in place, and tar packs a folder
         archive = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "x")
-        with pytest.raises(UserError, match="unpack it to FOLDER, then pack it by .* -C FOLDER"):
+        with pytest.raises(UserError, match="unpack it to FOLDER, then pack it with .* -C FOLDER"):
             open_source(archive)
 
 
@@ -550,13 +550,13 @@ def test_files_in_a_folder_without_images_are_reported(tmp_path):
 @pytest.mark.parametrize("splits", [("trainA", "testA"), ("TrainSet", "TestSet")])
 def test_split_names_in_camel_case_are_recognised(splits, tmp_path):
     tree(tmp_path, *(f"{split}/{number}.png" for split in splits for number in range(2)))
-    with pytest.raises(UserError, match="looks like splits"):
+    with pytest.raises(UserError, match="look like splits"):
         open_source(tmp_path)
 
 
 def test_splits_inside_class_folders_need_a_choice(tmp_path):
     tree(tmp_path, "cat/train/1.png", "cat/val/2.png", "dog/train/3.png")
-    with pytest.raises(UserError, match=r"looks like splits \(train, val\)"):
+    with pytest.raises(UserError, match=r"look like splits \(train, val\)"):
         open_source(tmp_path)
     assert classes(open_source(tmp_path, labels="folders")) == ["cat", "cat", "dog"]
 

@@ -131,7 +131,7 @@ def test_a_parquet_column_gives_the_labels(edm, tmp_path):
         ("file,label\n00000/img0.png,a\n00000/img1.png,NaN\n00001/img2.png,b\n", "00000/img1.png has no label in"),
         ("file,label\n,a\n", "Row 2 of .* names no image"),
         ("file,lable\nx,a\n", "no column 'label': it has 'file', 'lable'. Did you mean 'lable'"),
-        ("id,label\nx,a\n", "no column that names the images: call it 'file_name'"),
+        ("id,label\nx,a\n", "no column of image names: call it 'file_name'"),
         ("", "no column 'label': it has none"),
         ("file,label\nimg0.png,a\n", r"00000/img0\.png has no label in .* Did you mean 'img0\.png'.* from the root"),
     ],
@@ -153,7 +153,7 @@ def test_a_binary_file_is_not_a_table(edm, tmp_path):
         ("label", "'label'.* 'none', 'folders'"),
         ("no.csv:x", "no such file"),
         ("no.json", "no such"),
-        ("folders:3", "lies in 1 folders"),
+        ("folders:3", "at folder depth 1"),
     ],
 )
 def test_an_invalid_choice_of_labels_is_refused(edm, labels, message):

@@ -83,20 +83,20 @@ def test_moments_without_an_image_are_refused(layout):
 
 def test_two_images_with_one_number_are_refused(layout):
     noise_image(9, SIDE, SIDE).save(layout / "images/00000/img00000001.jpg")
-    with pytest.raises(UserError, match="two images or moments of one number"):
+    with pytest.raises(UserError, match="two images or moments with the same number"):
         open_source(layout)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.astype(np.float64), r"holds float64 \(8, 4, 4\): moments are float32"),
+        (lambda m: m.astype(np.float64), r"holds float64 \(8, 4, 4\), not float32"),
         (lambda m: m[None], r"holds float32 \(1, 8, 4, 4\)"),
         (lambda m: m[:7], r"holds float32 \(7, 4, 4\)"),
         (lambda m: m * np.nan, "numbers that are not finite"),
         (
             lambda m: np.concatenate([m[:4], np.log(m[4:] ** 2)]),
-            "negative standard deviations: .*logarithm of variances",
+            "negative standard deviations: .*log-variances",
         ),
         (lambda m: np.array([{}], object), "cannot be read as an array: .*Python objects"),
     ],
@@ -122,7 +122,7 @@ def test_shapes_that_differ_are_refused(layout):
 
 
 def test_another_resolution_is_refused(layout):
-    with pytest.raises(UserError, match="is 32 x 32, but its moments are to be kept: .*the data has, 32"):
+    with pytest.raises(UserError, match="is 32 x 32, but its moments are for another size: .*--resolution 32"):
         open_source(layout).image(0, 16)
 
 
@@ -195,14 +195,14 @@ def test_moments_of_other_images_are_refused(made, tmp_path, wrong):
         stored = {"other images": other, "other autoencoder": np.load(path)[[1, 0, 2, 3]], "other shape": moments_of(0)}
         np.save(path, stored[wrong])
     config = PrepareConfig(resolution=SIDE, autoencoder="sd-vae-ft-mse", num_workers=0)
-    with pytest.raises(UserError, match="The stored m(eans differ from what|oments are .*name the autoencoder)"):
+    with pytest.raises(UserError, match="The stored m(eans differ by|oments have .*choose the autoencoder)"):
         prepare(made, tmp_path / "out", config)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"autoencoder": "pixels"}, "the autoencoder is 'pixels': name the one that made them .*images as the source"),
+        ({"autoencoder": "pixels"}, "is 'pixels': choose the one that computed them .*images as the source"),
         ({"resolution": 16}, "moments of images of 32 pixels, but the resolution is 16: give 32"),
     ],
 )

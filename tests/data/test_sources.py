@@ -82,7 +82,7 @@ def test_links_that_multiply_folders_are_refused(tmp_path):
             os.symlink(tmp_path / f"{level + 1}", tmp_path / f"{level}" / name)
     (tmp_path / "20").mkdir()
     noise_image(0).save(tmp_path / "20" / "1.png")
-    with pytest.raises(UserError, match="more than 100 ways"):
+    with pytest.raises(UserError, match="more than 100 paths"):
         open_source(tmp_path / "0")
 
 
@@ -157,7 +157,7 @@ def test_the_identity_depends_on_the_files_not_on_their_location(folder, tmp_pat
         (lambda root: root / "nowhere", "There is no source .*nowhere"),
         (lambda root: root, "holds no images"),
         (lambda root: (root / "a.zip").write_bytes(b"not a zip") and root / "a.zip", "cannot be read as a zip file"),
-        (lambda root: (root / "a.JPG").write_bytes(b"one") and root / "a.JPG", "is one image: give the folder"),
+        (lambda root: (root / "a.JPG").write_bytes(b"one") and root / "a.JPG", "is a single image: give its folder"),
         (lambda root: "photographs:number=3", "'number'.* num.*seed.* 'num'"),
         (lambda root: "photographs:num=0", "'num' of the source .* is 0"),
         (lambda root: "photographs:seed=x", "'seed' of the source .* is 'x'"),
@@ -170,7 +170,7 @@ def test_an_invalid_source_is_refused(tmp_path, make, message):
 
 def test_loose_images_beside_class_folders_are_refused(folder):
     noise_image(0).save(folder / "loose.png")
-    with pytest.raises(UserError, match=r"loose images such as loose\.png"):
+    with pytest.raises(UserError, match=r"images in no folder, such as loose\.png"):
         open_source(folder)
 
 
@@ -300,7 +300,7 @@ def test_broken_links_and_huge_files_are_named(folder, monkeypatch):
     with pytest.raises(UserError, match=r"^bees/link\.png cannot be read: No such file"):
         source.decode(11)
     monkeypatch.setattr(contract, "MAX_FILE_SIZE", 100)
-    with pytest.raises(UserError, match=r"^ants/000\.png has .*, more than an image may have \(100 B\)"):
+    with pytest.raises(UserError, match=r"^ants/000\.png has .*, more than the limit of 100 B per image"):
         source.decode(0)
 
 
@@ -311,7 +311,7 @@ def test_a_caption_that_is_not_text_is_left_out(folder):
     assert source.has_captions
     assert source.captions(1) == ()
     assert source.captions(0) == ()  # its bytes are no text, which is no reason to lose the image
-    assert source.left_out["texts of no image"] == 1
+    assert source.left_out["texts without an image"] == 1
 
 
 class Shapes(contract.Source):
@@ -347,8 +347,8 @@ def test_a_private_source_is_given_by_dotted_name_or_as_an_object(tmp_path):
     assert (data.num_images, data.gather("images", [5])[0, :, 0, 0].tolist()) == (6, [200, 5, 0])
     for spec, sentence in (
         (".shapes:nmu=6", "has no setting 'nmu'.* Did you mean 'num'"),
-        (".no_source", "must be a repa.data.Source, but list came back"),
-        (".shape", "There is no source .* own by its dotted name .* has no attribute 'shape'"),
+        (".no_source", "must return a repa.data.Source, but returned list"),
+        (".shape", "There is no source .* the dotted name of your own function.* has no attribute 'shape'"),
     ):
         with pytest.raises(UserError, match=sentence):
             open_source(__name__ + spec)

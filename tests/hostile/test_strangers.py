@@ -175,8 +175,8 @@ def test_common_ways_to_write_tables_are_read(file, text, tmp_path):
         ("metadata.csv", "file_name,label\n0.png,1\n1.png\n2.png,1\n", "1.png has no label"),
         ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n", "2.png has no label"),
         ("metadata.csv", "file_name,label\n0.png,1\n1.png,2\n2.png,1\n../../x,1\n", "1 images that are not in the source"),
-        ("metadata.csv", "file_name,label\n0.png,1,x\n1.png,2\n2.png,1\n", "Row 2 of metadata.csv has more cells than there are columns"),
-        ("metadata.csv", "file,label\n0.png,1\n1.png,2\n2.png,1\n", "none that names the images: call it 'file_name'"),
+        ("metadata.csv", "file_name,label\n0.png,1,x\n1.png,2\n2.png,1\n", "Row 2 of metadata.csv has more cells than the 2 columns"),
+        ("metadata.csv", "file,label\n0.png,1\n1.png,2\n2.png,1\n", "no column of image names: add one called 'file_name'"),
         ("metadata.jsonl", '{"file_name": "0.png"}\n{"file_name": "1.png", "label": 1}\n{"file_name": "2.png", "label": 0}',
          "0.png has no label"),
         ("metadata.csv", "file_name,label,label\n0.png,1,2\n1.png,2,1\n2.png,1,1\n", "has the column 'label' twice"),
@@ -186,7 +186,7 @@ def test_common_ways_to_write_tables_are_read(file, text, tmp_path):
          "1.png has no label"),
         ("metadata.jsonl", '{"file_name": "0.png", "label": 1}\n{"file_na', "cannot be read as JSON"),
         ("metadata.jsonl", "".join(f'{{"file_name": "{n}.png", "label": {v}}}\n' for n, v in enumerate((1, '"cat"', 0))),
-         "numbers such as 1 and names such as 'cat'"),
+         "numbers such as 1 with names such as 'cat'"),
     ],
 )  # fmt: skip
 def test_inconsistent_tables_are_refused(file, text, why, tmp_path):
@@ -200,7 +200,7 @@ def test_two_metadata_tables_must_agree(tmp_path):
     labelled(tmp_path / "x", "metadata.csv", "file_name,label\n0.png,cat\n1.png,dog\n2.png,cat\n")
     assert open_source(where).labels.tolist() == [0, 1, 0]
     labelled(tmp_path / "x", "metadata.csv", "file_name,label\n0.png,cat\n1.png,cat\n2.png,dog\n")
-    with pytest.raises(UserError, match="give its images other labels"):
+    with pytest.raises(UserError, match="give different labels"):
         open_source(where)
 
 
@@ -213,13 +213,13 @@ def test_two_metadata_tables_must_agree(tmp_path):
         (
             ("data/train/cat/1.png", "data/val/cat/1.png"),
             [],
-            "what looks like splits .train, val.*--labels folders:3.*--labels folders:2",
+            "look like splits .train, val.*--labels folders:3.*--labels folders:2",
         ),
-        (("data/train/1.png", "data/val/1.png"), [], "what looks like splits"),
+        (("data/train/1.png", "data/val/1.png"), [], "look like splits"),
         (
             ("data/birds/cat/1.png", "data/birds/dog/1.png"),
             [],
-            "folders:3 if cat, dog are classes, --labels folders:2 if birds is one",
+            "folders:3 if cat, dog are the classes, --labels folders:2 if birds is a class",
         ),
     ],
 )

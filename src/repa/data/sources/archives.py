@@ -1,4 +1,4 @@
-"""Directories of zip and tar files; images in a zip file. Nothing is unpacked to disk."""
+"""The directories of zip and tar files, and images in a zip file. Nothing is unpacked to disk."""
 
 import bisect
 import itertools
@@ -18,15 +18,15 @@ from repa.data.sources.folders import FileSource
 from repa.data.sources.label_files import TABLES
 from repa.data.sources.names import is_hidden, member_path, require_safe_member
 
-# all that zip programs write unless told otherwise; `Members.read` bounds what each of these unpacks to
+# zip programs write only these methods by default; `Members.read` bounds the unpacked size of each
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
-WANTED = (*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json")  # endings of what may be read
+WANTED = (*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json")  # endings of the members that may be read
 MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
 
 
 class Slices:
-    """Reads parts of a file without a file position: works in any thread, after a fork and after pickling."""
+    """Reads parts of a file without a shared file position: safe in any thread, after a fork and after pickling."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -42,7 +42,7 @@ class Slices:
 
 
 class Members:
-    """The wanted members of a zip in a few arrays: the objects of the zipfile module take many times their memory."""
+    """The wanted members of a zip, in a few arrays: the objects of zipfile need many times as much memory."""
 
     def __init__(self, path: Path, members: list[zipfile.ZipInfo]):
         members = sorted(members, key=lambda member: member.filename)
@@ -52,18 +52,18 @@ class Members:
         self._slices = Slices(path)
 
     def read(self, index: int) -> bytes:
-        """The bytes of a member, at most the declared number; raises OSError, EOFError, BadZipFile or zlib.error."""
+        """The bytes of a member, at most its declared size; raises OSError, EOFError, BadZipFile or zlib.error."""
         header, packed, size, crc, method = self._facts[index].item()
         data = self._slices.read(data_offset(self._slices.handle, header), packed)
-        if method == zipfile.ZIP_DEFLATED:  # zlib takes a size of 0 for no bound
+        if method == zipfile.ZIP_DEFLATED:  # to zlib a size of 0 means no bound
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size) if size else b""
         if len(data) != size or zlib.crc32(data) != crc:
             raise zipfile.BadZipFile("Bad CRC")
         return data
 
     def find(self, name: str) -> int | None:
-        """The index of a member by name."""
-        place = bisect.bisect_left(self.names, name)  # they are sorted
+        """The index of the member with this name, or None."""
+        place = bisect.bisect_left(self.names, name)  # the names are sorted
         return place if place < len(self.names) and self.names[place] == name else None
 
 
@@ -74,16 +74,16 @@ class ZipSource(FileSource):
         self.path = path
         with open_zip(path) as archive:
             members = archive.infolist()
-        # before any is left out: an archive that holds one harmful member is refused whole
+        # checked before any member is left out: one harmful member is enough to refuse the archive
         for member in members:
             _require_safe(path, member)
             member.filename = member_path(member.filename) + "/" * member.filename.endswith(("/", "\\"))
         visible = [member for member in members if not _is_junk(member.filename)]
         wanted = [member for member in visible if member.filename.lower().endswith(WANTED)]
-        # zip allows it, and programs differ in which of the two they unpack
+        # zip allows repeated names, and programs differ in which of the two members they unpack
         names = sorted(member.filename for member in wanted)
         if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
-            raise UserError(f"{path} contains {twice!r} twice: pack it again with every file once.")
+            raise UserError(f"{path} contains {twice!r} twice: pack the archive again with every file once.")
         self._members = Members(path, wanted)
         found = {member.filename: member.CRC for member in visible if not member.is_dir()}
         folders = {member.filename.partition("/")[0] for member in visible if "/" in member.filename} - {""}
@@ -107,18 +107,18 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def _require_safe(path: Path, member: zipfile.ZipInfo) -> None:
-    """Refuse malicious archives before reading their members."""
-    # zipfile cuts `filename` at a null byte, so that it may look harmless
+    """Raises UserError for a malicious or unsupported member, before it is read."""
+    # zipfile cuts `filename` at a null byte, so a harmful name may look harmless there
     require_safe_member(path, member.orig_filename, max(member.file_size, member.compress_size))
     name = member.filename
     if member.flag_bits & 1:
         raise UserError(f"{name} in {path} is encrypted: pack the archive again without a password.")
     if member.compress_type not in ZIP_METHODS:
-        raise UserError(f"{name} in {path} is not compressed with Deflate: pack the archive again with plain zip.")
+        raise UserError(f"{name} in {path} is not compressed with Deflate: pack the archive again with Deflate.")
 
 
 def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Neighbouring files whose names are equal up to the first dot: key, extension -> (offset, size). Hidden ones go to `junk`."""
+    """Key and extension -> (offset, size) of each sample: adjacent files with equal names up to the first dot."""
     key: str | None = None
     members: dict[str, tuple[int, int]] = {}
     seen: set[str] = set()
@@ -129,9 +129,9 @@ def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[t
         if this != key:
             if key is not None:
                 yield key, members
-            # `tar` without --sort=name may part the files of a sample, whose image would lose its label
+            # `tar` without --sort=name may separate the files of a sample, and its image would lose its label
             if this in seen:
-                raise UserError(f"{name} contains the sample {this!r} twice: pack it again with every sample once.")
+                raise UserError(f"{name} contains the sample {this!r} twice: pack it again with `tar --sort=name`.")
             key, members = this, {}
             seen.add(this)
         if extension in members:
@@ -142,20 +142,20 @@ def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[t
 
 
 def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The files of a shard; refuses malicious members, and members that cannot be read in place."""
+    """The files of a shard; `junk` gets hidden ones. Raises UserError for malicious members, links and sparse files."""
     with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # not in typeshed: the module would keep every header
+            archive.members = []  # type: ignore[attr-defined]  # not in typeshed; else the module keeps every header
             require_safe_member(name, member.name, member.size)
             if _is_junk(member_path(member.name)):
                 junk.append(member.name)
                 continue
             if member.isdir():
                 continue
-            # a link could lead to any file of this machine; the bytes of a sparse file do not lie in one piece
+            # a link could point to any file of this machine; the bytes of a sparse file are not contiguous
             if not member.isreg() or member.issparse():
                 raise UserError(
-                    f"{member.name} in {name} is not a plain file (but a link, a device or a sparse file): pack the shard "
+                    f"{member.name} in {name} is a link, a device or a sparse file, not a plain file: pack the shard "
                     "again with the files themselves (tar --dereference)."
                 )
             if member.offset_data + member.size > size:
@@ -165,13 +165,13 @@ def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[
 
 
 def _require_tar_end(path: Path, offset: int) -> None:
-    """The module takes a damaged header, or the end of a shard that was cut, for the end of the archive."""
+    """Raises ReadError for damage or truncation, both of which tarfile takes for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(offset)
         found = 0
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
-                raise tarfile.ReadError(f"damaged at byte {offset:,}, or several archives one after the other")
+                raise tarfile.ReadError(f"damaged at byte {offset:,}, or several concatenated archives")
             found += len(block)
     if found < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("unexpected end of data")

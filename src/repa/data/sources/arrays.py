@@ -1,4 +1,4 @@
-"""Images in arrays: .npy, .npz with their labels, and the binary version of CIFAR-10 and CIFAR-100."""
+"""Images in arrays: .npy, .npz with labels, and the binary version of CIFAR-10 and CIFAR-100."""
 
 import functools
 import hashlib
@@ -17,10 +17,10 @@ from repa.data.sources.labels import classes_of, label_columns, named
 
 IMAGE_KEYS = ("images", "image", "arr_0", "x", "x_train", "data")
 LABEL_KEYS = ("labels", "label", "arr_1", "y", "y_train", "targets")
-MAX_UNPACKED = 1 << 32  # bytes of a compressed array, which is held in memory whole
+MAX_UNPACKED = 1 << 32  # bytes of a compressed array, all of which is kept in memory
 CHANNELS = (1, 3)
-WHOLE = 1 << 30  # bytes of a file whose checksum covers all of it: about a second at every start
-PIECES, PIECE = 64, 1 << 20  # of a larger one, where all of it could take minutes
+WHOLE = 1 << 30  # bytes; the checksum covers all of a file up to this size, which takes about a second at every start
+PIECES, PIECE = 64, 1 << 20  # sampled from a larger file, because all of it could take minutes
 CIFAR_SIDE = 32
 CIFAR_PIXELS = 3 * CIFAR_SIDE * CIFAR_SIDE  # red, green, blue planes, rows from the top
 CIFAR_10 = {"train": tuple(f"data_batch_{number}.bin" for number in range(1, 6)), "test": ("test_batch.bin",)}
@@ -32,17 +32,17 @@ CIFAR_CLASSES = {"ten": 10, "fine": 100, "coarse": 20}
 class ArraySource(Source):
     """A uint8 array (N, H, W, C), (N, C, H, W) or (N, H, W) with 1 or 3 channels. Pickles are never read.
 
-    An .npy, and what `np.savez` wrote, is read from the file image by image; what `np.savez_compressed` wrote is held
-    in memory.
+    Images are read one by one from an .npy, or from an .npz of `np.savez`. Those of `np.savez_compressed` are unpacked
+    into memory.
     """
 
     def __init__(self, path: Path, labels: str = "", *, image: str = "", label: str = ""):
         """
         Args:
             path: an .npy or .npz file.
-            labels: "" for the array of labels in the .npz, "none", or an .npy file.
-            image: key of the images in the .npz; one of IMAGE_KEYS when empty.
-            label: key of the labels; one of LABEL_KEYS when empty.
+            labels: "" for the array of labels in the .npz; "none"; or an .npy file.
+            image: key of the images in the .npz; "": the first of IMAGE_KEYS that exists.
+            label: key of the labels; "": the first of LABEL_KEYS that exists.
         """
         self.path = path
         self._key = image
@@ -71,8 +71,8 @@ class ArraySource(Source):
     def _require_images(self, images: np.ndarray) -> None:
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
             raise UserError(
-                f"{self.path} holds {images.dtype} {images.shape}: save images as uint8 (N, H, W, C), (N, C, H, W) or "
-                "(N, H, W), of values 0 to 255. Convert them, and save them again."
+                f"{self.path} holds {images.dtype} {images.shape}: convert the images to uint8, from 0 to 255, and "
+                "save them as (N, H, W, C), (N, C, H, W) or (N, H, W)."
             )
 
     def _classes(self, labels: str, key: str) -> Classes:
@@ -82,7 +82,7 @@ class ArraySource(Source):
         if labels.endswith(".npy"):
             return self._checked(load_npy(labels, "an array"), labels)
         if labels:
-            raise UserError(f"labels is {labels!r}: for {self.path.name} leave it out, or give 'none' or an .npy file.")
+            raise UserError(f"labels is {labels!r}: leave it out for {self.path.name}, or give 'none' or an .npy file.")
         if self.path.suffix.lower() == ".npy":
             return one_class(num)
         archive = _Npz(self.path)
@@ -90,8 +90,8 @@ class ArraySource(Source):
             worded = [n for n in archive.names if any(word in n.lower() for word in ("label", "class", "target"))]
             if others := list(dict.fromkeys([*label_columns(archive.names), *worded])):
                 raise UserError(
-                    f"{self.path} has no array called {' or '.join(LABEL_KEYS[:3])}, but {', '.join(others)}: name the one as "
-                    f"{self.path}:label={others[0]}, or give --labels none for one class."
+                    f"{self.path} has no array called {' or '.join(LABEL_KEYS[:3])}, but it has {', '.join(others)}: "
+                    f"choose the labels with {self.path}:label={others[0]}, or give --labels none for one class."
                 )
             self.left_out = self._others(archive)
             return one_class(num)
@@ -106,14 +106,14 @@ class ArraySource(Source):
         num = len(self._images)
         if labels.shape not in ((num,), (num, 1)) or labels.dtype.kind not in "iufU":
             raise UserError(
-                f"{where} is {labels.dtype} {labels.shape}, but a whole number or text for each of the {num:,} images "
-                f"is needed: ({num},)."
+                f"{where} is {labels.dtype} {labels.shape}: save one integer or text for each of the {num:,} images, "
+                f"as an array of shape ({num},)."
             )
         return classes_of(labels.reshape(num).tolist(), self.name, where)
 
 
 class _Npz:
-    """The arrays of an .npz by name, without trusting it."""
+    """The arrays of an untrusted .npz, by name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -121,12 +121,12 @@ class _Npz:
             self.names = sorted(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
     def choose(self, given: str, usual: tuple[str, ...], what: str) -> str:
-        """The key asked for, or the one usual name that is there."""
+        """The key `given`, else the first usual name that exists; raises UserError if there is none."""
         found = [given] if given in self.names else [name for name in usual if name in self.names and not given]
         if not found:
             raise UserError(
                 f"{self.path} has no array {given or ' or '.join(usual)!r}: it has {', '.join(self.names) or 'none'}. "
-                f"Name that of the {what} as {self.path}:{'image' if what == 'images' else 'label'}=NAME."
+                f"Choose the {what} with {self.path}:{'image' if what == 'images' else 'label'}=NAME."
             )
         return found[0]
 
@@ -135,7 +135,7 @@ class _Npz:
 
 
 def _fingerprint(path: Path) -> str:
-    """A checksum of a file, or of the size and of PIECES evenly spaced slices of one beyond WHOLE bytes."""
+    """A checksum of the file; above WHOLE bytes, of its size and of PIECES evenly spaced slices."""
     size = path.stat().st_size
     if size <= WHOLE:
         return files.sha256(path)
@@ -148,21 +148,21 @@ def _fingerprint(path: Path) -> str:
 
 
 def _channels_last(shape: tuple[int, ...], path: Path) -> bool:
-    """Whether channels are the last axis; told by their number."""
+    """Whether the last axis has the channels, judged by its length."""
     if len(shape) == 3:
-        # (N, H, W) of grey images; but a colour image that was saved alone has three axes too
+        # three axes are (N, H, W) of grey images, but also (H, W, C) or (C, H, W) of a single colour image
         if shape[2] in (3, 4) or shape[0] == 3:
             raise UserError(
-                f"{path} holds one array of shape {shape}, which is a single colour image or {shape[0]} grey ones of {shape[1]} x "
-                f"{shape[2]} pixels: save images as (N, H, W, C), with C = 1 for grey."
+                f"{path} holds an array of shape {shape}, which is either a single colour image or {shape[0]} grey "
+                f"images of {shape[1]} x {shape[2]} pixels: save images as (N, H, W, C), with C = 1 for grey."
             )
         return True
-    # a guess would turn images of 3 x H x 3 on their sides, and nothing later would tell
+    # a wrong guess would turn images of 3 x H x 3 on their sides, and nothing later would notice
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
     if first == last:
         raise UserError(
-            f"{path} holds images of shape {shape[1:]}: which axis is colour cannot be told. "
-            f"Save them as (N, H, W, C) with C one of {', '.join(map(str, CHANNELS))}, larger than {max(CHANNELS)} pixels."
+            f"{path} holds images of shape {shape[1:]}, whose colour axis is ambiguous or missing: save them as (N, H, "
+            f"W, C), with C one of {', '.join(map(str, CHANNELS))} and sides of more than {max(CHANNELS)} pixels."
         )
     return last
 
@@ -172,7 +172,7 @@ def is_cifar(folder: Path) -> bool:
     if (folder / "batches.meta").is_file() or ((folder / "meta").is_file() and (folder / "train").is_file()):
         raise UserError(
             f"{folder} is CIFAR's Python version, whose pickles can run any program when they are read: "
-            "take the binary version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz), and unpack it."
+            "download the binary version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz) and unpack it."
         )
     return any((folder / name).is_file() for names in (*CIFAR_10.values(), *CIFAR_100.values()) for name in names)
 
@@ -185,17 +185,17 @@ class CifarSource(Source):
     ):  # fmt: skip
         """
         Args:
-            folder: where the .bin files lie.
-            labels: "" for CIFAR's, or "none".
+            folder: the folder of the .bin files.
+            labels: "" for CIFAR's own, or "none".
             split: train or test.
-            label: of CIFAR-100, the 100 fine or the 20 coarse classes.
+            label: the 100 fine or the 20 coarse classes of CIFAR-100.
         """
         ten = any((folder / name).is_file() for names in CIFAR_10.values() for name in names)
         if ten and label != "fine":
             raise UserError(f"{folder} is CIFAR-10, which has only one kind of label: leave out label={label}.")
         kind = "ten" if ten else label
         self.paths = [folder / name for name in (CIFAR_10 if ten else CIFAR_100)[split]]
-        self._head = 1 if ten else 2  # CIFAR-100: coarse, then fine
+        self._head = 1 if ten else 2  # label bytes; in CIFAR-100 coarse, then fine
         self._ends = np.cumsum([len(records) for records in self._records])
         column = 1 if kind == "fine" else 0
         numbers = np.concatenate([records[:, column] for records in self._records]).tolist()
@@ -230,13 +230,13 @@ class CifarSource(Source):
             raise UserError(f"{path} is missing: unpack the complete archive of CIFAR's binary version.")
         if not (size := path.stat().st_size) or size % length:
             raise UserError(
-                f"{path} has {size:,} bytes, which is not a multiple of a record ({length:,}). Download it again."
+                f"{path} has {size:,} bytes, not a multiple of the {length:,} of a record: download it again."
             )
         return np.memmap(path, np.uint8, "r").reshape(-1, length)
 
 
 def _class_names(folder: Path, kind: str) -> list[str]:
-    """The names of the classes; their numbers where the file of names is missing."""
+    """The names of the classes, or their numbers if the file of names is missing."""
     path = folder / CIFAR_NAMES[kind]
     if not path.is_file():
         return [str(number) for number in range(CIFAR_CLASSES[kind])]

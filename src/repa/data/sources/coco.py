@@ -1,4 +1,4 @@
-"""Images and captions of COCO's annotation files."""
+"""Images and captions from COCO's annotation files."""
 
 import hashlib
 import json
@@ -10,15 +10,15 @@ from repa.data.sources.contract import Source, Strings, one_class, read_image_fi
 
 
 class CocoSource(Source):
-    """Images of an annotation file in the order of their ids, each with its captions in the order of theirs. One class.
+    """The images of an annotation file, in one class. Images and the captions of each are in the order of their ids.
 
     Args:
         annotations: a file such as annotations/captions_val2014.json.
-        images: the folder of the images; "": the folder next to the file, or next to its folder, that is named like the end of the
-            file's name (val2014).
+        images: the folder of the images; "": the folder named like the end of the file's name (val2014), beside the
+            file or one folder up.
 
     Raises:
-        UserError: no such files, or a file that holds something else.
+        UserError: the files are missing, or have other contents.
     """
 
     has_captions = True
@@ -32,9 +32,9 @@ class CocoSource(Source):
             for row in sorted(values["annotations"], key=lambda row: int(row["id"])):
                 texts[int(row["image_id"])].append(_caption(row["caption"]))
         if not names:
-            raise UserError(f"{annotations} names no image: give an annotation file of captions.")
+            raise UserError(f"{annotations} lists no images: give an annotation file of captions.")
         self._names = Strings(names.values())
-        # as JSON in one array: as lists of texts the 600,000 captions would take several times the memory
+        # JSON in one array: lists of 600,000 captions would need several times as much memory
         self._captions = Strings(json.dumps(of_image) for of_image in texts.values())
         digest = hashlib.sha256(json.dumps([[*names.items()], [*texts.values()]]).encode())
         digest.update(self._sampled_digest(len(names), strict=True).encode())
@@ -52,22 +52,22 @@ class CocoSource(Source):
 
 
 def _folder_of_images(annotations: Path, images: str) -> Path:
-    # COCO unpacks to annotations/captions_val2014.json and val2014/ side by side
+    # COCO's archives unpack to annotations/captions_val2014.json and val2014/, side by side
     split = annotations.stem.rpartition("_")[2]
     found = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
     folder = next((path for path in found if path.is_dir()), None)
     if folder is None:
         raise UserError(
-            f"The images of {annotations} are not in {' or '.join(map(str, found))}: write {annotations}:images=FOLDER."
+            f"The images of {annotations} are not in {' or '.join(map(str, found))}: give {annotations}:images=FOLDER."
         )
     return folder
 
 
 def _plain_file_name(name: str) -> str:
-    """A name in the folder of images; ValueError for a path, as the file may come from anyone."""
+    """The name of an image; raises ValueError for a path, which could lead outside the folder of images."""
     if not isinstance(name, str) or not name or name.startswith(".") or set(name) & set("/\\\0"):
         raise ValueError(f"file_name {name!r:.80} is not the plain name of a file")
-    name.encode()  # a ValueError for halves of surrogate pairs, which JSON can write
+    name.encode()  # raises a ValueError for half of a surrogate pair, which JSON can contain
     return name
 
 

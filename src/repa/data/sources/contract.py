@@ -1,4 +1,4 @@
-"""The contract of a source of images, and what sources of files share."""
+"""The contract of a source of images, and helpers that several sources share."""
 
 import collections
 import contextlib
@@ -25,47 +25,47 @@ from repa.data.config import PrepareConfig
 ONE_CLASS = "all"
 EXTENSIONS = image_endings()
 """Endings of the formats that `base.images` decodes; other files are counted and left out."""
-# a file is in memory whole while it is decoded, in every worker at a time
+# every worker keeps a whole file in memory while it decodes it
 MAX_FILE_SIZE = 1 << 28  # bytes of one image file, unpacked
-# all images would take a pass over the data at every start; these few notice that pictures were replaced
-SAMPLED = 64  # images of a source whose bytes are part of its identity
-CAPTION_COLUMNS = ("caption", "captions", "text")  # columns of texts
+# a checksum of all images would read all data at every start; a sample notices replaced pictures
+SAMPLED = 64  # images whose bytes are part of the identity of a source
+CAPTION_COLUMNS = ("caption", "captions", "text")  # usual names of columns of captions
 NUMBERS = re.compile(r"[-+0-9][-+.,;0-9eE\s]*")
-CAPTION_ENDING = ".txt"  # a text next to an image, with the same name
+CAPTION_ENDING = ".txt"  # of a text file beside an image, with the same name
 
 
 class Classes(NamedTuple):
-    """A class for each image."""
+    """The class of each image."""
 
     labels: np.ndarray  # (N,) int64
     names: list[str]
     origin: str
-    """Where the labels came from, as `repa prepare` reports it."""
+    """Origin of the labels, as `repa prepare` reports it."""
 
 
-def one_class(num: int, labels: str = "", *, why: str = "nothing label-like") -> Classes:
-    """One class for all images: because the user asked for it, or because the source says no more."""
+def one_class(num: int, labels: str = "", *, why: str = "nothing looks like a label") -> Classes:
+    """One class for all images. The origin is `--labels none` if the user chose that, else the reason `why`."""
     return Classes(np.zeros(num, np.int64), [ONE_CLASS], f"{'--labels none' if labels == 'none' else why}: one class")
 
 
 class Source(ABC):
-    """Images in a fixed order, each with a class; read by index, from several threads and, pickled or forked, from
-    several processes. A source over shards (tar, parquet) is read fastest in order."""
+    """Images in a fixed order, each with a class, read by index. Threads may share a source, and so may processes that
+    get it by fork or pickle. Sources of shards (tar, parquet) are fastest in order."""
 
     class_names: list[str]
     """Names of the classes, in the order of the labels."""
     labels: np.ndarray
     """(N,) int64."""
     identity: dict[str, Any]
-    """What it is and a checksum of its list: equal for equal images, wherever they lie."""
+    """Name and checksums of the source: equal for equal images, wherever they are stored."""
     has_captions: bool = False
-    """Whether any image may have one."""
+    """Whether any image may have captions."""
     labels_from: str = ""
-    """Where the labels came from, as `repa prepare` reports it."""
+    """Origin of the labels, as `repa prepare` reports it."""
     left_out: Mapping[str, int] = MappingProxyType({})
-    """What of the source is not taken, and how often: "files .txt2" -> 3."""
+    """Kind -> number of things in the source that are not used: "files .txt2" -> 3."""
     moments_shape: tuple[int, ...] | None = None
-    """(2C, h, w) of the moments that an autoencoder made of the images before; None where there are none."""
+    """(2C, h, w), the shape of the moments that come with the images; None without moments."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,31 +75,31 @@ class Source(ABC):
         return f"{type(self).__name__}: {len(self)} images of {classes}; labels from {self.labels_from}"
 
     def _repr_png_(self) -> bytes:
-        """For notebooks: up to 16 images at equal distances, at 64 pixels."""
+        """For notebooks: up to 16 evenly spaced images at 64 pixels."""
         number = min(16, len(self))
         shown = [to_tensor(self.image(place * len(self) // number, 64)) for place in range(number)]
         return encode_png(grid(torch.stack(shown), columns=8, padding=0))
 
-    def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (most images fit any)
-        """Raises UserError for settings that these images cannot be prepared with.
+    def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (most sources fit any)
+        """Raises UserError for settings that do not fit these images.
 
-        Moments are kept only under the name of the autoencoder that made them, at the size they were made for.
+        Moments fit only the autoencoder and the resolution that they were computed with.
         """
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call an image in a message."""
+        """The name of an image, for messages."""
 
     def contents(self, index: int) -> bytes:
-        """The bytes of image `index` as a file, of a source of files; raises UserError, which names it, if it cannot be read."""
+        """The file of image `index`, for sources of files; raises UserError with its name if it is unreadable."""
         raise NotImplementedError
 
     def decode(self, index: int) -> Image.Image:
-        """Image `index` as it is, RGB; raises UserError, which names it, if it cannot be read."""
+        """Image `index` at its own size, RGB; raises UserError with its name if it is unreadable."""
         return decode_image(self.contents(index), self.name(index))
 
     def image(self, index: int, resolution: int) -> Image.Image:
-        """Image `index` as RGB (resolution, resolution), by ADM's centre crop; raises UserError if it cannot be read."""
+        """Image `index` as RGB (resolution, resolution), by ADM's centre crop; raises UserError if it is unreadable."""
         image = self.decode(index)
         try:
             return adm_centre_crop(image, resolution)
@@ -107,45 +107,45 @@ class Source(ABC):
             raise UserError(f"{self.name(index)}: {error}") from error
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """The captions of an image: none, one, or several that describe it in turn."""
+        """The captions of an image: none, one or several alternatives."""
         return ()
 
     def moments(self, index: int) -> np.ndarray | None:
-        """The moments that come with an image: float32 `moments_shape`, mean and standard deviation, unscaled."""
+        """The moments of an image: mean and standard deviation, unscaled, float32 of `moments_shape`; or None."""
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but cached properties: open files and memory maps, which no other process can use, are opened again in each."""
-        kept = functools.cached_property
+        """All but cached properties: open files and memory maps work in one process, so each process opens its own."""
+        cached = functools.cached_property
         return {
-            key: value for key, value in self.__dict__.items() if not isinstance(getattr(type(self), key, None), kept)
+            key: value for key, value in self.__dict__.items() if not isinstance(getattr(type(self), key, None), cached)
         }
 
     def _identify(self, classes: Classes, name: str, *, with_labels: bool = True, **facts: Any) -> None:
-        """Set the classes, and the identity from facts such as checksums of contents."""
+        """Set the classes, and the identity from `facts` such as checksums of contents."""
         self.labels, self.class_names, self.labels_from = classes
         if alike := names_alike(self.class_names):
-            self.labels_from += f"; separate classes of similar names: {', '.join(alike[:6])}"
+            self.labels_from += f"; separate classes with similar names: {', '.join(alike[:6])}"
         if with_labels:
             names = "\n".join(self.class_names).encode()
             facts["labels_sha256"] = hashlib.sha256(self.labels.tobytes() + names).hexdigest()
         self.identity = {"name": name, "num_images": len(self), **facts}
 
     def _require_no_numbers(self, where: str) -> None:
-        """Refuse images of one class whose captions are numbers, as the files of labels of some programs are."""
+        """Raises UserError for one class with numbers as captions, because some programs write labels like this."""
         texts: list[str] = []
-        with contextlib.suppress(UserError):  # a text that cannot be read says nothing
+        with contextlib.suppress(UserError):  # an unreadable text is no evidence of labels
             texts += (text for index in _sampled(len(self)) for text in self.captions(index))
         if len(self.class_names) == 1 and texts and all(NUMBERS.fullmatch(text) for text in texts):
             raise UserError(
-                f"The texts next to the images of {where} are numbers such as {texts[0][:20]!r}, which look like labels and no captions: "
-                "give --labels TABLE.csv:COLUMN with what they say, or --labels none for one class."
+                f"The texts beside the images of {where} are numbers such as {texts[0][:20]!r}, which look like "
+                "labels: write them into a table and give --labels TABLE.csv:COLUMN, or give --labels none."
             )
 
     def _sampled_digest(self, num: int, *, strict: bool = False) -> str:
-        """A checksum of the contents of SAMPLED images at equal distances: names and sizes may stay when pictures change.
+        """A checksum of the bytes of SAMPLED evenly spaced images, which can change under equal names and sizes.
 
-        One that cannot be read raises UserError if `strict`; else it counts as empty, and decoding it raises the error.
+        An unreadable image raises UserError if `strict`; else it counts as empty, and its decoding raises the error.
         """
         digest = hashlib.sha256()
         for index in _sampled(num):
@@ -164,12 +164,12 @@ def _sampled(num: int) -> list[int]:
 
 
 def plain_text(text: str) -> str:
-    """A name as people see it: no spaces or marks without a width around it, and one form of each accented letter."""
+    """A name as people see it: accents composed (NFC), no surrounding spaces and zero-width characters."""
     return unicodedata.normalize("NFC", text.strip().strip("\u200b\u200e\u200f\u2060\ufeff").strip())
 
 
 def names_alike(names: Iterable[str]) -> list[str]:
-    """Names that people may mean one class by: they differ in letter case, spaces and the like, or write the same number."""
+    """Names that may mean the same class: they differ only in case, spaces and the like, or spell the same number."""
     groups = collections.defaultdict(list)
     for name in names:
         folded = re.sub(r"[\s_]", "", unicodedata.normalize("NFKC", name).casefold())
@@ -178,10 +178,10 @@ def names_alike(names: Iterable[str]) -> list[str]:
 
 
 class Strings(Sequence[str]):
-    """Many short texts in two arrays: 8 bytes and its letters for each, where a list of str takes 50 more."""
+    """Many short texts in two arrays: 8 bytes plus UTF-8 for each, about 50 bytes less than a list of str needs."""
 
     def __init__(self, texts: Iterable[str]):
-        # Python gives a file name that is not UTF-8 as halves of surrogate pairs, which must come back as they were
+        # Python decodes a file name that is not UTF-8 to halves of surrogate pairs, which must survive a round trip
         encoded = [text.encode(errors="surrogatepass") for text in texts]
         self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
         self._letters = b"".join(encoded)
@@ -210,7 +210,7 @@ class Strings(Sequence[str]):
 
 
 def read_image_file(path: Path, name: str = "") -> bytes:
-    """The bytes of an image file of bounded size; raises UserError, which calls it `name`."""
+    """The bytes of an image file of at most MAX_FILE_SIZE; `name` is for errors."""
     name = name or str(path)
     faults.require_plain(path)
     try:
@@ -224,20 +224,20 @@ def require_image_size(size: int, name: str) -> None:
     """Raises UserError for a file larger than MAX_FILE_SIZE."""
     if size > MAX_FILE_SIZE:
         limit = files.size(MAX_FILE_SIZE)
-        raise UserError(f"{name} has {files.size(size)}, more than an image may have ({limit}): remove it.")
+        raise UserError(f"{name} has {files.size(size)}, more than the limit of {limit} per image: remove it.")
 
 
 def caption_lines(data: bytes) -> tuple[str, ...]:
-    """The captions in a text file, one a line; none of a text that is not UTF-8, which does not lose the image."""
+    """The captions in a text file, one per line; () if it is not UTF-8, so that the image is still used."""
     try:
-        # editors of Windows begin a text with a byte order mark, which would be a part of the first caption
+        # editors on Windows write a byte order mark, which would become part of the first caption
         return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:
         return ()
 
 
 def caption_values(value: Any) -> tuple[str, ...]:
-    """The captions in a value of a .json or a column, a text or a list of texts; () for anything else."""
+    """The captions in a value of a .json or a column: a text or a list of texts; () for any other value."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(text, str) for text in values):
         return ()
@@ -245,9 +245,9 @@ def caption_values(value: Any) -> tuple[str, ...]:
 
 
 def json_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object that a JSON file holds; raises UserError when it holds something else."""
+    """The object in a JSON file; raises UserError for any other content."""
     with faults.reading(name, "JSON"):
         value = json.loads(data, object_pairs_hook=files.unique_keys)
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds {type(value).__name__}: it must be an object.")
+        raise UserError(f"{name} holds {type(value).__name__}: it must hold a JSON object.")
     return value

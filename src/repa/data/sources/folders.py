@@ -1,4 +1,4 @@
-"""Images as files: what folders and zips share; folders."""
+"""Images in files: the base class of folders and zips, and folders."""
 
 import collections
 import contextlib
@@ -31,37 +31,37 @@ from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file,
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
 from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, split_folders
 
-METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: a row for each image
-LISTING = "dataset.json"  # of EDM2 and REPA: labels of images whose folders are not classes
-MAX_VISITS = 100  # of one folder, through links
-MOST_TABLES = 20  # files that are looked at for labels
+METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: one row per image
+LISTING = "dataset.json"  # of EDM2 and REPA: the labels of images in folders that are not classes
+MAX_VISITS = 100  # of one folder, by way of links
+MOST_TABLES = 20  # tables that are searched for labels
 
 
 class FileSource(Source):
-    """A sorted list of relative paths; the class is a folder of the path, unless labels come from elsewhere."""
+    """A sorted list of relative paths; a folder of the path is the class, unless a file gives the labels."""
 
     def __init__(self, where: str, found: Mapping[str, int], labels: str, *, folders: Iterable[str], junk: int):
         """
         Args:
             where: the folder or archive, for messages.
-            found: path of every file that is not hidden, and a number that changes when its bytes do: size or checksum.
+            found: path of every visible file -> a number that changes with its content: its size or checksum.
             labels: as `open_source` takes them.
-            folders: names of all folders at the root.
-            junk: how many files and folders are hidden.
+            folders: names of the folders at the root.
+            junk: number of hidden files and folders.
         """
         paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
         if not paths:
-            there = ", ".join(f"{num:,} {what}" for what, num in count_others(found, (), junk).items())
+            listed = ", ".join(f"{num:,} {what}" for what, num in count_others(found, (), junk).items())
             raise UserError(
-                f"{where} holds no images{there and f', but {there}'}: files named {' '.join(EXTENSIONS)} are looked for, "
-                "at any depth."
+                f"{where} holds no images{listed and f', but {listed}'}: give a folder or archive with files named "
+                f"{' '.join(EXTENSIONS)}, at any depth."
             )
         texts = {path for path in found if path.lower().endswith(CAPTION_ENDING)}
-        above = _folders_above(paths)  # what lies in another folder tells nothing of these images
+        above = _folders_above(paths)  # files in other folders do not describe these images
         metadata = {os.path.join(folder, name) for folder in above for name in METADATA}
         self._described = ({LISTING} | metadata) & found.keys()
         others = found.keys() - {*texts, *paths, *self._described}
-        # a .txt is a caption beside its image, and may be a table of labels where it is not
+        # a .txt beside an image of its name is a caption; any other .txt may be a table of labels
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
         self.left_out = count_others(others, set(folders) - tops if tops else (), junk)
@@ -71,8 +71,8 @@ class FileSource(Source):
         self._written = self._captions_of_metadata()
         self.has_captions = bool(self._texts or self._written)
         if unused := len(texts) - len(set(self._texts.values())):
-            self.left_out["texts of no image"] = unused
-        # paths and sizes, not times: a copy of the folder is the same source
+            self.left_out["texts without an image"] = unused
+        # no times of change: a copy of the folder is the same source
         listing = "\n".join(f"{path} {found[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
@@ -81,20 +81,20 @@ class FileSource(Source):
             shown = ", ".join(map(printable, splits))
             if not labels:
                 raise UserError(
-                    f"{where} holds what looks like splits ({shown}), with labels for all of them in {given.origin}: give one of them as "
-                    "the source, or --labels none, or --labels TABLE.csv:COLUMN to take all of them as one set."
+                    f"{where} holds folders that look like splits ({shown}), and {given.origin} labels all of them: "
+                    "give one split as the source, or --labels none or TABLE.csv:COLUMN to use all splits as one set."
                 )
             given = given._replace(origin=f"{given.origin}; the splits {shown} are one set")
         classes = given or from_folders(where, paths, labels)
         if given is None and not labels:
             self._require_nothing_label_like(where, paths, unknown, above, is_one=len(classes.names) == 1)
-        # classes that are folders are in the list of paths
+        # labels from folders follow from the list of paths
         self._identify(classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
         if not labels:
             self._require_no_numbers(where)
 
     def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
-        """Classes that are not the folders; None when the folders are."""
+        """The classes, unless they are the folders: then None."""
         if labels == "none":
             return one_class(len(paths), labels)
         if labels.partition(":")[0] == "folders":
@@ -111,62 +111,63 @@ class FileSource(Source):
     def _require_nothing_label_like(
         self, where: str, paths: Sequence[str], unknown: Sequence[str], above: set[str], *, is_one: bool
     ) -> None:
-        """Refuse where a file looks like labels, and name the choice, before folders become classes or all images one class.
+        """Raises UserError with the choices if a file looks like labels, because the labels would be ignored.
 
         Args:
-            unknown: files that are neither images nor their captions; those next to images or in folders `above` are looked at.
-            is_one: all images are of one class. Else only a table that names images and their labels is one too many.
+            unknown: files that are neither images nor their captions. Only those beside images or in `above` count.
+            is_one: all images have one class. Otherwise only a table that names images and labels is a conflict.
         """
-        # images in one class by mistake train without an error, and only its samples tell
+        # training with one class by mistake raises no error; only the samples would show it
         stems = set(map(_stem, paths))
         if is_one:
             self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
-        # a table of labels is beside or above the images; a table in another folder is not theirs
+        # a table of labels is beside or above the images; tables in other folders belong to other files
         tables = sorted(path for path in unknown if path.rpartition("/")[0] in above and _stem(path) not in stems)
         for file in tables[:MOST_TABLES]:
             if not (columns := self._columns_of_labels(file, is_one)):
                 continue
             spec = f"{Path(where) / file}:{columns[0]}" if columns[0] else str(Path(where) / file)
             if Path(where).is_file():
-                spec = f"{spec}, unpacked"
+                spec = f"{spec} from the unpacked archive"
             if not file.lower().endswith((*TABLES, ".json")):
-                spec = "TABLE.csv:COLUMN with what it says"
+                spec = "TABLE.csv:COLUMN with its content"
             raise UserError(
-                f"{where} has {'no' if is_one else 'both'} folders of classes{', but' if is_one else ' and'} {printable(file)}, which "
-                f"looks like labels: give --labels {printable(spec)}, another column or file, or --labels {_without_a_file(paths)}."
+                f"{where} has {'no' if is_one else 'both'} folders of classes{', but' if is_one else ' and'} "
+                f"{printable(file)}, which looks like labels: give --labels {printable(spec)}, another column or file, "
+                f"or --labels {_without_a_file(paths)}."
             )
 
     def _require_no_labels_beside(self, where: str, beside: Sequence[str]) -> None:
-        """The files that WebDataset packs with an image may hold its label, as 0001.cls does."""
+        """Raises UserError if files of WebDataset beside the images, such as 0001.cls, may hold their labels."""
         is_file = Path(where).is_file()
         unpacked, source = ("unpack it to FOLDER, then ", "FOLDER") if is_file else ("", where)
         for ending in dict.fromkeys(Path(path).suffix.lower() for path in beside):
             first = next(path for path in beside if path.lower().endswith(ending))
             keys: dict[str, Any] = {}
-            with contextlib.suppress(UserError):  # a .json of another kind says nothing about labels
+            with contextlib.suppress(UserError):  # a .json without an object has no labels
                 keys = json_object(self.read(first, first), first) if ending == ".json" else {}
             if label_columns([ending.removeprefix("."), *keys]):
                 raise UserError(
-                    f"{where} has no folders of classes, but files such as {printable(first)} next to its images, which look like "
-                    f"labels: {unpacked}pack it by `tar --sort=name -cf images.tar -C {source} .` and give images.tar, in "
-                    "which they are read, or give --labels TABLE.csv:COLUMN, or --labels none for one class."
+                    f"{where} has no folders of classes, but files such as {printable(first)} beside its images look "
+                    f"like labels: {unpacked}pack it with `tar --sort=name -cf images.tar -C {source} .` and give "
+                    "images.tar, whose labels are read, or give --labels TABLE.csv:COLUMN or --labels none."
                 )
 
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
-        """Columns of a file that could be labels; [""] where its name alone looks like labels; [] for none."""
+        """The columns of a file that could be labels; [""] if only its name looks like labels; [] for none."""
         columns = table_columns(file, lambda name: self.read(name, name))
         if found := label_columns(columns):
             return found if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
         if not is_one:
             return []
         words = re.split("[^a-z]+", file.rpartition("/")[2].lower())
-        told = file.endswith(f"/{LISTING}") or any(
+        is_named_labels = file.endswith(f"/{LISTING}") or any(
             word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
         )
-        return [columns[1] if len(columns) > 1 else ""] if told or file.endswith("metadata.parquet") else []
+        return [columns[1] if len(columns) > 1 else ""] if is_named_labels or file.endswith("metadata.parquet") else []
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
-        """The labels in the files of METADATA (`imagefolder`), at the root or in folders; None where there are none."""
+        """The labels in the METADATA files (`imagefolder`), at the root or in folders; None without such labels."""
         classes: Classes | None = None
         for kind in METADATA:
             pairs: list[tuple[str, Any]] = []
@@ -177,16 +178,16 @@ class FileSource(Source):
                 found = label_columns(columns)
                 if len(found) > 1:
                     raise UserError(
-                        f"{file} of {where} has several columns that could be the label ({', '.join(found)}): name the one as "
-                        f"--labels {Path(where) / file}:{found[0]}, or give --labels {_without_a_file(paths)}."
+                        f"{file} of {where} has several columns that could be the label ({', '.join(found)}): give "
+                        f"--labels {Path(where) / file}:{found[0]} or another, or --labels {_without_a_file(paths)}."
                     )
                 if not found:
                     continue
                 key = next((column for column in columns if column.lower() == "file_name"), None)
                 if key is None:
                     raise UserError(
-                        f"{file} of {where} has the column {found[0]!r}, but none that names the images: call it 'file_name', or give "
-                        f"--labels {_without_a_file(paths)}."
+                        f"{file} of {where} has the column {found[0]!r}, but no column of image names: add one called "
+                        f"'file_name', or give --labels {_without_a_file(paths)}."
                     )
                 pairs += [(folder + plain_path(str(row.get(key, ""))), row.get(found[0])) for row in rows]
                 origin = origin or f"the column {found[0]!r} of {file}"
@@ -195,21 +196,21 @@ class FileSource(Source):
             other = by_name(pairs, paths, f"{kind} of {where}")
             if classes is not None and (classes.names, classes.labels.tolist()) != (other.names, other.labels.tolist()):
                 raise UserError(
-                    f"{' and '.join(METADATA)} of {where} give its images other labels: remove one of the two, or give --labels "
-                    f"{Path(where) / kind}:COLUMN."
+                    f"{' and '.join(METADATA)} of {where} give different labels: remove one of the two, or give "
+                    f"--labels {Path(where) / kind}:COLUMN."
                 )
             classes = classes or other._replace(origin=origin)
         return classes
 
     def _metadata(self, *kinds: str) -> Iterator[tuple[str, str, Rows]]:
-        """The files called so, the folder that their rows name images from ("" or with its slash), and their rows."""
+        """Each file of these names, the folder its paths are relative to ("", or with a slash), and its rows."""
         for file in sorted(self._described):
             folder, slash, name = file.rpartition("/")
             if name in kinds:
                 yield file, folder + slash, read_table(file, self.read(file, file))[1]
 
     def _captions_of_metadata(self) -> dict[str, tuple[str, ...]]:
-        """Path -> its texts in metadata.csv or metadata.jsonl; of a file that cannot be read, none: captions block nothing."""
+        """Path -> its captions in METADATA files; {} if one is unreadable: captions never stop a preparation."""
         written: dict[str, tuple[str, ...]] = {}
         try:
             for folder, row in ((folder, row) for _, folder, rows in self._metadata(*METADATA) for row in rows):
@@ -235,17 +236,17 @@ class FileSource(Source):
 
     @abstractmethod
     def read(self, path: str, name: str) -> bytes:
-        """The bytes of a file by its path in the source; `name` is for messages."""
+        """The bytes of the file at `path` in the source; `name` is for messages."""
 
 
 def _without_a_file(paths: Sequence[str]) -> str:
-    """What --labels may be without a file of labels: folders are offered only where images lie in some."""
+    """The values of --labels that need no file: folders only if an image is in one."""
     in_folders = any("/" in path for path in paths)
     return "folders (each is a class) or none (one class)" if in_folders else "none for one class"
 
 
 def _folders_above(paths: Iterable[str]) -> set[str]:
-    """The folders that files lie in, at any depth; "" is the root."""
+    """All folders that contain files, directly or in subfolders; "" is the root."""
     above = {""}
     for folder in {path.rpartition("/")[0] for path in paths}:
         parts = folder.split("/")
@@ -258,12 +259,12 @@ def _stem(path: str) -> str:
 
 
 def count_others(paths: Iterable[str], empty_folders: Iterable[str], junk: int) -> dict[str, int]:
-    """Files that are not images, by their ending, folders of classes without an image, and how many files and folders are hidden."""
+    """Kind -> number of what is not used: other files by ending, empty class folders, hidden files and folders."""
     endings = collections.Counter(
         f"files {Path(path).suffix.lower()[:20]}" if Path(path).suffix else "files without an ending" for path in paths
     )
     empty = sorted(empty_folders)
-    # the endings and folders are of whoever packed the source: a bound keeps them from filling the manifest
+    # an untrusted source may have any number of endings and folders: the bound keeps the manifest small
     named = {f"folder without images: {printable(name)[:60]}": 1 for name in empty[:20]}
     return {
         **dict(endings.most_common(20)),
@@ -288,7 +289,7 @@ class FolderSource(FileSource):
 
 
 def scan(root: Path, endings: tuple[str, ...], junk: list[str] | None = None) -> dict[str, int]:
-    """Paths below a folder and their sizes, -1 for a broken link: reading it says so. Hidden ones are left out, into `junk`."""
+    """Paths below a folder -> size, -1 for a broken link, which fails when it is read. `junk` gets hidden ones."""
     visits: collections.Counter[str] = collections.Counter()
     entries = _walk(root, os.path.realpath(root), endings, (), [] if junk is None else junk, visits)
     return {Path(entry.path).relative_to(root).as_posix(): _size(entry) for entry in entries}
@@ -298,17 +299,17 @@ def _walk(
     folder: Path | str, real: str, endings: tuple[str, ...], above: tuple[str, ...], junk: list[str],
     visits: collections.Counter[str],
 ) -> Iterator[os.DirEntry]:  # fmt: skip
-    # a link to a folder above it would be walked without end; two links to one folder are no cycle, and both are walked
+    # a link to a folder above would be followed forever; two links to one folder are no cycle, and both are followed
     if real in above:
         return
     visits[real] += 1
-    # a few links on each of a few levels lead to a folder in millions of ways
+    # a few links on each of a few levels reach a folder by millions of paths
     if visits[real] > MAX_VISITS:
         raise UserError(
-            f"Links lead to {folder} in more than {MAX_VISITS} ways: give that folder itself, or remove links."
+            f"Links reach {folder} by more than {MAX_VISITS} paths: give that folder itself, or remove links."
         )
     if len(above) > MAX_FOLDERS:
-        raise UserError(f"{folder} lies in more than {MAX_FOLDERS} folders: move it up.")
+        raise UserError(f"{folder} is nested in more than {MAX_FOLDERS} folders: move it up.")
     try:
         entries = list(os.scandir(folder))
     except OSError as error:
@@ -326,7 +327,7 @@ def _walk(
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle lead to no folder
+    except OSError:  # a cycle of links has no end
         return False
 
 

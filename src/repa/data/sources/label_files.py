@@ -20,17 +20,17 @@ Rows = list[Mapping[str, Any]]
 
 
 def from_file(spec: str, names: Sequence[str]) -> Classes:
-    """The classes that a file gives to images by their names.
+    """The classes of images by their names in a file.
 
     Args:
-        spec: a `dataset.json`, or `TABLE.csv[:COLUMN]` (.tsv and .parquet too; the column is "label" unless given).
+        spec: a `dataset.json`, or `TABLE.csv[:COLUMN]`, also .tsv, .txt, .jsonl, .parquet; default column: "label".
         names: paths of the images in the source.
 
     Raises:
-        UserError: the file cannot be read, or does not give a label to exactly the images of the source.
+        UserError: the file is unreadable, or does not label exactly the images of the source.
     """
     path, column = spec, ""
-    # the path itself may hold a colon, as drives and buckets do
+    # the path itself may contain a colon, after a drive for example
     if not Path(spec).is_file() and ":" in spec:
         path, _, column = spec.rpartition(":")
     suffix = Path(path).suffix.lower()
@@ -40,7 +40,7 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
             "dataset.json, or a table such as labels.csv:COLUMN (.csv, .tsv, .txt, .jsonl, .parquet)."
         )
     if not Path(path).is_file():
-        raise UserError(f"labels names {path!r}, but there is no such file: give its path.")
+        raise UserError(f"labels names {path!r}, but there is no such file: correct the path.")
     if suffix == ".json":
         return from_listing(files.read_json(path), names, path)
     column = column or "label"
@@ -54,9 +54,9 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
         pairs = [(row.get(key), row.get(column)) for row in rows]
     for number, (name, _) in enumerate(
         pairs, start=2 if suffix in (".csv", ".tsv") else 1
-    ):  # row 1 of those are the columns
-        if name in (None, ""):  # which 0 is not
-            raise UserError(f"Row {number} of {path} names no image: fill in the column of names.")
+    ):  # row 1 of .csv and .tsv has the names of the columns
+        if name in (None, ""):  # not 0, which is a name
+            raise UserError(f"Row {number} of {path} names no image: fill in the column of image names.")
     return by_name(pairs, names, path)._replace(origin=spec)
 
 
@@ -64,29 +64,29 @@ def _pairs_of_parquet(path: str, column: str) -> list[tuple[Any, Any]]:
     parquet = extras.need("pyarrow.parquet", f"The table {path}")
     with faults.reading(path, "a parquet file"):
         key = _key_column(path, parquet.read_schema(path).names, column)
-        table = parquet.read_table(path, columns=[key, column])  # others may be large
+        table = parquet.read_table(path, columns=[key, column])  # other columns may be large
     return list(zip(table.column(key).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 
 def _key_column(path: str, there: Sequence[str], column: str) -> str:
-    """The column that names the images; the one asked for must be there too."""
+    """The column of image names; raises UserError if it or `column` is missing."""
     if column not in there:
         raise UserError(
             f"{path} has no column {column!r}: it has {', '.join(map(repr, there)) or 'none'}."
-            f"{nearest(column, there)} Write the column as {path}:COLUMN."
+            f"{nearest(column, there)} Choose a column with {path}:COLUMN."
         )
     keys = [name for name in FILE_COLUMNS if name in there and name != column]
     if not keys:
         raise UserError(
-            f"{path} has no column that names the images: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."
+            f"{path} has no column of image names: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."
         )
     return keys[0]
 
 
 def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
-    """Columns and rows of a table, by the ending of its name: JSON lines, words between spaces (.txt), else cells between marks.
+    """Columns and rows of a table: JSON lines (.jsonl), words separated by spaces (.txt), else cells with separators.
 
-    Raises UserError for a table that cannot be read, or has a column twice.
+    Raises UserError for a table that is unreadable or has two columns of one name.
     """
     suffix = Path(name).suffix.lower()
     if suffix == ".jsonl":
@@ -97,36 +97,36 @@ def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
         for number, words in enumerate(lines, start=1):
             if len(words) != len(columns):
                 raise UserError(
-                    f"Row {number} of {name} has {len(words)} words, but there are {len(columns)} columns: correct it."
+                    f"Row {number} of {name} has {len(words)} words for {len(columns)} columns: correct it."
                 )
         return columns, [dict(zip(columns, words, strict=True)) for words in lines]
     with faults.reading(name, "a table", "Save it as comma-separated UTF-8."):
         text = data.decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_mark(text))
         columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]  # "file_name, label"
-        # DictReader would keep the last of two in silence
+        # DictReader would silently keep the last of two
         if twice := next((column for column in columns if column and columns.count(column) > 1), None):
             raise UserError(f"{name} has the column {twice!r} twice: rename one of them.")
         rows: list[Mapping[str, Any]] = list(reader)
         if (long := next((number for number, row in enumerate(rows, start=2) if None in row), None)) is not None:
             raise UserError(
-                f"Row {long} of {name} has more cells than there are columns ({len(columns)}): write a text that holds the mark "
-                "between cells in quotes."
+                f"Row {long} of {name} has more cells than the {len(columns)} columns: put texts that contain the "
+                "separator in quotes."
             )
         return columns, rows
 
 
 def _mark(text: str) -> str:
-    """What stands between the cells of a table: commas, semicolons or tabs."""
-    # csv.Sniffer guesses from the frequencies of all characters, and takes a letter for a table of one column
-    return max(",;\t", key=text.partition("\n")[0].count)  # the first of them, a comma, where there is none
+    """The separator of the cells of a table: a comma, a semicolon or a tab."""
+    # csv.Sniffer counts all characters, so it takes a letter for the separator of a single column
+    return max(",;\t", key=text.partition("\n")[0].count)  # without any: a comma
 
 
 def _words(text: str) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of a table of words between spaces, as CelebA's list_attr_celeba.txt and identity_CelebA.txt are.
+    """Columns and rows of a table separated by spaces, such as CelebA's list_attr_celeba.txt and identity_CelebA.txt.
 
-    A first line that is one number counts the images. A line with a word less than the others names the columns but that of
-    the images; where there is none, the columns are the image and, of two, "label".
+    A first line with a single number counts the images. The next line names the columns if it has one word less than
+    the rows (none for the image) or a usual name of the image column. Otherwise: the image and, of two, "label".
     """
     lines = [line.split() for line in text.splitlines() if line.strip()]
     # list_attr_celeba.txt begins with "202599"
@@ -143,16 +143,16 @@ def _words(text: str) -> tuple[list[str], list[list[str]]]:
 def _json_lines(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
     rows: Rows = []
     with faults.reading(name, "JSON, one object a line"):
-        for line in data.decode("utf-8-sig").split("\n"):  # JSON may hold other ends of lines, such as U+2028
+        for line in data.decode("utf-8-sig").split("\n"):  # not splitlines: JSON may contain U+2028 and the like
             row = json.loads(line, object_pairs_hook=files.unique_keys) if line.strip() else {}
             if not isinstance(row, dict):
-                raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be an object.")
+                raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be a JSON object.")
             rows += [row] if row else []
     return list(rows[0]) if rows else [], rows
 
 
 def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
-    """The columns of a table at the root of a source, by its first lines; none if it is not a readable table."""
+    """The columns of a table, from its first lines; [] if it is not a readable table."""
     suffix = Path(file).suffix.lower()
     if suffix not in TABLES or suffix == ".parquet":
         return []
@@ -165,6 +165,6 @@ def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
         return []
     if suffix == ".txt":
         columns, rows = _words(text)
-        return columns if rows and rows[0][0].lower().endswith(EXTENSIONS) else []  # else it is a text for people
+        return columns if rows and rows[0][0].lower().endswith(EXTENSIONS) else []  # else it is prose
     line = text.partition("\n")[0].strip()
     return [column.strip() for column in next(csv.reader([line], delimiter=_mark(line)), [])]

@@ -1,4 +1,4 @@
-"""What names of files mean: junk of a system, members of archives, patterns, splits of a data set."""
+"""What file names mean: system junk, members of archives, patterns, splits of a data set."""
 
 import collections
 import glob
@@ -11,10 +11,10 @@ from repa.base.errors import UserError
 from repa.data.sources.contract import require_image_size
 
 MAX_FILES = 1_000_000
-# around a file: looking at each folder of a path needs memory that grows with the square of their number
+# depth of a file: the set of all parent folders of a path needs memory that is quadratic in its depth
 MAX_FOLDERS = 100
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or words
-# of macOS, the disks of Synology, QNAP and NetApp, Windows, ext4 and Python: none of them begins with a dot
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or alternatives
+# of macOS, Windows, ext4, Python, and disks of Synology, QNAP and NetApp; none of them begins with a dot
 JUNK = (
     "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
     "thumbs.db", "desktop.ini", "__pycache__", "#snapshot", "~snapshot", "@tmp", "@sharebin", "recycler", "found.000",
@@ -25,55 +25,55 @@ SPLITS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "eval": "val",
     "test": "test", "testing": "test", "holdout": "test",
 }  # fmt: skip
-"""Names of splits of a data set, which are not classes -> the split."""
+"""Names of folders and files that are splits, not classes -> the split."""
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden or made by the system, and so not the user's."""
+    """Whether a file or folder is hidden or made by the system, not by the user."""
     return name.startswith(".") or name.lower() in JUNK
 
 
 def member_path(name: str) -> str:
-    """The path of a member of an archive: some programs of Windows write the wrong slash, others './' and '//'."""
+    """The normalised path of a member of an archive: some programs write backslashes, others './' and '//'."""
     return "/".join(part for part in name.replace("\\", "/").split("/") if part not in ("", "."))
 
 
 def require_safe_member(archive: str | Path, name: str, size: int) -> None:
-    """Refuse an archive made to do harm: with a path that leaves the folder it is unpacked to, or a file without end."""
-    # checked for every system on each: an archive that is refused here must not be harmful elsewhere
+    """Raises UserError for a harmful member: a path that leaves the folder of the archive, or too large a file."""
+    # the rules of all systems apply on each: an archive that passes here must not be harmful elsewhere
     plain = name.replace("\\", "/")
     if plain.startswith("/") or re.match(r"[A-Za-z]:", plain) or ".." in plain.split("/"):
         raise UserError(
-            f"{archive} holds {name!r}, a path that leads out of the archive: it is refused, pack it again without that path."
+            f"{archive} holds {name!r}, a path that leads out of the archive: pack it again without that path."
         )
     if plain.count("/") > MAX_FOLDERS:
         raise UserError(
-            f"{archive} holds {plain[:60]!r}..., a path of more than {MAX_FOLDERS} folders: pack it again without them."
+            f"{archive} holds {plain[:60]!r}..., a path of more than {MAX_FOLDERS} folders: shorten it and pack again."
         )
     require_image_size(size, f"{plain} in {archive}")
 
 
 def is_remote(name: str) -> bool:
-    """Whether a file is fetched: a URL, or the output of a command (`pipe:`)."""
+    """Whether a name is a URL or a command (`pipe:`) instead of a local path."""
     return name.startswith("pipe:") or re.match(r"[a-z][a-z0-9+]*://", name) is not None
 
 
 def expand(spec: str) -> list[str]:
-    """The files that a name stands for: braces are expanded first, as in a shell, then * ? [] for files on this machine.
+    """The files that a pattern names: braces are expanded first, as in a shell, then * ? [] for local files.
 
     Raises:
-        UserError: a range that goes down, more than MAX_FILES, or a pattern that no file matches.
+        UserError: a descending range, more than MAX_FILES files, a file named twice, or a pattern that no file matches.
     """
     names = _braces(spec)
     if is_remote(spec):
         return _each_once(spec, names)
     found: list[str] = []
     for name in names:
-        # a file may have a bracket in its name, which glob would not match with itself
+        # glob would not match a file with a bracket in its name
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not matches:
             source = "" if name == spec else f" (from {spec!r})"
-            raise UserError(f"There is no file {name!r}{source}: check its path.")
+            raise UserError(f"There is no file {name!r}{source}: check the path.")
         found += matches
     return _each_once(spec, found)
 
@@ -81,17 +81,17 @@ def expand(spec: str) -> list[str]:
 def _each_once(spec: str, files: list[str]) -> list[str]:
     if len(set(files)) < len(files):
         twice = next(file for file, num in collections.Counter(files).items() if num > 1)
-        raise UserError(f"{spec!r} stands for {twice} twice: name every file once.")
+        raise UserError(f"{spec!r} names {twice} twice: name every file once.")
     return files
 
 
 def stem_of(shard: str) -> str:
-    """The name of a file without folder and ending; of a URL also without its query."""
+    """The name of a file without its folder, its ending and, for a URL, its query."""
     return Path(shard.partition("?")[0]).stem
 
 
 def counted_through(shards: Sequence[str]) -> bool:
-    """Are these the parts of one set, counted through, as train-0000.tar, train-0001.tar, or 00000-of-00002.parquet?"""
+    """Whether these are consecutive parts of one set: train-0000.tar, train-0001.tar; 00000-of-00002.parquet."""
     stems = [re.sub("-of-[0-9]+$", "", stem_of(shard)) for shard in shards]
     matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
     if len(matches) < len(stems):
@@ -102,7 +102,7 @@ def counted_through(shards: Sequence[str]) -> bool:
 
 
 def named_by_first(shards: Sequence[str]) -> str:
-    """What to call several files in a message."""
+    """A name for several files in messages."""
     return shards[0] if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more"
 
 
@@ -121,31 +121,31 @@ def _braces(spec: str) -> list[str]:
         width = len(first) if first.startswith("0") else 0
         options = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
     else:
-        raise UserError(f"{spec!r} has the range {match.group()}: it goes up, over at most {MAX_FILES:,} files.")
+        raise UserError(f"{spec!r} has the range {match.group()}: it must ascend, over at most {MAX_FILES:,} files.")
     names = []
     for option in options:
-        # counted at every level: a few braces of a thousand names each would fill the memory before they are all known
+        # counted at every level: a few braces of a thousand names each would fill the memory before the last level
         names += _braces(spec[: match.start()] + option + spec[match.end() :])
         if len(names) > MAX_FILES:
-            raise UserError(f"{spec!r} stands for more than {MAX_FILES:,} files: give fewer at a time.")
+            raise UserError(f"{spec!r} names more than {MAX_FILES:,} files: give fewer at a time.")
     return names
 
 
 def splits_among(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like splits, sorted: the bare words, and where two differ also train2017, trainA and seg_test."""
+    """The names that look like splits, sorted: the bare words; with several splits also train2017 and seg_test."""
     found = {name for name in names if _split_of(name)}
-    # alone, a class may be called test_tube or dev_board: only the bare word is a split then
+    # test_tube and dev_board may be classes: without a second split, only the bare word is one
     return several_splits(found) or sorted(name for name in found if name.lower() in SPLITS)
 
 
 def several_splits(names: Iterable[str]) -> list[str]:
-    """Those of the names that look like splits, sorted, where there are two different ones."""
+    """The names that look like splits, sorted; [] unless they are of at least two different splits."""
     found = {name: meaning for name in names if (meaning := _split_of(name))}
     return sorted(found) if len(set(found.values())) > 1 else []
 
 
 def split_folders(paths: Sequence[str]) -> list[str]:
-    """The folders of files that look like several splits, on the highest level where some do."""
+    """The folders that look like several splits, on the highest level with such folders."""
     folders = {path.rpartition("/")[0] for path in paths}
     for level in range(max(folder.count("/") for folder in folders) + 1):
         if splits := several_splits({folder.split("/")[level] for folder in folders if folder.count("/") >= level}):
@@ -154,19 +154,19 @@ def split_folders(paths: Sequence[str]) -> list[str]:
 
 
 def _split_of(name: str) -> str:
-    words = re.findall("[A-Z]*[a-z]+|[A-Z]+", name)  # of trainA and TestSet too
+    words = re.findall("[A-Z]*[a-z]+|[A-Z]+", name)  # also in trainA and TestSet
     return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
 
 
 def require_one_split(files: Sequence[str]) -> None:
-    """Raises UserError for shards of several splits, by their names or their folders, which would become one set in silence."""
+    """Raises UserError for shards of several splits, by name or folder, which would silently become one set."""
     paths = [re.split(r"[/\\]", file.partition("?")[0]) for file in files]
-    # folders that all of them lie in tell nothing
+    # common folders do not distinguish splits
     same = len([*itertools.takewhile(lambda names: len({*names}) == 1, zip(*paths, strict=False))])
     parts = [[*path[same:-1], stem_of(file)] for path, file in zip(paths, files, strict=True)]
     splits = [next(filter(None, map(_split_of, names)), "") for names in parts]
     if len(found := sorted({*splits} - {""})) > 1:
         first, others = files[splits.index(found[0])], ", ".join(sorted({"/".join(names) for names in parts})[:4])
         raise UserError(
-            f"The files are of several splits ({', '.join(found)}: {others}): give those of one, such as {first}."
+            f"The files are of several splits ({', '.join(found)}: {others}): give the files of one, such as {first}."
         )

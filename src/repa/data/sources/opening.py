@@ -1,4 +1,4 @@
-"""Opening a source by its name: what each kind looks like, and which class reads it."""
+"""Open a source by its name: recognise its kind, and choose the class that reads it."""
 
 import inspect
 import re
@@ -22,20 +22,20 @@ from repa.data.sources.reference_layout import ReferenceSource, is_reference
 from repa.data.sources.tables import open_arrow, open_hub, open_saved, open_table
 from repa.data.sources.webdataset import WebDataset
 
-# a path may hold colons itself, as URLs do: settings are what ends a name and reads like key=value,key=value
+# a path may contain colons, as URLs do: settings are the end of a name that looks like :key=value,key=value
 SETTINGS = re.compile(r"(.+?):([a-z_]+=[^,]*(?:,[a-z_]+=[^,]*)*)")
-# a shell command may end in something like that too, so only the known keys end it
+# a shell command may have such an end too, so only the known keys are settings
 PIPE_SETTINGS = re.compile(
     r"(pipe:.+):((?:image|label|caption|cache)=[^,\s]*(?:,(?:image|label|caption|cache)=[^,\s]*)*)"
 )
 COLUMNS = ("image", "label", "caption")  # of tables
 KINDS = (
-    "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR binaries, "
-    "COCO's captions (.json), 'hf:OWNER/NAME', 'photographs', or a function of your own by its dotted name"
+    "a folder of images, a zip, .tar shards, .parquet or .arrow files, an .npz or .npy array, a folder of CIFAR "
+    "binaries, COCO's captions (.json), 'hf:OWNER/NAME', 'photographs', or the dotted name of your own function"
 )
 COMPRESSED, PICKLES = (".gz", ".tgz", ".bz2", ".xz", ".zst"), (".pkl", ".pickle", ".pt", ".pth")
 FILES = (".zip", ".tar", ".parquet", ".arrow", ".json", ".npz", ".npy", *COMPRESSED, *PICKLES, *EXTENSIONS)
-SOURCES = Registry("source", {})  # of the user's own: f(labels, *, settings) -> Source
+SOURCES = Registry("source", {})  # functions of users: f(labels, *, settings) -> Source
 
 
 def open_source(spec: Any, *, labels: str = "") -> Source:
@@ -43,16 +43,15 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
 
     Args:
         spec: a folder, a zip, tar shards (`shard-{0000..0099}.tar`, URLs, `pipe:COMMAND`), parquet or arrow files, an
-            array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`; each with
-            settings behind a colon where it has some, e.g. `hf:OWNER/NAME:split=train,image=img`. See docs/sources.md.
-            Or the dotted name of a function of your own, `f(labels, *, settings) -> Source`; a `Source` itself; or a
-            `datasets.Dataset` that is loaded already.
-        labels: "" for those the source has itself; "none"; "folders" (the first folder of each path), "folders:2" (the
-            second), "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); or for
-            arrays an .npy file.
+            array (.npz, .npy), CIFAR binaries, the reference layout, `hf:OWNER/NAME`, or `photographs`. Settings
+            follow a colon, e.g. `hf:OWNER/NAME:split=train,image=img`; see docs/sources.md. Or the dotted name of your
+            own function `f(labels, *, settings) -> Source`; a `Source` itself; or a loaded `datasets.Dataset`.
+        labels: "" for the source's own; "none"; "folders" (the first folder of each path), "folders:2" (the second),
+            "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); for arrays
+            also an .npy file.
 
     Raises:
-        UserError: nothing there, no images, missing or impossible labels, a damaged or unsafe file, unknown settings.
+        UserError: no such source, no images, missing or invalid labels, a damaged or unsafe file, or unknown settings.
     """
     if isinstance(spec, Source):
         _require_own(labels, spec)
@@ -65,27 +64,27 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     if any(argument.kind is argument.VAR_KEYWORD for argument in inspect.signature(opened).parameters.values()):
         known |= dict.fromkeys(COLUMNS, Setting(str, is_required=False))
     check_settings("source", str(spec), settings, known)
-    # settings are read as Python values where they can be: what is called 1 is a text again
+    # settings are parsed as Python values if possible: a column called 1 becomes a text again
     source = opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
     if not isinstance(source, Source):
-        raise UserError(f"The source {spec!r} must be a repa.data.Source, but {type(source).__name__} came back.")
+        raise UserError(f"The source {spec!r} must return a repa.data.Source, but returned {type(source).__name__}.")
     return source
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
-    """The path and the settings behind it."""
+    """The path, and the settings after it."""
     if spec.partition(":")[0] == "photographs" and Path(spec).exists():
         raise UserError(
-            f"{spec!r} names the photographs inside the package, and there is a folder of that name here: write ./{spec} for it."
+            f"{spec!r} means the photographs inside the package, but a folder has this name too: write ./{spec} for it."
         )
-    # a file of exactly this name is meant as it is, whatever it looks like
+    # an existing file of exactly this name has no settings, even if its name looks like them
     pattern = PIPE_SETTINGS if spec.startswith("pipe:") else SETTINGS
     match = None if Path(spec).exists() else pattern.fullmatch(spec)
     return (match[1], parse_spec(f"source:{match[2]}")[1]) if match else (spec, {})
 
 
 def _kind(name: str, labels: str) -> partial[Any]:
-    """What opens a source. Its settings are the arguments that it takes by name alone."""
+    """The function that opens a source; its keyword-only arguments are the settings."""
     path = Path(name)
     if name == "photographs":
         return partial(PhotographSource, _require_own(labels, name))
@@ -96,7 +95,7 @@ def _kind(name: str, labels: str) -> partial[Any]:
     if path.is_file() or is_remote(name) or is_pattern(name):
         return _file_kind(name, labels)
     why = ""
-    # images.zip, mistyped, must not import a module images that lies in the current folder
+    # a mistyped images.zip must not import a module `images` from the current folder
     if DOTTED.fullmatch(name) and path.suffix.lower() not in FILES:
         try:
             return partial(SOURCES.load(name), labels)
@@ -108,7 +107,7 @@ def _kind(name: str, labels: str) -> partial[Any]:
 
 
 def _folder_kind(path: Path, labels: str) -> partial[Any]:
-    # from the most particular to the most general: every one of these is also a folder with files in it
+    # from the most specific to the most general: each of these is also a folder of files
     if is_reference(path):
         return partial(ReferenceSource, path, _require_own(labels, path))
     if is_cifar(path):
@@ -138,29 +137,29 @@ def _file_kind(name: str, labels: str) -> partial[Any]:
     if ending in (".npz", ".npy"):
         return partial(ArraySource, Path(name), labels)
     if ending in COMPRESSED:
-        raise UserError(f"{name} is compressed as a whole, so that no image in it can be read alone: unpack it first.")
+        raise UserError(f"{name} is compressed as a whole, so no image in it can be read alone: unpack it first.")
     if ending in PICKLES:
         raise UserError(f"{name} is a pickle, which can run any program when it is read: save it as .npz or .npy.")
     if ending in EXTENSIONS:
-        raise UserError(f"{name} is one image: give the folder that holds it, or a zip of images.")
+        raise UserError(f"{name} is a single image: give its folder, or a zip of images.")
     return partial(ZipSource, Path(name), labels)
 
 
 def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
-    """The shards of a folder; raises UserError when it also holds images, so one of the two would be left out."""
-    # metadata.parquet is a table of labels beside images (`imagefolder`), not images itself
+    """The shards of a folder; raises UserError if it also has images, which would be ignored."""
+    # metadata.parquet is a table of labels beside images (`imagefolder`), not a table of images
     shards = sorted(str(path) for path in paths if not is_hidden(path.name) and path.name != "metadata.parquet")
     data = {Path(shard).parent for shard in shards}
     for path in folder.iterdir() if shards else ():
         if not is_hidden(path.name) and (path.suffix.lower() in EXTENSIONS or (path.is_dir() and path not in data)):
             raise UserError(
                 f"{folder} holds both shards ({Path(shards[0]).name}) and {path.name}: give the shards as "
-                f"{Path(shards[0]).parent}/*{Path(shards[0]).suffix}, or move them out of the folder."
+                f"{Path(shards[0]).parent}/*{Path(shards[0]).suffix}, or move other files out of the folder."
             )
     return shards
 
 
 def _require_own(labels: str, what: object) -> str:
     if labels not in ("", "none"):
-        raise UserError(f"labels is {labels!r}, but {what} has its own: leave it out, or set it to 'none'.")
+        raise UserError(f"labels is {labels!r}, but {what} has its own labels: leave it out, or set it to 'none'.")
     return labels

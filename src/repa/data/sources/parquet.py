@@ -1,4 +1,4 @@
-"""Parquet files with the bytes of images in a column, here or at a URL; read row group by row group."""
+"""Parquet files with a column of encoded images, local or at a URL, read by row groups."""
 
 import functools
 import json
@@ -15,24 +15,24 @@ from repa.base.errors import UserError
 from repa.data.sources.names import counted_through, is_remote, named_by_first, require_one_split
 from repa.data.sources.tables import TableSource, columns_of
 
-MAX_GROUP = 1 << 31  # bytes of a row group, which is held in memory whole
-KEPT = 2  # files, and groups of a column: rows are read in order, by threads that may be a group apart
+MAX_GROUP = 1 << 31  # bytes of the images of a row group, all of which are kept in memory
+KEPT = 2  # files, and row groups per column: rows are read in order, by threads that may be one group apart
 
 
 class ParquetSource(TableSource):
     """Rows of parquet files in order. A URL (`hf://datasets/OWNER/NAME/data/train-{00..09}.parquet`) is streamed.
 
-    Only the row groups that are asked for are read, never a whole file; the labels are read when it is opened.
+    Only the row groups of requested images are read; the labels are read when the source is opened.
     """
 
-    _lock = threading.RLock()  # of the class, and so of each process
+    _lock = threading.RLock()  # one per process: a class attribute is not pickled
 
     def __init__(self, shards: Sequence[str], labels: str = "", **columns: str):
         """
         Args:
             shards: paths or URLs.
-            labels: "" for a column of the file, or "none".
-            columns: image, label, caption: the names of those columns.
+            labels: "" for a column of the files, or "none".
+            columns: image, label and caption, the names of these columns.
         """
         self.shards = list(shards)
         require_one_split(self.shards)
@@ -43,11 +43,11 @@ class ParquetSource(TableSource):
         self._choose(where, columns_of(schema), labels, **columns)
         if not self._label and labels != "none" and len(self.shards) > 1 and not counted_through(self.shards):
             raise UserError(
-                f"{self.shards[0]} and {self.shards[1]} have no column of labels, but names that are no count: if each is a class, add "
-                "it as a column 'label', or give --labels none for one class."
+                f"{self.shards[0]} and {self.shards[1]} have no column of labels, and their names are not numbered "
+                "parts: if each file is a class, add a column 'label'; or give --labels none for one class."
             )
         groups = [self._groups(shard) for shard in range(len(self.shards))]
-        self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # ends of groups
+        self._rows = np.concatenate([[0], np.cumsum([rows for shard in groups for rows, _ in shard])])  # starts; end
         self._group = [(number, group) for number, shard in enumerate(groups) for group in range(len(shard))]
         self._describe(
             where, int(self._rows[-1]), labels, lambda: [value for shard in range(len(groups)) for value in self._read_labels(shard)],
@@ -65,11 +65,12 @@ class ParquetSource(TableSource):
         return group, int(index - self._rows[group])
 
     def _groups(self, shard: int) -> list[tuple[int, int]]:
-        """Rows and bytes of the images of each row group."""
+        """Number of rows, and bytes of the images, of each row group."""
         opened = self._open(shard)
         if (names := columns_of(opened.schema_arrow)) != columns_of(self._open(0).schema_arrow):
             raise UserError(
-                f"{self.shards[shard]} has other columns ({', '.join(names)}) than {self.shards[0]}: give files of one table."
+                f"The columns of {self.shards[shard]} ({', '.join(names)}) differ from those of {self.shards[0]}: give "
+                "the files of one table."
             )
         return [self._measure(shard, opened.metadata.row_group(g)) for g in range(opened.metadata.num_row_groups)]
 
@@ -80,7 +81,7 @@ class ParquetSource(TableSource):
         if size > MAX_GROUP:
             raise UserError(
                 f"{self.shards[shard]} has a row group of {files.size(size)}, more than {files.size(MAX_GROUP)}: "
-                "write it again with fewer rows in a row group."
+                "write the file again with fewer rows per row group."
             )
         return group.num_rows, size
 
@@ -90,18 +91,18 @@ class ParquetSource(TableSource):
 
     def _cell(self, column: str, index: int) -> Any:
         group, row = self._find(index)
-        # one thread reads, as the others want the same group; and a file of pyarrow has one position for all of them
+        # one thread at a time: the others need the same group, and all threads share the position of a pyarrow file
         with self._lock:
             return self._column(column)(group)[row].as_py()
 
     def _read_group(self, column: str, group: int) -> Any:
         shard, number = self._group[group]
-        # threads of pyarrow do not survive a fork: in a worker the read would wait for them without end
+        # the threads of pyarrow do not survive a fork: in a worker the read would wait for them forever
         with faults.reading(self.shards[shard], "a parquet file"):
             return self._open(shard).read_row_group(number, columns=[column], use_threads=False).column(0)
 
     def _open(self, shard: int) -> Any:
-        """A file, opened in each process, so that no other process moves its position."""
+        """The open file of a shard, one per process, so that no other process moves its position."""
         return self._opened(shard, os.getpid())
 
     @functools.cached_property
@@ -110,15 +111,15 @@ class ParquetSource(TableSource):
 
     @functools.cached_property
     def _column(self) -> Callable[[str], Callable[[int], Any]]:
-        """Column -> what reads a group of it, and keeps some."""
+        """Column -> a function that reads one of its row groups and caches the last few."""
         return functools.cache(lambda name: functools.lru_cache(KEPT)(functools.partial(self._read_group, name)))
 
 
 def _open(where: str) -> Any:
     parquet = extras.need("pyarrow.parquet", f"The file {where}")
-    with faults.reading(where, "a parquet file", damaged=(Exception,)):  # each store raises other exceptions
+    with faults.reading(where, "a parquet file", damaged=(Exception,)):  # every store raises its own exceptions
         if not is_remote(where):
-            return parquet.ParquetFile(where, memory_map=True)  # pages are shared by the workers
+            return parquet.ParquetFile(where, memory_map=True)  # workers share the pages
         import fsspec
 
         return parquet.ParquetFile(fsspec.open(where, "rb").open())

@@ -13,14 +13,14 @@ from repa.base.images import decode_image
 from repa.base.rng import fold
 from repa.data.sources.contract import Classes, Source, one_class
 
-FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there says where each comes from
-CLOSE = 0.8  # a crop of a smaller share is called close
+FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there has the origin of each
+CLOSE = 0.8  # crops with a smaller share are captioned "close"
 LIGHTS = {
     "dark": (0.4, 0.0),
     "": (1.0, 0.0),
     "bright": (0.4, 255.0),
-}  # word -> share of the contrast that stays, and towards what
-SMALLEST = 0.6  # side of the smallest crops over the photograph's: large enough to tell what it shows
+}  # word -> factor of the contrast, and the value that pixels move towards
+SMALLEST = 0.6  # side of the smallest crop, relative to the photograph's: large enough to recognise the motif
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def load_photographs() -> dict[str, Image.Image]:
 
 @functools.cache
 def checksum() -> str:
-    """sha256 of all photographs' pixels: data prepared from other ones is not continued."""
+    """SHA-256 of the pixels of all photographs: data prepared from other photographs is not continued."""
     digest = hashlib.sha256()
     for photograph in load_photographs().values():
         digest.update(photograph.tobytes())
@@ -40,7 +40,7 @@ def checksum() -> str:
 
 
 class Crop(NamedTuple):
-    """Which part of a photograph is seen: its side as a share of the photograph's, its corner in pixels, and whether mirrored."""
+    """A square part of a photograph: side relative to the photograph's, corner in pixels, and whether mirrored."""
 
     share: float
     left: float
@@ -49,7 +49,7 @@ class Crop(NamedTuple):
 
 
 def crop_of(index: int, seed: int, width: int, smallest: float = SMALLEST) -> Crop:
-    """Crop `index` of a photograph of `width` pixels, a function of (seed, index, smallest): share and place are uniform."""
+    """Crop `index` of a photograph of `width` pixels, by (seed, index, smallest) alone: uniform share and place."""
     rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
     share = rng.uniform(smallest, 1.0)
     left, top = rng.uniform(0, width - share * width, size=2)
@@ -59,8 +59,8 @@ def crop_of(index: int, seed: int, width: int, smallest: float = SMALLEST) -> Cr
 def photograph_crop(index: int, resolution: int, seed: int, smallest: float = SMALLEST) -> Image.Image:
     """Crop `index`, RGB, of photograph index % 20: a function of the arguments alone.
 
-    The side is uniform between `smallest` times the photograph's and all of it, the place uniform; bicubic with antialiasing; mirrored
-    with probability 1/2. The same index shows the same crop at every resolution.
+    The side (`smallest` to 1 times the photograph's) and the place are uniform; half of the crops are mirrored.
+    Resized by bicubic interpolation with antialiasing. An index has the same crop at every resolution.
     """
     photographs = list(load_photographs().values())
     photograph = photographs[index % len(photographs)]
@@ -72,7 +72,7 @@ def photograph_crop(index: int, resolution: int, seed: int, smallest: float = SM
 
 
 def light_of(index: int, seed: int) -> str:
-    """dark, bright or "", each as often as the others that the photograph is seen in: see `unseen`."""
+    """dark, bright or "", uniform over the lights of this photograph: all but those in `unseen`."""
     names = list(load_photographs())
     place = index % len(names)
     lights = [light for light in LIGHTS if (names[place], light) not in unseen()]
@@ -81,20 +81,20 @@ def light_of(index: int, seed: int) -> str:
 
 @functools.cache
 def unseen() -> tuple[tuple[str, str], ...]:
-    """Photographs and lights that are never together, so that a network can be asked for what it has not seen: every second
-    photograph lacks dark or bright, in turn."""
+    """Pairs of photograph and light that never occur, to test a network on unseen combinations: every second photograph
+    lacks dark or bright, alternately."""
     return tuple((name, ("dark", "bright")[k % 2]) for k, name in enumerate(list(load_photographs())[::2]))
 
 
 def lit(image: Image.Image, light: str) -> Image.Image:
-    """The image with all its values moved towards black or white."""
+    """The image with all values moved towards black or white."""
     pixels = np.asarray(image, np.float32)
     share, end = LIGHTS[light]
     return Image.fromarray((end + (pixels - end) * share + 0.5).astype(np.uint8))
 
 
 def captions_of(name: str, light: str, close: bool) -> tuple[str, str]:
-    """Two ways to say what is seen: "a dark picture of a cat, close" and "cat, dark, close"."""
+    """Two captions of a crop: "a dark picture of a cat, close" and "cat, dark, close"."""
     no_article = name.endswith("s") or name in ("coffee", "sushi")
     what = name if no_article else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     near = ", close" if close else ""
@@ -102,9 +102,9 @@ def captions_of(name: str, light: str, close: bool) -> tuple[str, str]:
 
 
 class PhotographSource(Source):
-    """Random crops of the photographs inside the package, one class for each photograph.
+    """Random crops of the photographs inside the package, one class per photograph.
 
-    With captions=true each is also shown in one of three lights, and two captions say what is seen.
+    With captions=true each crop also has one of three lights, and two captions.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Tables with a column of images: which columns are read, and the data sets of the library `datasets`.
+"""Tables with a column of images: the choice of columns, and the data sets of the library `datasets`.
 
-Those come from the hub, from `save_to_disk`, or as .arrow files, and are memory-mapped; parquet.py reads parquet files.
+These come from the hub, `save_to_disk` or .arrow files, and are memory-mapped; parquet.py reads parquet files.
 """
 
 import functools
@@ -27,12 +27,12 @@ from repa.data.sources.labels import classes_of, label_columns, named
 from repa.data.sources.names import named_by_first
 
 LABEL = "label"
-TEXTS = ("string", "large_string", "string_view")  # types of arrow, by their names: the last is not in every version
+TEXTS = ("string", "large_string", "string_view")  # names of arrow types; not every version has the last one
 BYTES = ("binary", "large_binary", "binary_view")
 
 
 class Column(NamedTuple):
-    """What is known of a column before it is read."""
+    """What the schema says about a column."""
 
     kind: Literal["image", "class", "text", "other"]
     class_names: tuple[str, ...] = ()
@@ -43,22 +43,22 @@ def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: 
         return found[0]
     raise UserError(
         f"{where} has {len(found) or 'no'} columns that could be the {key}, among {', '.join(columns) or 'none'}: "
-        f"name the one as {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
+        f"choose one with {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
     )
 
 
 def image_bytes(cell: Any, name: str) -> bytes:
-    """The bytes of an image file in a cell: bytes, or {"bytes": ..., "path": ...}."""
+    """The image file in a cell, which is bytes or {"bytes": ..., "path": ...}."""
     data = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(data, bytes):
         missing = "only the path of its image" if isinstance(cell, dict) and cell.get("path") else "no image"
-        raise UserError(f"{name} holds {missing}: save the table with the images in it, or remove the row.")
+        raise UserError(f"{name} holds {missing}: save the table with embedded images, or remove the row.")
     require_image_size(len(data), name)
     return data
 
 
 class TableSource(Source):
-    """Rows with a column of images. Kinds implement `name` and `_cell`."""
+    """Rows with a column of images. Subclasses implement `name` and `_cell`."""
 
     def _choose(
         self,
@@ -70,7 +70,7 @@ class TableSource(Source):
         label: str = "",
         caption: str = "",
     ) -> None:
-        """Decide which columns are read: those asked for; else the one of images, that of classes or called "label", and captions.
+        """Choose the columns to read: the given ones, else those of images, labels (by type or name) and captions.
 
         Raises:
             UserError: a column is missing, or it is not clear which one is meant.
@@ -81,15 +81,15 @@ class TableSource(Source):
                 raise UserError(f"{where} has no column {name!r} for {key}: it has {there}.{nearest(name, columns)}")
         if labels not in ("", "none"):
             raise UserError(
-                f"labels is {labels!r}: of {where} they are a column, which is written {where}:label=COLUMN, or 'none'."
+                f"labels is {labels!r}, but the labels of {where} are a column: give {where}:label=COLUMN, or 'none'."
             )
-        # texts may be stored as bytes too: a column that is called as captions are is the last choice
+        # texts may be stored as bytes too, so a column with a usual name for captions is the last choice
         binary = [name for name, column in columns.items() if column.kind == "image"]
         binary = [name for name in binary if name not in CAPTION_COLUMNS] or binary
         image = image or _only(where, binary, columns, "image")
         if columns[image].kind != "image":
             raise UserError(
-                f"The column {image!r} of {where} does not hold the bytes of images: it has {', '.join(columns)}."
+                f"The column {image!r} of {where} does not hold encoded images: choose another of {', '.join(columns)}."
             )
         if not label and labels != "none":
             classes = [name for name, column in columns.items() if column.kind == "class"]
@@ -103,22 +103,22 @@ class TableSource(Source):
         unread = [name for name in columns if name not in (image, label, self._caption)]
         self._unlabelled = "no column of labels"
         if others := [name for name in unread if name not in CAPTION_COLUMNS]:
-            self._unlabelled += f" (there are {', '.join(others)}: {where}:label={others[0]} takes one)"
+            self._unlabelled += f" (not read: {', '.join(others)}; {where}:label={others[0]} selects one)"
         no_texts = {name for name in CAPTION_COLUMNS if name in columns and columns[name].kind != "text"}
         self.left_out = {f"column {name!r}{', which holds no texts' * (name in no_texts)}": 1 for name in unread[:20]}
 
     def _describe(
         self, where: str, num: int, labels: str, values: Callable[[], Sequence[Any]], facts: str, *, is_local: bool
     ) -> None:
-        """Set classes and identity of `num` rows.
+        """Set the classes and the identity of `num` rows.
 
         Args:
-            values: gives the column of labels.
-            facts: sizes that tell equal images from others.
-            is_local: whether some images are read for the identity too; remote ones would have to be fetched.
+            values: returns the column of labels.
+            facts: sizes of the images, for the identity.
+            is_local: whether some images are read for the identity too; from remote files this would need a download.
         """
         if not num:
-            raise UserError(f"{where} holds no rows: give a file or split with images.")
+            raise UserError(f"{where} has no rows: give a file or split with images.")
         if self._label and labels != "none":
             column, names = f"the column {self._label!r} of {where}", self._class_names
             classes = named(values(), names, self.name, column) if names else classes_of(values(), self.name, column)
@@ -136,7 +136,7 @@ class TableSource(Source):
 
     @abstractmethod
     def _cell(self, column: str, index: int) -> Any:
-        """What a row holds in a column."""
+        """The value of a row in a column."""
 
 
 class DatasetSource(TableSource):
@@ -148,10 +148,10 @@ class DatasetSource(TableSource):
         """
         Args:
             table: the data set.
-            where: what to call it.
+            where: its name in messages.
             labels: "" for a column, or "none".
-            folders: the only folders whose files it may name, for a data set made by strangers; None for any file.
-            columns: image, label, caption: the names of those columns.
+            folders: the only folders whose files an untrusted data set may name; None: any file.
+            columns: image, label and caption, the names of these columns.
         """
         datasets = _library()
         self._where = where
@@ -160,14 +160,14 @@ class DatasetSource(TableSource):
             self._require_inside(file["filename"], where)
         if table.format["type"] == "custom":
             raise UserError(
-                f"{where} has a transform, which would run on every access: apply it with map, or remove it with reset_format."
+                f"{where} has a transform, which would run at every access: apply it with map, or call reset_format."
             )
         table = table.with_format(None)
-        # a damaged file may name places outside of it, which arrow follows without a look: the process would crash
+        # a damaged file may have offsets beyond its end; arrow does not check them, and reading would crash the process
         _loading(lambda: table.data.validate(full=True), where)
-        # as arrow, with what `datasets` writes beside it, so that one rule serves its tables and parquet files
+        # the arrow schema with the metadata of `datasets`: its tables and parquet files share one rule
         self._choose(where, columns_of(table.features.arrow_schema), labels, **columns)
-        # a table for each column: reading a row of a whole table decodes all its columns
+        # a table per column, because reading a row decodes all columns of its table
         images = table.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
         self._tables = {self._image: images}
         if self._caption:
@@ -182,14 +182,14 @@ class DatasetSource(TableSource):
         cell = self._cell(self._image, index)
         if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
             self._require_inside(cell["path"], self.name(index))
-            return read_image_file(Path(cell["path"]), self.name(index))  # beside the table, as in `imagefolder`
+            return read_image_file(Path(cell["path"]), self.name(index))  # a file beside the table, as in `imagefolder`
         return image_bytes(cell, self.name(index))
 
     def _require_inside(self, path: str, name: str) -> None:
         if self._folders is not None and not any(Path(os.path.realpath(path)).is_relative_to(f) for f in self._folders):
             raise UserError(
-                f"{name} names the file {str(path)!r:.200}, which is outside of {' and '.join(self._folders)}: save the data set "
-                "with the images in it."
+                f"{name} names the file {str(path)!r:.200}, outside of {' and '.join(self._folders)}: save the data "
+                "set with embedded images."
             )
 
     def _cell(self, column: str, index: int) -> Any:
@@ -197,14 +197,14 @@ class DatasetSource(TableSource):
 
 
 def open_table(table: Any, labels: str = "") -> DatasetSource:
-    """A data set that is loaded already; UserError for anything that is no `datasets.Dataset`."""
+    """A loaded data set; raises UserError for anything but a `datasets.Dataset`."""
     datasets = _library()
     if isinstance(table, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         raise UserError(
             f"The data set has the splits {', '.join(table)}: give one of them, such as data[{next(iter(table))!r}]."
         )
     if not isinstance(table, datasets.Dataset):
-        raise UserError(f"A source is a path, a name or a datasets.Dataset, but got {type(table).__name__}.")
+        raise UserError(f"A source must be a path, a name or a datasets.Dataset, but got {type(table).__name__}.")
     return DatasetSource(table, "the data set", labels)
 
 
@@ -218,16 +218,17 @@ def open_hub(
     streaming: bool = False,
     **columns: str,
 ) -> DatasetSource:
-    """`hf:OWNER/NAME`: downloaded once by `datasets`, into its own cache."""
+    """`hf:OWNER/NAME`: `datasets` downloads it once into its own cache."""
     if streaming:
         raise UserError(
-            f"hf:{name} cannot be streamed as a data set, which has no length and no images by number, so that work could "
-            f"not be shared or continued: stream its parquet files, hf://datasets/{name}@refs/convert/parquet/"
-            f"{config or 'default'}/{split}/{{0000..0009}}.parquet with the numbers that are there, or leave out streaming."
+            f"hf:{name} cannot be streamed as a data set: a stream has no length and no access by index, so processes "
+            "cannot share or continue it. Stream its parquet files, "
+            f"hf://datasets/{name}@refs/convert/parquet/{config or 'default'}/{split}/{{0000..0009}}.parquet with "
+            "their numbers, or leave out streaming."
         )
-    # `datasets` would take any other text for a folder or a kind of file
+    # `datasets` would take any other text for a folder or a file format
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise UserError(f"'hf:{name}' names no data set of the hub: write hf:OWNER/NAME.")
+        raise UserError(f"'hf:{name}' is not the name of a data set on the hub: write hf:OWNER/NAME.")
     datasets = _library()
     import huggingface_hub
 
@@ -240,12 +241,12 @@ def open_hub(
 
 
 def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: str) -> DatasetSource:
-    """A folder made by `save_to_disk`, of one split or of several."""
+    """A folder of `save_to_disk`, with one split or several."""
     table = _loading(lambda: _library().load_from_disk(str(folder)), str(folder))
     if isinstance(table, dict):
         if split not in table:
             raise UserError(
-                f"{folder} holds the splits {', '.join(table)}: say which one as {folder}:split=NAME.{nearest(split, table)}"
+                f"{folder} has the splits {', '.join(table)}: give {folder}:split=NAME.{nearest(split, table)}"
             )
         table = table[split]
     elif split:
@@ -254,7 +255,7 @@ def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: st
 
 
 def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> DatasetSource:
-    """The .arrow files of `datasets`, one after the other."""
+    """The .arrow files of `datasets`, concatenated."""
     datasets = _library()
     tables = [_loading(functools.partial(datasets.Dataset.from_file, shard), shard) for shard in shards]
     where = named_by_first(shards)
@@ -270,13 +271,13 @@ def _library() -> Any:
 def _loading(load: Callable[[], Any], where: str) -> Any:
     try:
         return load()
-    except Exception as error:  # of the hub, its client, pyarrow and the library itself: there is no common base
+    except Exception as error:  # the hub, its client, pyarrow and the library have no common base class
         first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(f"{where} cannot be loaded: {first.rstrip('.')}.") from error
 
 
 def columns_of(schema: Any) -> dict[str, Column]:
-    """Columns of an arrow schema: what they hold, by their types and by what `datasets` writes with them."""
+    """The columns of an arrow schema, by their types and the metadata of `datasets`."""
     from pyarrow import types
 
     features = _features_of(schema.metadata or {})
@@ -286,7 +287,7 @@ def columns_of(schema: Any) -> dict[str, Column]:
         feature = feature if isinstance(feature, dict) else {}
         binary = [field.type] if not types.is_struct(field.type) else [f.type for f in field.type if f.name == "bytes"]
         if any(str(kind) in BYTES for kind in binary):
-            # sound and video are stored in columns of the same type
+            # audio and video have columns of the same type
             columns[field.name] = Column("image" if feature.get("_type", "Image") in ("Image", "Value") else "other")
         elif feature.get("_type") == "ClassLabel":
             names = feature.get("names")
@@ -313,7 +314,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
-    """What `datasets` writes about columns; {} where it is not what that library writes, since the types say enough."""
+    """The metadata of `datasets` about columns; {} if they are invalid, because the arrow types are enough."""
     try:
         value = json.loads(metadata.get(b"huggingface", b"{}"))
     except (ValueError, RecursionError):
@@ -324,7 +325,7 @@ def _features_of(metadata: dict[bytes, bytes]) -> dict[str, Any]:
 
 
 def _lengths(table: Any, image: str) -> str:
-    """A checksum of the lengths of all images, which arrow knows without reading them."""
+    """A checksum of the lengths of all images, which arrow knows without reading the images."""
     from pyarrow import compute, types
 
     cells = table.data.column(image)

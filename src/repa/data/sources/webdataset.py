@@ -1,4 +1,4 @@
-"""WebDataset: tar shards in which neighbouring files of one name (0001.jpg, 0001.cls, 0001.txt, 0001.json) are a sample."""
+"""WebDataset: tar shards. Adjacent files of one name (0001.jpg, 0001.cls, 0001.txt, 0001.json) are a sample."""
 
 import collections
 import functools
@@ -31,18 +31,18 @@ from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
 from repa.data.sources.names import JUNK_KIND, counted_through, is_remote, require_one_split, split_folders, stem_of
 
-INDEX_VERSION = 5  # a part of the key in the cache: files of another format are made again
-MAX_TEXT = 1 << 24  # bytes of a label, caption or json
-ABSENT = (0, -1)  # a part that a sample does not have
-MAX_OPEN_SHARDS = 16  # shards open at a time: rows are read in order
+INDEX_VERSION = 5  # part of the cache key, so that files of another format are computed again
+MAX_TEXT = 1 << 24  # bytes of a label, a caption or a .json
+ABSENT = (0, -1)  # a part that a sample lacks
+MAX_OPEN_SHARDS = 16  # at a time; rows are read in order, so few are enough
 IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
 
 
 class WebDataset(Source):
-    """Samples in the order of the shards. Remote shards (URLs, `pipe:`) are copied to the cache when they are needed.
+    """Samples in the order of the shards. Remote shards (URLs, `pipe:`) are copied to the cache on demand.
 
-    Every shard is read once when the source is opened first, for an index that is kept in the cache folder. The label
-    of a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
+    When the source is first opened, each shard is read once for an index, which stays in the cache folder. The label of
+    a sample is its .cls, or `label` in its .json; its captions are its .txt, or `caption` in its .json.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class WebDataset(Source):
         """
         Args:
             shards: paths, URLs, or `pipe:COMMAND`.
-            labels: "", "none", "folders" (the first part of a sample's path; folders:2, folders:last), "tars" (the name of
-                its shard), or a file with labels by path.
-            image: extension of the image of a sample that holds several.
+            labels: "", "none", "folders" (the first folder of a sample's path; folders:2, folders:last), "tars" (the
+                name of its shard), or a file with labels by path.
+            image: extension of the image to use; "": the only image of a sample.
             label: key of the label in the .json.
             caption: key of the caption in the .json.
-            cache: GiB of copies of remote shards to keep.
+            cache: GiB of remote shards to keep.
         """
         self.shards = list(shards)
         self._caption = caption
@@ -87,7 +87,7 @@ class WebDataset(Source):
         self._identify(classes, Path(self.shards[0]).name, num_shards=len(self.shards), sha256=self._digest())
         if not labels and not any(map(is_remote, self.shards)):
             self._require_no_numbers(self.shards[0])
-        # closes what was read for the identity, which is long ago when images are read
+        # closes the shards that were read for the identity: images are read much later
         self.__dict__.pop("_open", None)
 
     @functools.cached_property
@@ -126,29 +126,30 @@ class WebDataset(Source):
         return one_class(len(self.keys))
 
     def _require_nothing_label_like(self, label_like: Sequence[str]) -> None:
-        """Refuse where something but .cls and the `label` of a .json looks like labels, and name the choice."""
+        """Raises UserError with the choices if anything besides .cls and `label` of a .json looks like labels."""
         where = Path(self.shards[0]).parent
         if label_like:
             raise UserError(
-                f"The samples of {self._shard_name(0)} have no .cls and no 'label' in a .json, but {', '.join(label_like[:5])}: name "
-                f"the one as {self.shards[0]}:label={label_like[0]}, or give --labels none for one class."
+                f"The samples of {self._shard_name(0)} have no .cls and no 'label' in a .json, but "
+                f"{', '.join(label_like[:5])}: give {self.shards[0]}:label={label_like[0]}, or --labels none."
             )
         folders = {key.rpartition("/")[0] for key in self.keys if "/" in key}
         if len(folders) > 1:
             shown = ", ".join(printable(name) for name in sorted(folders)[:3])
             raise UserError(
-                f"The samples of {self._shard_name(0)} have no labels, but lie in folders such as {shown}: give --labels folders if "
-                "the first folders are the classes, folders:2 or folders:last for those inside, or --labels none for one class."
+                f"The samples of {self._shard_name(0)} have no labels, but are in folders such as {shown}: give "
+                "--labels folders if the first folders are the classes, folders:2 or folders:last for inner folders, "
+                "or --labels none for one class."
             )
         if len(self.shards) > 1 and not counted_through(self.shards):
             raise UserError(
-                f"The tars in {where} have no labels, but names such as {self._shard_name(0)} and {self._shard_name(1)}: give "
-                "--labels tars if each is a class, or --labels none for one class."
+                f"The tars in {where} have no labels, but names such as {self._shard_name(0)} and "
+                f"{self._shard_name(1)}: give --labels tars if each tar is a class, or --labels none for one class."
             )
 
     def _digest(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self._parts[:, IMAGE, 1]).tobytes())
-        if not any(map(is_remote, self.shards)):  # contents that would have to be fetched are known by their URLs
+        if not any(map(is_remote, self.shards)):  # reading remote contents would need a download
             digest.update(self._sampled_digest(len(self.keys), strict=True).encode())
         digest.update("\n".join(self.keys).encode(errors="surrogatepass"))
         return digest.hexdigest()
@@ -169,11 +170,11 @@ class WebDataset(Source):
     def _open_shard(self, shard: int) -> Slices:
         where = self.shards[shard]
         path = fetch_shard(where, self._cache_limit) if is_remote(where) else Path(where)
-        # offsets of an index into another file would give parts of images, or of anything else
+        # the offsets of an index in another file would give arbitrary bytes
         if (size := os.path.getsize(path)) != self._sizes[shard]:
             raise UserError(
-                f"{where} has {size:,} bytes, but had {self._sizes[shard]:,} when its index was made: it changed. "
-                "Start again; for a remote shard, empty the folder sources/ of the cache first."
+                f"{where} changed: it has {size:,} bytes, but had {self._sizes[shard]:,} when its index was computed. "
+                "Run the command again; if the shard is remote, delete the folder sources/ of the cache first."
             )
         return Slices(path)
 
@@ -183,41 +184,41 @@ class Index(NamedTuple):
 
     keys: list[str]
     labels: list[str | None]
-    """From .cls, else from the .json; None for neither."""
+    """From .cls, else from the .json; None without both."""
     parts: np.ndarray
-    """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 for none."""
+    """(n, 3, 2) int64: offset and size of the image, the .txt and the .json; size -1 if absent."""
     size: int
     """Bytes of the shard."""
     left_out: dict[str, int]
-    """What is no part of a sample's image, label, captions, and how often."""
+    """Kind -> number of files that are neither image nor label nor caption of a sample."""
     label_like: list[str]
-    """What else could be the label: endings of files, and keys of a .json."""
+    """Other candidates for the label: endings of files, and keys of a .json."""
 
 
 def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
-    """The index of a shard, from the cache when it was made before.
+    """The index of a shard, from the cache if possible.
 
     Args:
         shard: a path or URL.
-        image: extension of the images in each sample; any image when empty.
+        image: extension of the image in each sample; "": any.
         label: key of the label in the .json of a sample.
-        cache_limit: bytes of copies of remote shards.
+        cache_limit: bytes of remote shards to keep.
 
     Raises:
-        UserError: no tar file, cut short, unsafe, or its samples are not one image each.
+        UserError: the shard is not a tar file, truncated or unsafe, or a sample does not have exactly one image.
     """
     path, version = Path(shard), shard
     if not is_remote(shard):
         if not path.is_file():
             raise UserError(f"There is no shard {shard!r}: give its path.")
-        # a checksum would read the shard, which the index is there to avoid
+        # not a checksum: it would read the whole shard, which the index avoids
         stat = path.stat()
         version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     key = files.json_sha256([INDEX_VERSION, version, image, label])[:32]
     cached = files.cache_folder() / "sources" / "indices" / f"{key}.npz"
-    # enough to open a source of a terabyte again: a remote shard is copied when an image of it is read
+    # indices are enough to open a source: a remote shard is copied only when one of its images is read
     if cached.is_file():
-        again = "Delete it; it will be made again."
+        again = "Delete it; it will be computed again."
         arrays = load_npz(cached, "the index of a shard", remedy=again)
         with faults.reading(cached, "the index of a shard", again):
             keys, labels, left_out, label_like = json.loads(arrays["text"].tobytes())
@@ -240,44 +241,45 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
     slices = Slices(path)
     for key, members in tar_samples(path, name, size, junk):
         found = _image_of(key, members, name, image)
-        # of 0001.v2.png the others are 0001.v2.cls and so on: names are one sample up to their first dot
+        # the parts of 0001.v2.png may be called 0001.v2.cls and so on: a sample has one name up to the first dot
         dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
-        text, meta, cls, own = (
+        text, meta, cls, key_file = (
             members.get(f"{dotted}.{what}", members.get(what, ABSENT)) for what in ("txt", "json", "cls", label.lower())
         )
-        cls = own if cls is ABSENT else cls  # some call the file 0001.label
-        left = [end for end, part in members.items() if part not in (found, text, meta, cls)]
-        others.update(f"files .{printable(end)[:20]} of samples" for end in left)
-        label_like.update(dict.fromkeys(end for end in left if label_columns(end.split("."))))
+        cls = key_file if cls is ABSENT else cls  # some name the file 0001.label
+        unused = [end for end, part in members.items() if part not in (found, text, meta, cls)]
+        others.update(f"files .{printable(end)[:20]} of samples" for end in unused)
+        label_like.update(dict.fromkeys(end for end in unused if label_columns(end.split("."))))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
-        value = told = None
+        value = in_json = None
         if cls is not ABSENT:
             value = _text(slices.read(*cls), f"{key}.cls in {name}").strip() or None
         if meta is not ABSENT:
             where = f"{key}.json in {name}"
             try:
                 values = json_object(slices.read(*meta), where)
-                told = values.get(label)
+                in_json = values.get(label)
                 label_like.update(
                     dict.fromkeys(label_columns(k for k, v in values.items() if v is not None and k != label))
                 )
             except UserError:
-                if value is None:  # beside a .cls it may be anything, such as a list of boxes
+                if value is None:  # beside a .cls, the .json may have other content, such as a list of boxes
                     raise
-            # The name of a class may stand in the one and its number in the other.
+            # one of the two may have the name of the class, the other its number
             if value is None:
-                value = _label(told, where)
-            elif type(told) is int and value.isdecimal() and len(value) < 20 and int(value) != told:
+                value = _label(in_json, where)
+            elif type(in_json) is int and value.isdecimal() and len(value) < 20 and int(value) != in_json:
                 raise UserError(
-                    f"The label of {key} in {name} is {value[:20]} in its .cls, but {str(told)[:20]} in its .json: correct one."
+                    f"The label of {key} in {name} is {value[:20]} in its .cls, but {str(in_json)[:20]} in its .json: "
+                    "correct one."
                 )
         labels.append(value)
         keys.append(key)
         parts.append((found, text, meta))
     if not keys:
-        raise UserError(f"{name} holds no images: files named {' '.join(EXTENSIONS)} are looked for.")
+        raise UserError(f"{name} holds no images: give a shard with files named {' '.join(EXTENSIONS)}.")
     left_out = dict(others.most_common(20)) | ({JUNK_KIND: len(junk)} if junk else {})
     return Index(keys, labels, np.array(parts, np.int64), size, left_out, list(label_like)[:20])
 
@@ -289,9 +291,9 @@ def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: s
         return members[found[0]]
     if found:
         raise UserError(
-            f"The sample {key} in {name} holds several images ({', '.join(found)}): say which one as image={found[0]}."
+            f"The sample {key} in {name} holds several images ({', '.join(found)}): choose one with image={found[0]}."
         )
-    raise UserError(f"The sample {key} in {name} holds no image, only {', '.join(members)}: every sample needs one.")
+    raise UserError(f"The sample {key} in {name} has no image, only {', '.join(members)}: add one, or remove it.")
 
 
 def _text(data: bytes, name: str) -> str:
@@ -302,7 +304,7 @@ def _text(data: bytes, name: str) -> str:
 def _label(value: Any, name: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, str, type(None))):
         raise UserError(
-            f"The label in {name} is {str(value)[:80]}: it must be a whole number or the name of a class. Another key is "
-            "chosen by label=KEY."
+            f"The label in {name} is {str(value)[:80]}: it must be a whole number or the name of a class. Choose "
+            "another key with label=KEY."
         )
     return None if value is None else str(value)
