@@ -269,7 +269,7 @@ def test_a_bad_image_is_refused_with_its_name_and_number(folder, tmp_path):
         UserError, match=r"^2 of the images 4 to 6 .* The first: ants/003\.png is not .*--skip-bad"
     ) as error:
         prepare(folder, tmp_path / "out", SMALL)
-    assert "after the 3 images that are finished" in str(error.value)
+    assert "after 3 finished images" in str(error.value)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.npy")) == ["images-00000.npy", "labels-00000.npy"]
 
 
@@ -302,7 +302,7 @@ def test_a_shard_of_bad_images_is_empty(folder, tmp_path, fakes):
 def test_a_source_of_only_bad_images_is_refused(folder, tmp_path):
     for path in folder.rglob("*.png"):
         spoil(path)
-    with pytest.raises(UserError, match=r"No image of pictures can be read; the first is ants/000\.png"):
+    with pytest.raises(UserError, match=r"No image of pictures can be read, such as ants/000\.png"):
         prepare(folder, tmp_path / "out", SMALL.override(skip_bad=True))
 
 

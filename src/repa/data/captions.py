@@ -53,7 +53,7 @@ class Captions:
 
     def _lines(self, shard: int) -> list[bytes]:
         stored = self.reader.shards[shard]
-        assert stored.captions is not None  # `gather` asks for such shards alone
+        assert stored.captions is not None  # `gather` reads only such shards
         return lines_of(self.reader.path(stored.captions), stored.num)
 
 
@@ -127,8 +127,8 @@ class TextReader:
         # a damaged file must not give an image another's caption; written so that no sum overflows
         if (bad := (first < 0) | (count < 1) | (first > nums) | (count > nums - first)).any():
             raise UserError(
-                f"{self.folder} is damaged: image {indices[bad][0]} has captions {first[bad][0]} to {(first + count)[bad][0]} of "
-                f"{nums[bad][0]}. `repa check {self.folder} --full` names the files that changed."
+                f"{self.folder} is damaged: image {indices[bad][0]} has captions {first[bad][0]} to "
+                f"{(first + count)[bad][0]} of {nums[bad][0]}. `repa check {self.folder} --full` lists changed files."
             )
         picks = np.array([int(key) % int(num) for key, num in zip(keys, count, strict=True)]) if keys is not None else 0
         return self._gather(self.tokens.starts[shards] + first + picks)

@@ -22,7 +22,7 @@ from repa.encoders.loading import weights_for
 
 # one byte per image in memory instead of a read of 8 bytes per image and batch
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels; if they take more, each batch reads its labels
-LABELS_CHUNK = 1 << 16  # that are read at a time
+LABELS_CHUNK = 1 << 16  # labels read at a time
 
 
 class DataSet:

@@ -47,7 +47,7 @@ class BaseFields:
         model.check_resolution(config.resolution, config.resolution)
         if not (config.store_images or model.stores_moments):
             raise UserError(
-                f"store_images is off, but {config.autoencoder} stores no moments, so nothing would be stored: set it to true."
+                f"store_images is off, but {config.autoencoder} stores no moments: set store_images to true."
             )
         self.identity: dict[str, Any] = {"spec": config.autoencoder, **model.identity}
         self.sizes = {"labels": 8}
@@ -104,7 +104,7 @@ class FeatureFields:
         self.sizes = {
             f"features.{spec}": num * width * (1 if dtype == "int8" else 2),
             **({f"scale.{spec}": 4 * num} if dtype == "int8" else {}),
-            f"pooled.{spec}": 2 * self.model.dim,  # where it has one
+            f"pooled.{spec}": 2 * self.model.dim,  # if it has them
         }
 
     def features(self, pixels: np.ndarray) -> Features:

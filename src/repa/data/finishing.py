@@ -29,7 +29,7 @@ def finish(finished: FinishedParts) -> Manifest:
         first = first or (shard if shards[-1].num else None)
     if first is None:
         raise UserError(
-            f"No image of {settings.source['name']} can be read; the first is {shards[0].skipped[0]}. Give another source."
+            f"No image of {settings.source['name']} can be read, such as {shards[0].skipped[0]}: give another source."
         )
     # counted from the files, because images of the source may have been skipped
     counts = np.zeros(len(settings.class_names), np.int64)
@@ -155,8 +155,8 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
     """The configuration without the tokens of an encoder or of captions, also after a killed removal."""
     stored = ["images", *([TEXT] if config.text else []), *(f"features:{spec}" for spec in config.features)]
     is_encoder = name != part and part not in (BASE, TEXT)
-    left = (name == TEXT or is_encoder) and _numbered_files(out, "npy", *fields_of(part))
-    if name not in stored and not left:
+    leftovers = (name == TEXT or is_encoder) and _numbered_files(out, "npy", *fields_of(part))
+    if name not in stored and not leftovers:
         raise UserError(f"{out} has no {name!r} to remove{choices(name, stored)}")
     if name == TEXT:
         return config.override(text="", text_weights="", text_form="fp16")
@@ -169,6 +169,6 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
 
 def _numbered_files(folder: Path, ending: str, *names: str) -> list[Path]:
     """The files NAME-NUMBER.ENDING of fields or parts, also those that a killed removal left."""
-    # not by a pattern such as tiny-*, which takes the files of tiny-classifier too
+    # not by a pattern such as tiny-*, which also matches files of tiny-classifier
     either = "|".join(re.escape(plain_name(name)) for name in names)
     return [path for path in folder.iterdir() if re.fullmatch(rf"(?:{either})-\d+\.{ending}", path.name)]

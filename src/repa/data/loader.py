@@ -22,9 +22,9 @@ from repa.data.records import ArrayFile, Shard
 from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features
 
-DEPTH = 4  # batches that are read ahead
+DEPTH = 4  # batches to read ahead
 READERS = 2  # threads: a read is mostly a copy by the system, during which other threads can run
-BLOCK = 8192  # positions of the order that are computed at a time, at most an epoch
+BLOCK = 8192  # positions of the order computed at a time, at most an epoch
 
 
 class Batch(NamedTuple):
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     moments: Tensor | None  # (N, M, h, w) as stored, float16: `Autoencoder.sample` computes in float32
     features: dict[str, Features]  # encoder -> patches (N, T, D) float16 as stored or float32, pooled (N, D) or None
     text: Text | None = None  # tokens (N, S, E) float32 of one caption of each image
-    captions: Sequence[str] = ()  # or that caption itself, N of them
+    captions: Sequence[str] = ()  # or the N captions themselves
 
 
 class _Rows(NamedTuple):
@@ -99,7 +99,7 @@ class Loader:
             data.stream.require_room(2 * WINDOW * self._largest_shard())
         self._labels = data.small_labels
         self._length = min(BLOCK, self.data.num_images)
-        # the steps that are read ahead may lie in as many blocks, each with its neighbour
+        # the steps read ahead may be in as many blocks, each with its neighbour
         self._block = functools.lru_cache(2 * DEPTH)(self._ordered)
         self._basis = functools.cache(lambda encoder: data.basis(encoder, self.device))
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -190,7 +190,7 @@ class Loader:
         if self._side is None:
             text = text and text.to(lambda rows: rows.to(self.device))
             return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions)
-        # on a second stream the copy runs beside the computation of another step; the event tells when it is through
+        # on a second stream the copy overlaps the computation of another step; the event marks its end
         with torch.cuda.stream(self._side):
             fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
             text = text and text.to(lambda rows: rows.pin_memory().to(self.device, non_blocking=True))
@@ -213,7 +213,7 @@ class Loader:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(rows.copied)
             for tensor in rows.tensors:
-                # the allocator knows only the stream it was made on, and would give its memory to the next copy too early
+                # the allocator knows only the stream that made the tensor, and would reuse its memory too early
                 tensor.record_stream(current)
         features, fields = {}, rows.fields
         for name in rows.names:

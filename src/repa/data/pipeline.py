@@ -1,4 +1,4 @@
-"""One job of preparation: what is missing of a folder is read, encoded, written and finished."""
+"""Run one job of a preparation: read, encode and write the missing parts of a folder, then finish it."""
 
 import contextlib
 import functools
@@ -23,26 +23,26 @@ ENCODED = 3  # batches that wait for the disk
 
 
 class Execution(TypedDict, total=False):
-    """How a call runs; by default one process, on the CPU, without reports."""
+    """How to run a call; the default is one process on the CPU without reports."""
 
     rank: int
-    """Number of this process: it makes shard k where k modulo `world` is `rank`."""
+    """Index of this process, which makes the shards k with k % world == rank."""
     world: int
-    """Processes that share the work."""
+    """Number of processes that share the work."""
     progress: Report | None
-    """Called after every batch with (done, total, note): images of this process, and the bytes written."""
+    """Called after every batch with (done, total, note): the images of this process, and the bytes written."""
     device: torch.device | str
-    """Where the models run."""
+    """Device of the models."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done in a folder.
+    """The work to do in a folder.
 
     Attributes:
-        finished: what the folder holds already.
-        shards: all of them, in order.
-        parts: those that are made now.
+        finished: the parts that the folder has.
+        shards: all shards, in order.
+        parts: the parts to make.
         read: pieces -> their images.
     """
 
@@ -56,7 +56,7 @@ def run(job: Job, **execution: Unpack[Execution]) -> Manifest | None:
     """Make this process's share, then the manifest if everything is finished; None while others still work."""
     before, out, settings = job.finished.manifest, job.finished.out, job.finished.settings
     missing = {k: [name for name in job.parts if name not in there] for k, there in enumerate(job.finished.parts)}
-    # the basis is lost, but not the coordinates of tokens in it: compute it again
+    # a lost basis is computed again, because the tokens' coordinates in it are still stored
     stored = before.features if before else {}
     lost = [n for n in job.parts if n in stored and (basis := stored[n].basis) and not basis.intact(out)]
     is_done = before is not None and not lost and not any(missing.values()) and set(job.parts) <= before.parts
@@ -111,7 +111,7 @@ def _make_shards(
             contextlib.closing(job.read(pieces)) as read,
             contextlib.closing(by_threads(made, read, depth=ENCODED, on_start=on_start)) as encoded,
         ):
-            # batches come in the order of the shards, so that only one shard is open
+            # batches come in the order of the shards, so only one shard is open at a time
             for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
                 if names:
                     identities = {name: models[name].identity for name in names}

@@ -1,6 +1,6 @@
-"""Images to shards, once: what is asked of a source and of a folder, as jobs for `pipeline.run`.
+"""Prepare a source, or add to a prepared folder: checks of the request, then jobs for `pipeline.run`.
 
-Any number of processes; the same call continues an interrupted one.
+Any number of processes can share a call; the same call continues an interrupted one.
 """
 
 import functools
@@ -23,14 +23,14 @@ from repa.encoders import canonical
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
-AHEAD = 3  # batches that are read from the folder before they are encoded
+AHEAD = 3  # batches read from the folder before they are encoded
 ATTEMPTS = 3
 
 
 def repeated(function: Callable[P, Result]) -> Callable[P, Result]:
-    """The function, called again where parts/ vanished meanwhile, because another process found that all is finished."""
+    """The function, called again if parts/ vanished because another process finished the folder meanwhile."""
 
-    # each attempt finds what is finished and makes the rest, so that it may be made again at any point
+    # safe to repeat at any point, because each attempt makes only what is missing
     @functools.wraps(function)
     def attempts(*args: P.args, **options: P.kwargs) -> Result:
         for _ in range(ATTEMPTS):
@@ -55,22 +55,22 @@ def prepare(
 ) -> Manifest | None:
     """Make the shards of `source` in folder `out`; returns their manifest.
 
-    The same call continues after an interruption, adds encoders that are new in config.features, makes again what is
-    missing, and does nothing when all is there.
+    The same call continues after an interruption, adds encoders that are new in config.features, restores missing
+    files, and does nothing if everything exists.
 
     Processes share the work without messages: process `rank` of `world` makes every world-th shard and returns, and the
-    last to finish writes the manifest; all others return None. Equal calls on one folder at the same time share it too,
-    on file systems with locks. What a killed process leaves unfinished is done by the next call.
+    last to finish writes the manifest; all others return None. Simultaneous equal calls on one folder share the work
+    too, on file systems with locks. The next call finishes what a killed process left unfinished.
 
     Args:
-        source: what `open_source` takes.
+        source: as for `open_source`.
         out: a new or empty folder, or one made by this function from the same source and configuration.
-        config: what to make.
-        only: make these parts alone: "base" (labels, images, moments, captions), "features:ENCODER" or "text".
+        config: the settings.
+        only: the parts to make; empty: all. "base" (labels, images, moments, captions), "features:ENCODER" or "text".
         execution: rank, world, progress and device: see `Execution`.
 
     Raises:
-        UserError: a source, image, setting or disk that the user can fix; finished shards stay.
+        UserError: a problem of the source, an image, a setting or the disk; finished shards stay.
     """
     out, images = Path(out), open_source(source, labels=config.labels)
     images.require_fit(config)
@@ -126,7 +126,7 @@ def add(
                 raise UserError(f"{out} holds no captions to encode: prepare a source with captions.")
             begun = started(out)
             assert begun is not None  # it has a manifest
-            config = begun.config  # with what an interrupted call asked for
+            config = begun.config  # includes the settings of an interrupted call
             text = {"text": spec, "text_form": form} if spec else {}
             config = config.override(**text, text_weights=weights or config.text_weights)
             if not config.text:

@@ -2,7 +2,7 @@
 
 A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
 its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
-Processes share only these files. pipeline.py asks for them before its work and after it. Free of torch.
+Processes share only these files. pipeline.py reads them before and after its work. Torch-free.
 """
 
 from collections.abc import Sequence
@@ -85,8 +85,8 @@ def started(out: Path) -> Settings | None:
         return Settings.parse(values, where=str(settings))
     if (out / MANIFEST).is_file():
         return Manifest.open(out).settings()
-    own = (PARTS, "lock")
-    if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(own) for path in out.iterdir())):
+    known = (PARTS, "lock")
+    if out.exists() and not (out.is_dir() and all(path.name.lstrip(".").startswith(known) for path in out.iterdir())):
         raise UserError(f"{out} is not empty and holds no prepared data: choose another folder.")
     return None
 
@@ -169,6 +169,6 @@ def _of_manifest(manifest: Manifest, shard: int, name: str) -> Part | None:
     if name == TEXT:
         assert manifest.text is not None
         return Part(shard=stored.override(files={}, captions=None, skipped=()), identity=manifest.text.identity)
-    own = {field: file for field, file in stored.files.items() if field in fields_of(name)}
-    part = stored.override(files=own, captions=stored.captions if name == BASE else None, text={})
+    files_of_part = {field: file for field, file in stored.files.items() if field in fields_of(name)}
+    part = stored.override(files=files_of_part, captions=stored.captions if name == BASE else None, text={})
     return Part(shard=part, identity=manifest.autoencoder if name == BASE else manifest.features[name].identity)

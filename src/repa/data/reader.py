@@ -17,10 +17,10 @@ import numpy as np
 from repa.base.errors import UserError
 from repa.data.records import ArrayFile, Shard, TextFile, damaged
 
-# a shuffled batch reads almost all files there are: with fewer, each batch would open and close them
+# a shuffled batch reads almost every file; with a lower limit, each batch would open and close files
 MAX_OPEN = 60_000  # files, each with a descriptor
-SPARE = 500  # descriptors that are left to the rest of the process
-HEADER = 4096  # bytes that hold the header of any array of ours
+SPARE = 500  # descriptors for the rest of the process
+HEADER = 4096  # bytes, enough for the header of any stored array
 
 
 class ShardReader:
@@ -74,13 +74,13 @@ class ShardReader:
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(
-                f"{self.folder} has images 0 to {len(self) - 1}, but the requested ones are {indices.min()} to {indices.max()}."
+                f"{self.folder} has images 0 to {len(self) - 1}, but {indices.min()} to {indices.max()} were requested."
             )
         return indices
 
     def _fill(self, buffer: memoryview, field: str, indices: np.ndarray) -> None:
         """Read in the order of the files; rows that are adjacent in the file and in the result are one read."""
-        # stable, so that an image that is asked for twice keeps the order of its places, and runs stay runs
+        # stable: a repeated image keeps the order of its places, and runs stay runs
         order = np.argsort(indices, kind="stable")
         rows = indices[order]
         shards = np.searchsorted(self.ends, rows, side="right")
@@ -89,7 +89,7 @@ class ShardReader:
         nums = np.append(first[1:], len(rows)) - first
         size = len(buffer) // len(indices)
         numbers, which = np.unique(shards[first], return_inverse=True)
-        # held by this list until the last read: another thread may push an array out of the cache, which closes it
+        # this list keeps files open until the last read: another thread may evict one from the cache, which closes it
         arrays = [self._open(shard, field) for shard in numbers.tolist()]
         starts = np.array([array.start for array in arrays]) - self.starts[numbers] * size
         positions, places = starts[which] + rows[first] * size, order[first] * size
@@ -130,7 +130,7 @@ class _OpenArray:
             raise UserError(damaged(path, f"holds {header}, not {wanted}"))
 
     def read_rest(self, buffer: memoryview, position: int, num: int) -> None:
-        """Fill what a read of `num` bytes from `position` of the file has left of `buffer`."""
+        """Fill the rest of `buffer` after a read of `num` bytes at `position` of the file."""
         while num:  # Linux reads at most 2 GiB at a time, and 0 bytes at the end of the file
             buffer, position = buffer[num:], position + num
             if not buffer:

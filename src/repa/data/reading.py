@@ -26,8 +26,8 @@ class DecodedImages(NamedTuple):
     labels: np.ndarray  # (n,) int64
     captions: list[tuple[str, ...]]  # of each image; empty if the source has none
     bad: list[tuple[str, str]]  # name, reason
-    moments: np.ndarray | None = None  # (n, 2C, h, w) float32, where they come with the source
-    texts_before: int = 0  # that are stored of this shard already, where captions are encoded
+    moments: np.ndarray | None = None  # (n, 2C, h, w) float32, if the source has them
+    texts_before: int = 0  # texts of this shard that are encoded already
 
 
 Read = Callable[[Iterable[Piece]], Generator[tuple[Piece, DecodedImages], None, None]]
@@ -56,7 +56,7 @@ def claimed(
             # another process may have finished everything and moved the records from parts/ to the manifest
             if not (out / PARTS / SETTINGS_FILE).is_file():
                 manifest = Manifest.open(out)
-            # asked again under the lock: another process may have finished the part and given its lock back since
+            # checked again under the lock: another process may have finished the part and released its lock
             if finished_part(out, manifest, k, name):
                 lock.release(claims[k].pop())
             else:
@@ -118,7 +118,7 @@ class FromCaptions:
     def __call__(self, piece: Piece) -> tuple[Piece, DecodedImages]:
         captions, start = self._of_shard(piece.shard), piece.rows.start
         texts = captions[start : piece.rows.stop]
-        # the first text of a shard is the empty one, which its first piece brings
+        # the first text of a shard is the empty text, which its first piece adds
         before = sum(map(len, captions[:start])) + (start > 0)
         empty = np.empty((len(texts), 0), np.uint8), np.zeros(len(texts), np.int64)
         return piece, DecodedImages(*empty, texts, [], texts_before=before)

@@ -1,4 +1,4 @@
-"""The files of a prepared folder: their names, and how each is recorded."""
+"""The files of a prepared folder: their names and their records."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal

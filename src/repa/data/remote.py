@@ -51,11 +51,11 @@ class FileCache:
     def path(self, key: str, name: str, fetch: Callable[[Path], None], size: int | None = None) -> Path:
         """The copy; `fetch` makes it if it is missing or has another size. Other processes wait for it."""
         path = self.folder / key / name
-        # one thread of one process at a time, for this key and those few that begin with the same digits: a lock for each
-        # key would leave a file for every shard that was ever read
+        # one thread of one process at a time for all keys with the same first digits: a lock for each key would leave a
+        # lock file for every shard ever read
         with lock.held(self.folder / "locks" / key[:2]):
-            # used now, so evicted last: most disks are mounted without times of access. An eviction for a key under another
-            # lock may remove the file between these lines, and then it is fetched again
+            # marks the file as used: most disks are mounted without access times. An eviction under another lock
+            # may remove it between these lines; then it is fetched again
             with contextlib.suppress(FileNotFoundError):
                 if size in (None, path.stat().st_size):
                     os.utime(path)
@@ -87,7 +87,7 @@ class RemoteFiles:
     """The files of a data set under a URL.
 
     Raises:
-        UserError: a bad cache size.
+        UserError: an invalid cache size.
     """
 
     def __init__(self, url: str):
@@ -103,12 +103,12 @@ class RemoteFiles:
         files.write_bytes(folder / MANIFEST, data)
         try:
             return Manifest.open(folder)
-        except UserError as error:  # it names the cached copy, which the user does not know
+        except UserError as error:  # the error names the cached copy, which the user does not know
             raise UserError(str(error).replace(str(folder), self.url)) from error
 
     def path(self, record: StoredFile) -> Path:
         """The local copy of a file; a new copy is compared with its checksum. Thread-safe."""
-        # it becomes a folder name, which an untrusted manifest must not place outside the cache
+        # the checksum becomes a folder name: an untrusted manifest must not name a folder outside the cache
         if not re.fullmatch("[0-9a-f]{64}", record.sha256):
             raise UserError(
                 f"The manifest of {self.url} is damaged: the checksum of {record.file} is {record.sha256!r}."
@@ -125,8 +125,8 @@ class RemoteFiles:
         """Raises UserError if the cache is too small for this many bytes."""
         if num_bytes > self.limit:
             raise UserError(
-                f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT_VARIABLE} allows {self.limit / 1e9:.1f}: "
-                "raise it, or prepare the data with a smaller --shard-size."
+                f"Streaming {self.url} needs {num_bytes / 1e9:.1f} GB of cache, but {LIMIT_VARIABLE} allows "
+                f"{self.limit / 1e9:.1f}: raise it, or prepare the data with a smaller --shard-size."
             )
 
 
@@ -186,9 +186,9 @@ def _from_store(url: str, action: Callable[[Any, str], Result]) -> Result:
             return action(store, place)
         except FileNotFoundError:
             raise UserError(f"{url} does not exist: check the URL, and that all files were copied.") from None
-        except Exception as error:  # each store raises other exceptions
+        except Exception as error:  # every store raises its own exceptions
             if is_of_disk(error):
-                raise  # the disk here, which atomic_path explains
+                raise  # an error of the local disk, which atomic_path explains
             if pause is None:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise UserError(f"{url} cannot be read: {reason}.") from error

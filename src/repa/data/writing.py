@@ -19,13 +19,13 @@ from repa.data.reading import DecodedImages
 from repa.data.records import ArrayFile, Shard, TextFile, captions_name, fields_of
 
 Report = Callable[[int, int, str], None]  # done, total, note
-# a batch and what the models made of it: field -> rows
+# a batch, and the output of the models: field -> rows
 EncodedBatch = tuple[Piece, DecodedImages, dict[str, np.ndarray]]
 
 
 @dataclass
 class Counter:
-    """Counts images of this process that are done and bytes that are written, and calls `report` with them."""
+    """Counts the finished images and the written bytes of this process, and passes them to `report`."""
 
     report: Report | None
     total: int
@@ -48,15 +48,15 @@ def write_shard(
     *,
     skip_bad: bool,
 ) -> None:
-    """Write the batches of a shard, and a record for each part of it that they make.
+    """Write the batches of a shard, and a record of each part that they contain.
 
     Args:
         number: of the shard.
-        identities: part -> what identifies its model.
-        skip_bad: whether images that cannot be read are left out.
+        identities: part -> identity of its model.
+        skip_bad: whether to skip unreadable images.
 
     Raises:
-        UserError: images cannot be read and are not to be left out, or the disk is full.
+        UserError: images are unreadable without `skip_bad`, or the disk is full.
     """
     bad: list[tuple[str, str]] = []
     with ShardWriter(out, number, expected=len(planned.rows)) as writer:
@@ -65,13 +65,13 @@ def write_shard(
             if fields:
                 writer.append(fields, images.captions if BASE in identities else ())
             counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
-        # at the end of the shard, so that the count is that of all its images; inside the block, so that no file appears
+        # at the end of the shard, to count all its bad images; inside the block, so that no file appears
         if bad and not skip_bad:
             rows, finished = planned.rows, counter.done - len(planned.rows)
             raise UserError(
                 f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
-                f"{bad[0][1].rstrip('.')}. The same command with --skip-bad leaves out all such images, and goes on after the "
-                f"{finished:,} images that are finished. Or fix or remove them, and prepare into a new folder."
+                f"{bad[0][1].rstrip('.')}. Run the same command with --skip-bad to skip all such images and continue "
+                f"after {finished:,} finished images. Or fix or remove them, and prepare into a new folder."
             )
     captions, records = writer.captions(), writer.records()
     for name, identity in identities.items():
@@ -86,12 +86,12 @@ def write_shard(
 
 
 class ShardWriter:
-    """Writes the fields of one shard side by side, batch after batch; each file appears when it is whole.
+    """Writes the fields of one shard in parallel, batch after batch; each file appears when it is complete.
 
     Args:
-        folder: where to.
-        shard: its number.
-        expected: how many images it will hold if none is left out; then the checksums cost no second reading.
+        folder: the folder of the shards.
+        shard: number of the shard.
+        expected: its number of images if none is skipped; then the checksums need no second read.
     """
 
     def __init__(self, folder: Path, shard: int, expected: int = 0):
@@ -112,7 +112,7 @@ class ShardWriter:
         self._captions += [json.dumps(texts, ensure_ascii=False) + "\n" for texts in captions]
 
     def _place(self, name: str) -> Path:
-        """Where a file goes; what a killed process has left of it is removed, as whoever writes a shard holds its lock."""
+        """The path of a file. Removes leftovers of a killed process: the writer of a shard holds its lock."""
         files.remove_leftovers(self.folder, name.__eq__)
         return self.folder / name
 
@@ -124,26 +124,26 @@ class ShardWriter:
         self._stack.__exit__(*error)
 
     def records(self) -> dict[str, ArrayFile]:
-        """What was written, after the end of the block."""
+        """Field -> record of its file, after the end of the block."""
         return {
             field: array.record(self.folder / array_name(field, self.shard)) for field, array in self._arrays.items()
         }
 
     def captions(self) -> TextFile | None:
-        """Write the captions, after the end of the block; None when there are none."""
+        """Write the captions, after the end of the block; None without captions."""
         if not self._captions:
             return None
         path = self._place(captions_name(self.shard))
-        # a caption may hold half of a surrogate pair, which JSON can write and UTF-8 cannot
+        # a caption may contain half of a surrogate pair, which JSON can encode and UTF-8 cannot
         data = "".join(self._captions).encode(errors="replace")
         files.write_bytes(path, data)
         return TextFile(file=path.name, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 class _GrowingArray:
-    """An .npy file that grows; its length goes into the header when it closes.
+    """An .npy file that grows; its header gets the length when it is closed.
 
-    Plain writes: on a full disk they raise, where a memory map would crash the process.
+    Plain writes raise an error on a full disk; a memory map would crash the process.
     """
 
     def __init__(self, path: Path, like: np.ndarray, expected: int = 0):
@@ -152,7 +152,7 @@ class _GrowingArray:
         self.num, self.expected = 0, expected
         self._header(expected)
         self.start = self.file.tell()
-        # begun with the header that the file will have if no image is left out; else `record` reads the file again
+        # starts with the header for `expected` rows; with other rows, `record` reads the file again
         self.digest = hashlib.sha256(_header(self.dtype, (expected, *self.row)))
 
     def append(self, rows: np.ndarray) -> None:

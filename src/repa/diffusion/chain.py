@@ -76,7 +76,7 @@ def guided(
             made[rows] = _mixed(chain, layout, {n: p[rows] for n, p in predictions.items()}, x_t.shape[1], moment)
         return made
 
-    output.takes_float_time = True  # type: ignore[attr-defined]  # a function may have any
+    output.takes_float_time = True  # type: ignore[attr-defined]  # functions may have attributes
     return output
 
 
@@ -107,6 +107,6 @@ def _sources(guidance: Guidance, made: str, t: float) -> dict[str, str]:
 
 def _made(guidance: Guidance, made: str, before: dict[str, Tensor], t: float) -> Tensor:
     sources = _sources(guidance, made, t)
-    if sources.keys() != guidance.needs(t):  # it does not touch this prediction
+    if sources.keys() != guidance.needs(t):  # the guidance does not change this prediction
         return before[made]
     return guidance.mix({name: before[source] for name, source in sources.items()}, t)

@@ -21,13 +21,13 @@ def check_prediction(prediction: str) -> str:
 
 def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
     """Guidances in canonical form, so that records compare: without defaults, and without those of no effect, such as scale 1."""
-    found = []
+    kept = []
     for spec in specs:
         name, _ = parse_spec(spec)
         guidance = GUIDANCES.build(spec) if name in GUIDANCES else None
         changes = getattr(guidance, "changes", None)  # None: a private guidance, which has only `needs` and `mix`
         if changes is None:
-            found.append(spec)
+            kept.append(spec)
         elif changes:
             # Defaults of a dataclass are attributes of its class.
             values = {
@@ -36,8 +36,8 @@ def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
             settings = [
                 f"{key}={value if isinstance(value, str) else f'{value:.12g}'}" for key, value in values.items()
             ]
-            found.append(f"{name}:{','.join(settings)}")
-    return tuple(found)
+            kept.append(f"{name}:{','.join(settings)}")
+    return tuple(kept)
 
 
 Guidances = Annotated[tuple[Annotated[str, Spec(GUIDANCES)], ...], AfterValidator(canonical_guidances)]
@@ -57,8 +57,8 @@ def check_trained(guidances: Iterable[str], label_dropout: float | None, path_dr
             )
         if path_drop == 0 and name == "path_drop":
             raise UserError(
-                f"The guidance {spec} skips the routed blocks, but the network was never trained without them: leave it out, or "
-                "train with --model.path-drop 0.1."
+                f"The guidance {spec} skips the routed blocks, but the network was never trained without them: leave "
+                "it out, or train with --model.path-drop 0.1."
             )
 
 
@@ -122,11 +122,11 @@ class DiffusionConfig(Config):
         if self.loss_weight != "none":
             self._check_weight()
         for name in ("contrastive", "velocity_cosine"):
-            of_data = (self.prediction, self.loss_weight) == ("data", "velocity")  # whose division by sigma is bounded
+            of_data = (self.prediction, self.loss_weight) == ("data", "velocity")  # its division by sigma is bounded
             if getattr(self, name) and self.prediction != "velocity" and not of_data:
                 raise UserError(
-                    f"{name} compares velocities, which a {self.prediction} prediction does not determine at every t: choose the "
-                    "prediction velocity, or data with loss_weight velocity, or leave it out."
+                    f"{name} compares velocities, which a {self.prediction} prediction does not determine at every t: "
+                    "choose the prediction velocity, or data with loss_weight velocity, or leave it out."
                 )
         return self
 
@@ -143,8 +143,8 @@ class DiffusionConfig(Config):
         reaches = settings.get("low", 0) == 0 or (settings.get("high", 1) == 1 and parse_spec(self.path)[0] != "vp")
         if name == "uniform" and reaches:
             raise UserError(
-                f"loss_weight {self.loss_weight!r} is infinite at the ends of [0, 1]: give timesteps uniform:low=0.001,high=0.999, "
-                "as SiT (on its path vp uniform:low=0.00001)."
+                f"loss_weight {self.loss_weight!r} is infinite at the ends of [0, 1]: give timesteps "
+                "uniform:low=0.001,high=0.999, as SiT does (on its path vp uniform:low=0.00001)."
             )
 
     def idle(self) -> dict[str, str]:
@@ -163,8 +163,8 @@ class DiffusionConfig(Config):
         size = name.partition("-")[2]
         if learn_sigma and self.objective == "flow":
             raise UserError(
-                f"{name} also predicts a variance, which the objective flow does not train: choose --diffusion.objective "
-                f"ddpm, or 'SiT-{size}', the same network without it."
+                f"{name} also predicts a variance, which the objective flow does not train: choose "
+                f"--diffusion.objective ddpm, or 'SiT-{size}', the same network without it."
             )
         if not learn_sigma and self.objective == "ddpm":
             with_variance = "" if name.startswith("JiT") else f"'DiT-{size}', the same network with it, or "
@@ -179,7 +179,7 @@ class DiffusionConfig(Config):
         if name in DDPM_SAMPLERS and self.objective != "ddpm":
             others = ", ".join(other for other in SAMPLERS.names() if other not in DDPM_SAMPLERS)
             raise UserError(
-                f"The sampler {name} needs a network trained with the objective ddpm, but this network was trained with the "
-                f"objective {self.objective}: choose one of {others}."
+                f"The sampler {name} needs a network trained with the objective ddpm, but this network was trained "
+                f"with the objective {self.objective}: choose one of {others}."
             )
         return spec

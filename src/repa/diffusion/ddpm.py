@@ -32,7 +32,7 @@ class ImprovedDDPM:
     reaches about the same noise.
 
     Args:
-        num_timesteps: T, how many the process was trained with.
+        num_timesteps: T, the number that the network was trained with.
         timesteps: the K <= T timesteps to visit, ascending, with alpha_bar kept and betas recomputed; None: all.
 
     Attributes:
@@ -146,7 +146,7 @@ class ImprovedDDPM:
             self._tables[key] = self._constants[name].to(x.dtype).to(x.device)
         return self._tables[key][k].reshape(-1, *[1] * (x.ndim - 1))  # (N, 1, 1, 1)
 
-    # What makes it a `Process`, in our t.
+    # The interface `Process`, in t.
 
     prediction = "noise"
     shift, sigma_min, contrastive = 1.0, SIGMA_MIN, 0.0

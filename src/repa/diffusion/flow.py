@@ -179,8 +179,8 @@ def target(prediction: str, coefficients: Coefficients, x: Tensor, noise: Tensor
     return coefficients.velocity(x, noise).to(x.dtype)
 
 
-# of the squared error of the noise, over t (SiT): an error of the noise changes the velocity by determinant / alpha, and the
-# bound of the likelihood counts it with half the rate of the process, sigma determinant / alpha, over sigma^2
+# weights of the squared noise error over t (SiT): a noise error changes the velocity by determinant / alpha, and the
+# likelihood bound weights its square by half the rate of the process, sigma determinant / alpha, over sigma^2
 WEIGHTS: dict[str, Callable[[Coefficients], Tensor] | None] = {
     "none": None,
     "velocity": lambda c: (c.determinant / c.alpha).square(),
@@ -240,7 +240,7 @@ class Flow:
             # Eq. 1 in the loss's own precision: the network's x_t may have been rounded.
             x_t = c.alpha * x + c.sigma * noise
             velocity = convert(output, x_t, c, self.prediction, "velocity", self.sigma_min)
-        if other is not None:  # away from the velocity of another image
+        if other is not None:  # pushes away from the velocity of another image
             distance = (velocity - other).square()
             if self._contrast_by_time:
                 distance = t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)) * distance
@@ -265,7 +265,7 @@ class Uniform:
     def __post_init__(self) -> None:
         if not 0 <= self.low < self.high <= 1:
             raise UserError(
-                f"The time distribution uniform needs 0 <= low < high <= 1, but got low={self.low} and high={self.high}."
+                f"The time distribution uniform needs 0 <= low < high <= 1, but got {self.low} and {self.high}."
             )
 
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:

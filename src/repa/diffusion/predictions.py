@@ -20,8 +20,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from repa.diffusion.flow import Coefficients
 
-ALPHA_MIN = 5e-3  # just below the smallest alpha of the vp path, 0.0066, so that this path never reaches it
-SIGMA_MIN = 1e-3  # the last but one time of 1000 linear steps, so that no common grid reaches it
+ALPHA_MIN = 5e-3  # below the smallest alpha of the vp path, 0.0066, so that this path never reaches it
+SIGMA_MIN = 1e-3  # the last time above 0 of 1000 linear steps, so that no common grid is below it
 
 
 def velocity_to_data(velocity: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
@@ -59,7 +59,7 @@ def data_to_noise(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float
 
 
 def data_to_velocity(data: Tensor, x_t: Tensor, c: "Coefficients", sigma_min: float = SIGMA_MIN) -> Tensor:
-    """Eq. 3 with the noise of Eq. 1: (sigma' x_t - determinant data) / sigma; on the linear path (x_t - data) / sigma, as JiT."""
+    """Eq. 3 with the noise of Eq. 1: (sigma' x_t - determinant data) / sigma; (x_t - data) / sigma on the linear path."""
     c = c.like(x_t)
     return (c.d_sigma * x_t - c.determinant * data) / c.sigma.clamp(min=sigma_min)
 
@@ -69,7 +69,7 @@ def score_to_noise(score: Tensor, x_t: Tensor, c: "Coefficients") -> Tensor:
     return -c.like(x_t).sigma.clamp(min=SIGMA_MIN) * score
 
 
-CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {  # those of the score go by way of the noise
+CONVERSIONS: dict[tuple[str, str], Callable[..., Tensor]] = {  # scores are converted through noise
     ("velocity", "data"): velocity_to_data,
     ("velocity", "noise"): velocity_to_noise,
     ("noise", "data"): noise_to_data,
