@@ -1,4 +1,4 @@
-"""A network called with plain tensors, as most tests have them."""
+"""Calls networks with plain tensors."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from repa.models import Backbone, Condition, Tap
 
 
 def call(model: Backbone, x_t: Tensor, t: Tensor, labels: Tensor, taps: tuple[int, ...] = ()) -> SimpleNamespace:
-    """`prediction` of x and `hidden` states by depth, of a network that noises nothing but latents."""
+    """`prediction` of x and `hidden` states by depth, for a network whose state is only latents."""
     output = model({"x": x_t}, t, model.completed(Condition(labels)), tuple(map(Tap, taps)))
     return SimpleNamespace(
         prediction=output.prediction["x"], hidden={tap.depth: value for tap, value in output.taps.items()}
@@ -18,7 +18,7 @@ def call(model: Backbone, x_t: Tensor, t: Tensor, labels: Tensor, taps: tuple[in
 
 
 def passes(network: Callable[..., Tensor], labels: Tensor, null_label: int) -> Callable[..., dict[str, Tensor]]:
-    """(x_t, t, names) -> predictions, of a network (x_t, t, labels) that has no heads: both passes in one doubled batch."""
+    """Wrap a network (x_t, t, labels) without heads as (x_t, t, names) -> predictions, both passes in one batch."""
 
     def evaluate(x_t: Tensor, t: Tensor, names: frozenset[str]) -> dict[str, Tensor]:
         asked = sorted(names)  # conditional, null

@@ -1,4 +1,4 @@
-"""Settings of every test: one thread, no network, and small real data made by the package itself."""
+"""Settings for all tests: one thread, no network, and small data sets and runs made by the package itself."""
 
 import os
 
@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """40 images of two classes that differ in colour and texture, as class folders of 20-pixel PNGs."""
+    """40 images of two classes that differ in colour and texture, as 20-pixel PNGs in class folders."""
     root = tmp_path_factory.mktemp("images")
     stream = np.random.default_rng(0)
     for label, (name, base) in enumerate({"dark": 60, "light": 180}.items()):
@@ -35,7 +35,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_folder(image_folder, tmp_path_factory) -> Path:
-    """Those images prepared at 16 pixels with the tokens of `tiny` (a 4 x 4 grid)."""
+    """These images prepared at 16 pixels with the tokens of `tiny` (a 4 x 4 grid)."""
     from repa.data import PrepareConfig, prepare
 
     folder = tmp_path_factory.mktemp("data") / "shards"
@@ -45,7 +45,7 @@ def data_folder(image_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """A network of 2 blocks and 16 tokens, aligned to `tiny`, ten steps."""
+    """A network with 2 blocks and 16 tokens, aligned to `tiny`, trained for ten steps."""
     from repa.alignment.config import AlignmentConfig
     from repa.models.config import ModelConfig
     from repa.training import TrainConfig
@@ -64,7 +64,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
-    """A run folder with checkpoints of steps 10 and 20: random weights, as the zero initialisation answers 0 everywhere."""
+    """A run with checkpoints of steps 10 and 20; weights are random, because the initial prediction is zero."""
     from repa.data import open_data
     from repa.runs import save_checkpoint
     from repa.training.resolve import claim_folder, resolve
@@ -86,7 +86,7 @@ def random_run(tiny_config, data_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def captioned_data(image_folder, tmp_path_factory) -> Path:
-    """Those images with captions, all but one with two, prepared with tokens (stored/) and without (plain/)."""
+    """These images with captions, two for all but one, prepared with text tokens (stored/) and without (plain/)."""
     from repa.data import PrepareConfig, prepare
 
     root = tmp_path_factory.mktemp("captioned")
@@ -102,7 +102,7 @@ def captioned_data(image_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def text_run(tiny_config, captioned_data, tmp_path_factory) -> Path:
-    """A run folder of an MMDiT with random weights, trained for no step on `captioned_data`."""
+    """A run of an MMDiT with random weights on `captioned_data`, without a training step."""
     from repa.data import open_data
     from repa.runs import save_checkpoint
     from repa.training.inputs import TextConditions

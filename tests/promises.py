@@ -1,4 +1,4 @@
-"""The commands that a recipe promises, as their parsers understand them."""
+"""Parse the commands in a recipe's promise."""
 
 import shlex
 
@@ -9,7 +9,7 @@ from repa.recipes import RECIPES, load_recipe
 
 
 def understood(name: str) -> dict[str, Config]:
-    """Verb -> its arguments; a command that a parser does not take raises UserError."""
+    """Verb -> its arguments; raises UserError for a command that cannot be parsed."""
     given = {}
     for line in RECIPES[name].promise.splitlines():
         words = shlex.split(line) if line.startswith(("repa ", "torchrun ")) else []

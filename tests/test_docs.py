@@ -1,4 +1,4 @@
-"""What README.md and docs/ name exists, and the commands and code that they show are understood or run."""
+"""Names in README.md and docs/ exist, commands can be parsed, and code runs."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words after `repa` of every such command in a fenced block, lines joined, comments and optional parts left out."""
+    """The words after `repa` of commands in fenced blocks, without comments and optional parts, with lines joined."""
     found = []
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M):
         for line in block.replace("\\\n", " ").splitlines():
@@ -39,7 +39,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def defined(path: Path) -> set[str]:
-    """Names of functions, classes and values at the top of a module."""
+    """Names of functions, classes and values at the top level of a module."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -84,11 +84,11 @@ def test_verbs_and_recipes_exist(page):
 def test_options_of_commands_exist(page):
     for verb, *arguments in commands(READ[page]):
         _, arguments = trusted(arguments)
-        options.first(*command_of(verb, arguments), "")  # raises on an unknown option
+        options.first(*command_of(verb, arguments), "")  # raises for an unknown option
 
 
 def test_every_file_has_a_docstring_and_every_package_is_in_the_architecture():
-    """The site's list of files is made of the first lines of docstrings (tools/docs_hook.py)."""
+    """The site's list of files shows the first lines of docstrings (tools/docs_hook.py)."""
     rooms = set(re.findall(r"^\| `(\w+)` \|", READ[ROOT / "docs/architecture.md"], re.M))
     assert rooms == {path.parent.name for path in (ROOT / "src/repa").glob("*/__init__.py")}
     for path in sorted((ROOT / "src/repa").rglob("*.py")):
@@ -98,7 +98,7 @@ def test_every_file_has_a_docstring_and_every_package_is_in_the_architecture():
 
 @pytest.fixture
 def mylab(tmp_path, monkeypatch):
-    """The files of docs/extending.md, as it says where they go."""
+    """The files of docs/extending.md, written where the page says."""
     for block in re.findall(r"^```python\n(.*?)^```", READ[ROOT / "docs/extending.md"], re.S | re.M):
         if name := re.match(r"# (mylab/\w+\.py)\n", block):
             path = tmp_path / name[1]

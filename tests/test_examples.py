@@ -1,4 +1,4 @@
-"""The examples of the documentation run and do what they say."""
+"""The examples run and learn."""
 
 import json
 from pathlib import Path

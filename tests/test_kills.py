@@ -1,9 +1,9 @@
-"""SIGKILL at any moment, also amid each write: the same command again gives the same files to the byte, and nothing is left over.
+"""After SIGKILL at any moment, also within a write, the same command gives identical files and leaves nothing behind.
 
-Kills at random times and at the n-th renaming of a file or folder, before and after it, which is where a write becomes one.
-Commands run in children of a process that has torch already, so that a kill costs what the command costs.
+Commands are killed at random times, and before and after the n-th renaming of a file or folder, which completes a
+write. They run in children of a process that has imported torch, which saves time.
 
-The long form, at least 100 kills of each command: python -m pytest -m slow -s tests/test_kills.py
+The long form kills each command at least 100 times: python -m pytest -m slow -s tests/test_kills.py
 """
 
 import contextlib
@@ -33,10 +33,10 @@ RANDOM = random.Random(0)
 
 
 class Command(NamedTuple):
-    """A command, and the files that it makes below the folder it is given."""
+    """A command, and the files that it makes in its folder."""
 
     argv: Callable[[Path], list]
-    made: tuple[str, ...]  # patterns; of .json, what is not a time or a place
+    made: tuple[str, ...]  # patterns of files; times and places in .json are ignored
 
 
 TINY = ["--num-images", "6", "--steps", "2", "--sampler", "euler", "--batch-size", "2"]
@@ -89,14 +89,14 @@ def commands(
 
 
 def copied(source: Path, out: Path) -> Path:
-    """The folder that a command works on: whole before it begins, and left as it is when it is run again."""
+    """Prepare the folder that a command works on; an existing one is kept."""
     if not out.exists():
         shutil.copytree(source, out)
     return out
 
 
 def content(out: Path, command: Command) -> dict[str, str]:
-    """Checksums of what a command made, times left out."""
+    """Checksums of a command's files, without times."""
     found = {}
     for pattern in command.made:
         for path in sorted(out.glob(pattern)):
@@ -117,7 +117,7 @@ def leftovers(out: Path) -> list[str]:
 
 
 class Aim:
-    """Counts renames in a child, in memory that its parent sees, and kills it at one of them."""
+    """Counts renames of a child in shared memory, and kills it at one of them."""
 
     def __init__(self, at: int = 0, after: bool = False):
         import mmap
@@ -147,7 +147,7 @@ class Aim:
 
 
 def start(argv: list, aim: Aim | None = None) -> int:
-    """A child, in a session of its own, that runs a command."""
+    """Run a command in a child with a separate process session."""
     if child := os.fork():
         return child
     os.setsid()
@@ -165,7 +165,7 @@ def start(argv: list, aim: Aim | None = None) -> int:
 
 
 def ended(child: int) -> int:
-    """The exit code of a child, negative for a signal; none of its workers may outlive it for long."""
+    """The exit code of a child, negative for a signal; its workers must end soon after it."""
     _, status = os.waitpid(child, 0)
     until = time.monotonic() + 5
     while members(child):
@@ -175,7 +175,7 @@ def ended(child: int) -> int:
 
 
 def members(session: int) -> list[int]:
-    """Processes of a session that still run."""
+    """Running processes of a process session."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -188,7 +188,7 @@ def members(session: int) -> list[int]:
 
 
 def undisturbed(command: Command, out: Path) -> tuple[dict[str, str], float, int]:
-    """What the command makes when nobody disturbs it, the seconds that it takes, and its renames."""
+    """The files, the seconds and the number of renames of an uninterrupted command."""
     out.mkdir()
     aim, begin = Aim(), time.monotonic()
     assert ended(start(command.argv(out), aim)) == 0
@@ -196,7 +196,7 @@ def undisturbed(command: Command, out: Path) -> tuple[dict[str, str], float, int
 
 
 def kill_and_finish(command: Command, out: Path, wanted: dict[str, str], seconds: float, aim: Aim | None) -> bool:
-    """Kill the command once, run it again, and compare; True when the kill came before its end."""
+    """Kill the command once, run it again and compare; True when it was killed before its end."""
     out.mkdir()
     child = start(command.argv(out), aim)
     if aim is None:
@@ -226,9 +226,9 @@ NAMES = (
 
 
 def campaign(command: Command, tmp_path: Path, kills: int) -> tuple[int, int]:
-    """Kill until so many kills came before the command's end; gives how many of them were aimed at a rename, and the tries.
+    """Repeat until `wanted` kills hit a running command; returns how many were aimed at a rename, and the tries.
 
-    A command has only so many renames; the other kills come at random times.
+    A command has a limited number of renames; the other kills come at random times.
     """
     wanted, seconds, renames = undisturbed(command, tmp_path / "whole")
     aims = [Aim(at, after) for at in range(1, renames + 1) for after in (False, True)]
@@ -260,7 +260,7 @@ def test_a_hundred_kills_of_each_command(name, commands, tmp_path, capsys):
 
 
 def pairs(command: Command, tmp_path: Path, number: int) -> tuple[int, int]:
-    """The same command twice at once, so often; gives how often both were fine, and how often one was refused."""
+    """Run a command twice at once, repeatedly; returns how often both succeeded and how often one was refused."""
     wanted, _, _ = undisturbed(command, tmp_path / "whole")
     both = refused = 0
     for k in range(number):

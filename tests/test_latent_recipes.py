@@ -1,4 +1,4 @@
-"""LightningDiT, DDT and DiT^DH on RAE: what their recipes train, that they train, and how their figures stand."""
+"""Recipes of LightningDiT, DDT and DiT^DH on RAE: their settings, that they train, and their published figures."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_recipes_match_the_papers_settings():
     [("lightningdit-xl1", 32, 16, 675), ("ddt-xl2", 4, 32, 675), ("ddt-b2", 4, 32, 130), ("rae-dh-xl", 768, 16, 838)],
 )
 def test_networks_have_the_papers_sizes(name, channels, side, millions):
-    """The paper of RAE says 839 million: it counts the fixed positions."""
+    """The RAE paper states 839 million because it includes the fixed positions."""
     config = load_recipe(name).model.override(latent_channels=channels, latent_size=side, num_classes=1000)
     with torch.device("meta"):
         model = build(config)
@@ -60,7 +60,7 @@ def test_networks_have_the_papers_sizes(name, channels, side, millions):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_trains(name, data_folder, tmp_path):
-    """Two steps of a thin network, every block where it was; the loss of the row is the sum of its parts."""
+    """Two steps of a narrow network with all its blocks; the logged loss is the sum of its parts."""
     config = load_recipe(name)
     backbone = config.model.backbone.replace("head_dim=2048,head_heads=16", "head_dim=24,head_heads=3")
     name = f"{config.model.name.partition('/')[0]}/4"

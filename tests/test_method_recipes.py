@@ -1,4 +1,4 @@
-"""The methods around REPA: what each recipe trains, that it trains, and how its figures stand."""
+"""Recipes of methods related to REPA: their settings, that they train, and their published figures."""
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_other_settings_of_the_recipes_match_the_papers():
 
 @pytest.mark.parametrize(("size", "depth", "heads"), [("b", 4, 12), ("l", 8, 16), ("h", 10, 16)])
 def test_the_pixelrepa_recipe_matches_the_paper(size, depth, heads):
-    """One term, 0.1 of a cosine through the adapter, at the last block before the class tokens, on JiT's own recipe."""
+    """On JiT's recipe: one cosine term of weight 0.1 through the adapter, at the last block before the class tokens."""
     config = load_recipe(f"jit-{size}16-pixelrepa")
     (term,) = config.alignments
     found = (term.target, term.depth, term.loss, term.weight, term.projector)
@@ -111,7 +111,7 @@ def test_the_pixelrepa_recipe_matches_the_paper(size, depth, heads):
 
 
 class Attentive(VisionEncoder):
-    """Stands in for DINOv2: patches, a vector for the image, and attention, from one random layer."""
+    """Stands in for DINOv2: patches, pooled features and attention from one random layer."""
 
     def prepare(self, pixels, side):
         return nn.functional.interpolate(pixels, (side, side))
@@ -133,7 +133,7 @@ def attentive(name, weights):
 
 
 def toy(config: TrainConfig) -> TrainConfig:
-    """The same run on small images: thin, the encoder replaced, every block where it was."""
+    """The same run with a narrow network of equal depth, small images and a replaced encoder."""
     stand_in = f"{__name__}.attentive"
     terms = [t.override(target=t.target.replace("dinov2-b", stand_in)) for t in config.alignments]
     terms = [t.override(projector="mlp:width=8") if t.projector == "mlp" else t for t in terms]
@@ -154,13 +154,13 @@ def toy(config: TrainConfig) -> TrainConfig:
 
 @pytest.mark.parametrize("name", method_recipes())
 def test_every_method_trains(name, data_folder, tmp_path):
-    """Two steps, and the loss of the row is the denoising loss plus each weighted term: no method has a way past Eq. 9."""
+    """After two steps the logged loss is the denoising loss plus the weighted terms, as in Eq. 9."""
     config = toy(load_recipe(name))
     run = tmp_path / "run"
     state = start_training(config, open_data(data_folder), run, device=torch.device("cpu"), say=lambda text: None)
     assert state.step == 2
     row = next(row for row in read_metrics(run) if row["kind"] == "train")
-    total = row["denoising"] + row.get("contrastive", 0.0)  # which holds its weight
+    total = row["denoising"] + row.get("contrastive", 0.0)  # already weighted
     total *= SCHEDULES.build(config.denoising_schedule)(0)
     total += sum(config.head_weight * loss for loss in (row.get("head") or {}).values())
     total += sum(s.weight * row["stream"][s.name] for s in config.streams)
@@ -175,7 +175,7 @@ SMALL = [name for name in (*method_recipes(), *network_recipes()) if name.starts
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_recipes_train_unchanged(name, data_folder, tmp_path):
-    """In half precision, on the stored float16 features of the encoder inside the package, with a preview that is measured."""
+    """In half precision, on stored float16 features of the packaged encoder, with a measured preview."""
     run = tmp_path / "run"
     given = [
         "--num-steps", "2", "--batch-size", "4", "--log-every", "1", "--precision", "bf16", "--preview.every", "2",
@@ -211,7 +211,7 @@ def test_headlines_quote_the_published_fid(key, model, line):
 
 
 def test_jit_is_guided_at_the_same_times_as_the_released_code():
-    """There at data times above 0.1 (arXiv 2511.13720, open interval), one of which 50 steps have."""
+    """The released code guides at data times above 0.1 (arXiv 2511.13720), and one of 50 steps is exactly there."""
     guidance = GUIDANCES.build(_JIT_SAMPLING.partition("--guidance ")[2].format(scale=2.9))
     guided = [step for step, t in enumerate(ode_grid(50).tolist()) if guidance.active(t)]
     assert guided == [step for step in range(51) if step / 50 > 0.1]

@@ -1,4 +1,4 @@
-"""`import repa` is enough to reach the rooms and the names that a user begins with."""
+"""`import repa` gives access to its packages and to the most important names."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import repa
 
 
 def test_packages_and_names_are_available_after_one_import():
-    """In a process of its own, as this one has imported them all."""
+    """In a separate process, because this one has already imported them."""
     code = (
         "import sys, repa; assert 'torch' not in sys.modules; "
         "repa.alignment.LOSSES; repa.data.FeatureCache is repa.FeatureCache; repa.open_data; repa.models.BACKBONES; repa.attach"

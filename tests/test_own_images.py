@@ -1,4 +1,4 @@
-"""What the quickstart chooses for images of one's own."""
+"""The settings that the quickstart chooses for a user's images."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from repa.recipes.small import choose
 
 
 class Pictures(Source):
-    """`num` pictures of one size; every fifth cannot be read."""
+    """`num` images of one size; every fifth is unreadable."""
 
     def __init__(self, num: int, size: tuple[int, int]):
         self.size = size

@@ -1,4 +1,4 @@
-"""Every recipe builds at full size, trains at toy size, keeps what it promises; the paper's figures are the paper's."""
+"""Every recipe builds at full size, trains at toy size and keeps its promises; figures match the paper."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ from repa.training import train as start_training
 from tests.promises import understood
 from tests.report.fakes import fake_run
 
-# the trainable numbers of the networks without projectors, and of the projector to a width of 768
+# numbers of trainable parameters of the networks without projectors, and of the projector to width 768
 PARAMETERS = {"SiT-B/2": 130_303_504, "SiT-L/2": 457_824_272, "SiT-XL/2": 674_816_272}
 PROJECTOR_768 = {"SiT-B/2": 7_344_896, "SiT-L/2": 7_869_184, "SiT-XL/2": 8_131_328}
 WIDTHS = {"SiT-B/2": 768, "SiT-L/2": 1024, "SiT-XL/2": 1152, "DiT-L/2": 1024, "DiT-XL/2": 1152}
@@ -42,7 +42,7 @@ paper_recipes = pytest.mark.parametrize("name", ROWS)
 
 
 def test_every_row_of_the_papers_tables_has_a_recipe():
-    """Written out from the paper: encoders, depths and objective of Table 2, Table 3, lambda, 512 pixels."""
+    """From the paper: encoders, depths and objectives of Table 2, Table 3, lambda, 512 pixels."""
     encoders = ("mae-l", "dino-b", "mocov3-l", "ijepa-h", "clip-l", "siglip-b", "dinov2-b", "dinov2-l", "dinov2-g")
     expected = {f"sit-l2-repa-{encoder}-ntxent" for encoder in encoders} | {"sit-l2-repa-dinov2-l"}
     expected |= {f"sit-l2-repa-depth{depth}" for depth in (6, 8, 10, 12, 14, 16)}
@@ -81,7 +81,7 @@ def test_recipe_names_describe_what_is_trained(name, alignment):
 
 @paper_recipes
 def test_all_recipes_share_the_papers_settings(name):
-    """Appendix D of the paper, and SPEC's table of the code's defaults."""
+    """From appendix D of the paper and the defaults of its code."""
     config = load_recipe(name)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (1e-4, 0.9, 0.999, 0)
@@ -102,7 +102,7 @@ def full_size(config: TrainConfig) -> TrainConfig:
 
 @pytest.mark.parametrize("model", [*PARAMETERS, "DiT-L/2", "DiT-XL/2"])
 def test_networks_of_the_recipes_have_the_papers_sizes(model):
-    """Built whole on the meta device, once for each network that a recipe names."""
+    """Every network named by a recipe is built on the meta device."""
     sizes = {}
     for name, row in ROWS.items():
         config = full_size(load_recipe(name)).model
@@ -112,7 +112,7 @@ def test_networks_of_the_recipes_have_the_papers_sizes(model):
             assert row.resolution == 8 * config.latent_size
     width = WIDTHS[model]
     of_sit = PARAMETERS["S" + model[1:]]
-    variance = 4 * 2 * 2 * (width + 1) if model.startswith("DiT") else 0  # the head's rows of four more channels
+    variance = 4 * 2 * 2 * (width + 1) if model.startswith("DiT") else 0  # outputs of four more channels
     assert set(sizes.values()) == {of_sit + variance}
     assert set(sizes) == ({32, 64} if model == "SiT-XL/2" else {32})
 
@@ -132,7 +132,7 @@ def test_projectors_have_the_papers_sizes(name):
 
 
 def toy(config: TrainConfig) -> TrainConfig:
-    """The same run, thin and on small images: as many blocks as its alignment asks for, the encoder replaced."""
+    """The same run with a narrow network, as many blocks as alignment needs, small images and a replaced encoder."""
     depth = max((term.depth for term in config.alignments), default=1)
     terms = [{**term.model_dump(), "target": "tiny", "projector": "mlp:width=8"} for term in config.alignments]
     small = {"latent_size": 0, "hidden_dim": 8, "depth": depth + 1, "num_heads": 1}
@@ -142,7 +142,7 @@ def toy(config: TrainConfig) -> TrainConfig:
 
 
 def kinds() -> dict[tuple, str]:
-    """What makes two recipes train by different code or at another block -> the first recipe of the kind."""
+    """Settings that select different code or another block -> the first recipe with them."""
     found: dict[tuple, str] = {}
     for name in ROWS:
         config = load_recipe(name)
@@ -162,7 +162,7 @@ def test_every_kind_of_recipe_trains(name, data_folder, tmp_path):
     assert [row["step"] for row in rows] == [1, 2]
     names = {f"tiny@{term.depth}" for term in config.alignments}
     assert all(set(row.get("alignment") or {}) == names for row in rows)
-    for term in config.alignments:  # Eq. 9: the weight of the row is what counts
+    for term in config.alignments:  # Eq. 9 with the recipe's weight
         row = rows[0]
         denoising = row["denoising"] + (row["vb"] if config.diffusion.objective == "ddpm" else 0.0)
         assert row["loss"] == pytest.approx(
@@ -188,7 +188,7 @@ def test_recipes_round_trip_through_yaml(name, tmp_path):
 
 @paper_recipes
 def test_targets_are_encoders_and_samplers_fit_the_objective(name):
-    """Also what needs no more than the registries: a figure's sampler is one that the recipe's network can use."""
+    """Targets are known encoders, and samplers of published figures fit the recipe's network."""
     config = load_recipe(name)
     for term in config.alignments:
         assert ENCODERS.check(term.target) == term.target
@@ -251,7 +251,7 @@ def test_list_prints_name_headline_and_fid(capsys):
 
 @paper_recipes
 def test_promised_commands_can_be_parsed(name):
-    """Each verb's parser takes them, and they lead from one to the next."""
+    """The commands can be parsed, and each uses the result of the one before."""
     given = understood(name)
     assert set(given) == {"prepare", "train", "sample", "evaluate"}
     assert given["train"].recipe == name
@@ -259,7 +259,8 @@ def test_promised_commands_can_be_parsed(name):
     assert given["sample"].run == given["train"].out
     assert given["evaluate"].samples == given["sample"].out
     assert given["prepare"].resolution == ROWS[name].resolution
-    assert given["evaluate"].features != ROWS[name].target  # samples are never measured in the features aligned to
+    # samples are not measured in the alignment target's features
+    assert given["evaluate"].features != ROWS[name].target
     sampled = {key: getattr(given["sample"], key) for key in ("sampler", "steps")}
     assert sampled == {"sampler": "ddpm" if name.startswith("dit") else "euler_maruyama", "steps": 250}
 
@@ -339,7 +340,7 @@ def test_an_unknown_recipe_suggests_the_nearest():
 
 
 def run_of(folder, name: str, **changes):
-    """A run folder as `name` would leave it on ImageNet."""
+    """A run folder of recipe `name` on ImageNet."""
     config = full_size(load_recipe(name)).override(**changes)
     return read_run(fake_run(folder, settings=config.model_dump(mode="json")))
 
@@ -347,7 +348,7 @@ def run_of(folder, name: str, **changes):
 @paper_recipes
 def test_a_run_is_matched_to_a_recipe_by_its_configuration(name, tmp_path):
     row = paper_row_of(run_of(tmp_path / "run", name))
-    assert load_recipe(row.name) == load_recipe(name)  # two rows of the paper are the same run under other names
+    assert load_recipe(row.name) == load_recipe(name)  # two rows of the paper may be the same run
 
 
 def test_a_run_with_a_changed_setting_is_not_matched_to_the_recipe(tmp_path):
@@ -365,7 +366,7 @@ def test_a_run_with_a_changed_setting_is_not_matched_to_the_recipe(tmp_path):
     }
     for name, changes in departures.items():
         assert paper_row_of(run_of(tmp_path / name, "sit-xl2-repa", **changes)) is None, name
-    measured = {"alignments": [term.override(measure_only=True)]}  # its network never feels it: the baseline
+    measured = {"alignments": [term.override(measure_only=True)]}  # does not affect the network: the baseline
     assert paper_row_of(run_of(tmp_path / "measured", "sit-xl2-repa", **measured)).name == "sit-xl2"
 
 
@@ -373,20 +374,18 @@ def test_the_report_shows_the_papers_figures_only_next_to_matching_runs(tmp_path
     known = run_of(tmp_path / "known", "sit-xl2-repa")
     other = run_of(tmp_path / "other", "sit-xl2-repa", batch_size=64)
     at_512 = run_of(tmp_path / "large", "sit-xl2-repa-512")
-    found = unmatched_paper_rows(
-        [], group_seeds([other, known, at_512])
-    )  # nothing was measured that they could stand beside
+    found = unmatched_paper_rows([], group_seeds([other, known, at_512]))  # there are no comparable results
     assert [(run.name, row.name) for run, row in found] == [("known", "sit-xl2-repa")]
     page = write_report([other, known], tmp_path / "both.html").read_text()
     section = page.split("What the paper reports")[1].split("</section>")[0]
     assert [cell in section for cell in ("7.9", "122.6", "0.70", "5.9", "arXiv 2410.06940")] == [True] * 5
-    assert "1.42" not in section  # guided: not what a plain run is compared with
+    assert "1.42" not in section  # a guided figure, which is not comparable with unguided runs
     assert "other" not in section.split("<p")[0]
     assert "What the paper reports" not in write_report([other], tmp_path / "one.html").read_text()
 
 
 def test_recipes_do_not_import_torch():
-    """In a process of its own, as this one has torch long since."""
+    """In a separate process, because this one has imported torch."""
     code = "import sys, repa.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -1,6 +1,6 @@
-"""No file that a stranger made runs code: every field of every file of a run, a data folder and an exported network, every verb.
+"""No foreign file runs code: tested for every field of the files of a run, a data folder and an exported network.
 
-The short form tries each field with the verbs that read it most; `make test-slow` tries each with all, and more texts.
+The short form tries each field with its main readers; `make test-slow` tries all readers and more texts.
 """
 
 import copy
@@ -40,7 +40,7 @@ from tests.oracles.data import noise_image
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
-    """A module that leaves a mark when it is imported or called; gives the mark's path."""
+    """Create a module that writes a mark when it is imported or called; returns the mark's path."""
     mark = tmp_path / "sang"
     lab = tmp_path / "lab"
     lab.mkdir()
@@ -55,7 +55,7 @@ class Bird:
 """
     (lab / "canary.py").write_text(text)
     monkeypatch.syspath_prepend(str(lab))
-    monkeypatch.setenv("WANDB_MODE", "offline")  # a run may ask for it
+    monkeypatch.setenv("WANDB_MODE", "offline")  # a run may enable it
     yield mark
     sys.modules.pop("canary", None)
 
@@ -65,7 +65,7 @@ RENAMED = "a key that is renamed"
 
 
 def payloads(mark):
-    """Texts that would leave the mark if anything took them for code, for a command or for a recipe of one."""
+    """Texts that would write the mark if they were run as code or as a command."""
     return (
         "canary.sing",
         f"subprocess.Popen:args=touch {mark},shell=true",
@@ -76,7 +76,7 @@ def payloads(mark):
 
 
 def places(values, path=()):
-    """The keys that lead to each value without parts, whatever its type, and to each name that a file gives to an encoder."""
+    """The keys of all leaf values, whatever their type, and of all encoder names."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in items:
         if isinstance(value, (dict, list)) and value:
@@ -92,7 +92,7 @@ def value_at(values, path):
 
 
 def with_text(values, path, text):
-    """A copy in which the value at this place, or its key, is the text."""
+    """A copy in which the value at this place, or its key, is replaced by the text."""
     changed = copy.deepcopy(values)
     *above, last = path[:-1] if path[-1] == RENAMED else path
     inner = changed
@@ -108,7 +108,7 @@ def with_text(values, path, text):
 
 
 def command(*words):
-    """A verb as it is typed; words that begin with ROOT/ or OUT/ are paths."""
+    """Run a command line; words that begin with ROOT/ or OUT/ are paths."""
 
     def call(root, out):
         return repa([word.replace("ROOT", str(root)).replace("OUT", str(out)) for word in words])
@@ -117,7 +117,7 @@ def command(*words):
 
 
 def copied(folder, *words):
-    """A verb that writes into a folder, on a copy of it: OUT/COPY."""
+    """Run a command that writes into a folder on a copy of it, OUT/COPY."""
 
     def call(root, out):
         shutil.copytree(root / folder, out / "copy")
@@ -127,7 +127,7 @@ def copied(folder, *words):
 
 
 def python(function):
-    """A reader called from a program, where no command runs: 0, or 2 where it refuses."""
+    """Call a reader from Python, outside any command: 0, or 2 when it refuses."""
 
     def call(root, out):
         try:
@@ -140,7 +140,7 @@ def python(function):
 
 
 def read_results(run):
-    """What `repa report` reads of a run's results, without its drawings."""
+    """Read a run's results like `repa report`, without drawing."""
     read_analyses(read_runs([run]))
     for file in (run / "evaluations").glob("*.json"):
         evaluation_row(file)
@@ -214,7 +214,7 @@ WORDS = {
     "show": command("show", "ROOT/words"),
 }
 CACHE = {"open": python(lambda root, out: FeatureCache.open(root / "cache", "an encoder")["a"])}
-FILES = {  # pattern of a file -> its readers; how many of them the short form takes
+FILES = {  # file pattern -> its readers, and how many of them the short form uses
     "run/config.yaml": (RUN, 4),
     "run/data.json": (RUN, 1),
     "run/checkpoints/*10/state.json": (RUN, 1),
@@ -230,11 +230,11 @@ FILES = {  # pattern of a file -> its readers; how many of them the short form t
     "cache/cache.json": (CACHE, 1),
     "exported/config.json": (EXPORTED, 2),
 }
-ENDS_OTHERWISE = {("converted/converted.json", "train")}  # refused as it is
+ENDS_OTHERWISE = {("converted/converted.json", "train")}  # refused even when unchanged
 
 
 def annotated(folder):
-    """Two images and COCO's annotations of them."""
+    """Two images with COCO annotations."""
     (folder / "val").mkdir(parents=True)
     for number in range(2):
         noise_image(number).save(folder / f"val/{number}.png")
@@ -247,7 +247,7 @@ def annotated(folder):
 
 @pytest.fixture(scope="module")
 def stranger(tiny_config, image_folder, data_folder, tmp_path_factory):
-    """A run with everything that verbs leave in it, its data, samples, data half made, and an exported network."""
+    """A run with everything that commands write into it, data, samples, incomplete data, and an exported network."""
     root = tmp_path_factory.mktemp("stranger")
     shutil.copytree(data_folder, root / "data")
     recipe = root / "recipe.yaml"
@@ -285,7 +285,7 @@ def stranger(tiny_config, image_folder, data_folder, tmp_path_factory):
 
 
 class Attack:
-    """Puts each text into each place of a file and calls each reader. Nothing may be executed."""
+    """Puts each text into each place of a file and calls each reader; nothing may be executed."""
 
     def __init__(self, stranger, canary, tmp_path, pattern):
         self.stranger, self.canary, self.tmp_path, self.pattern = stranger, canary, tmp_path, pattern
@@ -296,9 +296,9 @@ class Attack:
         original = self.path.read_text(encoding="utf-8")
         is_yaml = self.path.suffix == ".yaml"
         values = yaml.safe_load(original) if is_yaml else json.loads(original)
-        values.pop(SEAL, None)  # which a stranger would write anew
+        values.pop(SEAL, None)  # an attacker would rewrite the seal
         try:
-            for name, call in readers.items():  # what is refused as it is would prove nothing
+            for name, call in readers.items():  # the unchanged file must be accepted
                 assert self.code(call) == 2 * ((self.pattern, name) in ENDS_OTHERWISE), (self.pattern, name)
             for place in places(values):
                 for text in texts if isinstance(value_at(values, place), str) else texts[:1]:
@@ -315,7 +315,7 @@ class Attack:
         out.mkdir()
         try:
             return call(self.stranger, out)
-        except Exception as error:  # tests/test_mutations.py forbids it; here only what was executed counts
+        except Exception as error:  # tests/hostile/test_mutations.py forbids it; here only execution counts
             return repr(error)
         finally:
             shutil.rmtree(out)
@@ -343,7 +343,7 @@ def test_no_field_of_a_file_runs_code_with_any_verb(pattern, stranger, canary, t
 
 
 def change(stranger, tmp_path, **changes):
-    """A copy of the stranger's run with some settings changed."""
+    """A copy of the foreign run with some settings changed."""
     run = tmp_path / "run"
     shutil.copytree(stranger / "run", run)
     values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -391,27 +391,27 @@ def test_typed_settings_and_named_recipes_are_trusted(data_folder, tiny_config, 
         repa(["train", str(plain), *train, "--out", str(tmp_path / "typed"), "--alignments.0.loss", "privatelab.far"])
         == 0
     )
-    for name in ("named", "typed"):  # a run folder is a file's word, even one's own
+    for name in ("named", "typed"):  # a run folder is a file and not trusted, even one's own
         again = ["train", str(tmp_path / name), "--data", str(data_folder), "--out", str(tmp_path / name)]
         assert repa([*again, "--num-steps", "2"]) == 2
         assert repa([*again, "--num-steps", "2", "--trust", "privatelab"]) == 0
 
 
 def registries():
-    """All of them, found by what they are."""
+    """All registries, found by their type."""
     rooms = [
         importlib.import_module(f"repa.{room.name}")
         for room in pkgutil.iter_modules(repa_package.__path__)
         if room.ispkg
     ]
-    rooms += [opening, hooked, evaluation_config]  # tables of nothing, for code of the user's own alone
+    rooms += [opening, hooked, evaluation_config]  # empty registries that accept only private code
     found = {id(value): value for room in rooms for value in vars(room).values() if isinstance(value, Registry)}
     return sorted(found.values(), key=lambda registry: registry.kind)
 
 
 @pytest.mark.parametrize("registry", registries(), ids=lambda registry: registry.kind)
 def test_a_dotted_name_must_refer_to_an_object_of_the_right_kind(registry, canary):
-    """Even of modules that were trusted by mistake: nothing is called before it is known to be a function or a class of the kind."""
+    """Even in trusted modules, an object is called only if it is a function or a class of the right kind."""
     with trust.command([]):
         trust.trust("subprocess", "os", "builtins", "shutil", "canary", "threading")
         for spec in (
@@ -453,7 +453,7 @@ def test_modules_in_the_current_folder_are_not_imported(name, tmp_path):
 def test_data_whose_file_names_leave_the_folder_is_refused(stranger, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(stranger / "data", data)
-    text = json.dumps(read_json(data / "manifest.json"))  # without its seal
+    text = json.dumps(read_json(data / "manifest.json"))  # without the seal
     for name in ("../labels-00000.npy", "/etc/passwd", "sub/../../x.npy"):
         (data / "manifest.json").write_text(text.replace("labels-00000.npy", name), encoding="utf-8")
         with pytest.raises(UserError):

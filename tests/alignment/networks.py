@@ -1,4 +1,4 @@
-"""Small random networks of diffusers, and a pass of each."""
+"""Small random networks of diffusers, with one forward pass each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Case(NamedTuple):
     run: Callable[[], Tensor]
     block: str
     image: Callable[[object], Tensor]
-    """What the block gave -> tokens (N, T, D) of the image, written out."""
+    """Output of the block -> tokens (N, T, D) of the image."""
     grid: tuple[int, ...]
 
 

@@ -1,4 +1,4 @@
-"""PixelREPA's adapter as a projector of a term: what it is given, which tokens it sees, and where it is refused."""
+"""PixelREPA's adapter as the projector of a term: its inputs, its masks, and where it is refused."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def objective(term=TERM, diffusion=None, **settings) -> Objective:
     model = network(**settings)
     terms = [Alignment.of(AlignmentConfig(**term), model, {"tiny": 5})]
     for parameter in terms[0].parameters():
-        torch.nn.init.normal_(parameter, std=0.2)  # adaLN-Zero hides what a block is given
+        torch.nn.init.normal_(parameter, std=0.2)  # adaLN-Zero would hide the inputs of a block
     return Objective(model, terms, DiffusionConfig(**(diffusion or {})), label_dropout=0.3, seed=3)
 
 

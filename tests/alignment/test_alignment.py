@@ -40,7 +40,7 @@ def test_gradients_reach_hidden_and_projector_but_not_the_target():
 
 @pytest.mark.parametrize("loss_name", ["cosine", "nt_xent"])
 def test_autocast_does_not_reach_the_comparison(loss_name):
-    """Under bf16 the projector runs in bf16; from there on everything is as exact as float32."""
+    """Under bf16 the projector runs in bf16; everything after it runs in float32."""
     alignment = build(loss=loss_name)
     hidden, target = inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -114,7 +114,7 @@ def test_features_of_another_encoder_are_refused():
 
 @pytest.mark.parametrize(("own", "other"), [((2, 8), (4, 16)), ((4, 16), (2, 8)), ((3, 6), (6, 12))])
 def test_a_rectangular_grid_is_resampled_to_the_targets_grid(own, other):
-    """16, 64 and 18 tokens: the first two would also be squares."""
+    """Of 16, 64 and 18 tokens, the first two would also fit a square."""
     stream = torch.Generator().manual_seed(0)
     hidden, target = (torch.randn(2, rows * columns, 5, generator=stream) for rows, columns in (own, other))
     config = AlignmentConfig(target="features", depth=1, projector="none", resample="target")
@@ -162,7 +162,7 @@ def column(student, target):
 
 @pytest.mark.parametrize(("loss", "shape"), [("tokenwise", r"\(4, 9\)"), ("column", r"\(4, 1\)")])
 def test_a_loss_must_return_one_number_per_image(loss, shape):
-    """(4, 1) would be broadcast to (4, 4) with the denoising loss, and trained on in silence."""
+    """A loss of shape (4, 1) would silently broadcast to (4, 4) with the denoising loss."""
     with pytest.raises(
         UserError, match=rf"{loss}' must return one number for each of 4 images, \(N,\), but returned {shape}"
     ):

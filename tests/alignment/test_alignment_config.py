@@ -59,7 +59,7 @@ def test_mistakes_give_one_line_errors(settings, message):
 
 
 def test_a_target_with_a_part_uses_the_registrys_spelling():
-    """Features are stored under the name of the registry: a term that asked for them by another would not find them."""
+    """Features are stored under the registry's name, so a term with another spelling would not find them."""
     for part in ("", ":part=all", ":layer=9,part=attention"):
         attention = {"tap": "attention", "projector": "none"} if "attention" in part else {}
         config = parse(target=f"dinov2-vit-B{part}", **attention)

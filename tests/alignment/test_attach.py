@@ -1,4 +1,4 @@
-"""Alignment in networks of others: the right tokens, the engine's own loss, and nothing changed in the network."""
+"""`repa.attach` on other networks: the right tokens, the loss of the training loop, and an unchanged network."""
 
 import copy
 import math
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Tokens (N, T, 8) in and out; with `text`, that many tokens more behind those of the image."""
+    """Tokens (N, T, 8) in and out; `text` adds that many tokens after those of the image."""
 
     def __init__(self, depth=3, text=0, recompute=None):
         super().__init__()
@@ -78,7 +78,7 @@ def test_diffusers_networks_give_the_tokens_of_the_image(name):
 
 
 def test_the_loss_and_its_gradients_equal_those_of_the_training_loop():
-    """On one DiT, with one projector: loss and every gradient, bit for bit."""
+    """On one DiT with one projector, the loss and every gradient are equal bit for bit."""
     torch.manual_seed(0)
     model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=3, num_heads=2)
     for p in model.parameters():
@@ -98,7 +98,7 @@ def test_the_loss_and_its_gradients_equal_those_of_the_training_loop():
     settings = {key: getattr(config, key) for key in ("weight", "loss", "projector", "token_norm")}
     aligner = repa.attach(model, "blocks.1", features=5, **settings)
     aligner.terms["blocks_1"].load_state_dict(objective.alignments["tiny@2"].state_dict())
-    off = objective(clean, condition, {}, draws, objective.weights(3, torch.device("cpu")))  # denoising alone
+    off = objective(clean, condition, {}, draws, objective.weights(3, torch.device("cpu")))  # denoising only
     total = off.total.mean() + aligner.loss(features["tiny"])
     assert torch.equal(aligner.values["blocks.1"], own.terms["alignment/tiny@2"].mean())
     torch.testing.assert_close(total, own.total.mean(), rtol=1e-6, atol=0)
@@ -168,7 +168,7 @@ def test_a_block_without_trained_weights_is_refused():
     net(x)
     with pytest.raises(UserError, match="has no gradient"):
         aligner(features)
-    with torch.no_grad():  # to look at the loss
+    with torch.no_grad():  # as in an evaluation
         net(x)
         aligner(features)
 
@@ -181,7 +181,7 @@ def test_attaching_does_not_change_the_network():
     assert list(aligner.terms) == ["blocks_0", "blocks_1", "blocks_2"]
     assert torch.equal(net(x), before)
     average = copy.deepcopy(net)
-    average(torch.zeros_like(x))  # looks at nothing of ours
+    average(torch.zeros_like(x))  # runs without the aligner
     expected = sum(
         0.5 * aligner._term_called(name).term.compare(tokens, features).mean()
         for name, tokens in aligner.taps().items()
@@ -229,7 +229,7 @@ def test_training_resumes_exactly_from_a_state_dict(tmp_path):
     assert first + steps(net, aligner, optimizer, range(5, 12)) == whole
     assert whole[-1][1] == pytest.approx(0.5 * (1 - 12 / 20))
     assert whole[0][2] == 0.5
-    assert whole[-1][2] == 0  # it does not halve over three steps
+    assert whole[-1][2] == 0  # after three steps
 
 
 def test_a_term_with_weight_zero_needs_no_features():
@@ -243,7 +243,7 @@ def test_a_term_with_weight_zero_needs_no_features():
     net(x)
     loss = aligner()
     assert loss.item() == 0
-    loss.backward()  # DDP waits for every gradient
+    loss.backward()  # DDP needs every gradient
     assert all(p.grad is not None and not p.grad.any() for p in aligner.parameters())
 
 
@@ -267,7 +267,7 @@ def test_video_frames_count_as_images_and_merge_as_in_the_autoencoder():
 
 
 class Convolved(nn.Module):
-    """Tokens of an image that is no square: 2 x 8 patches."""
+    """Tokens of a rectangular image: 2 x 8 patches."""
 
     def __init__(self):
         super().__init__()
@@ -278,7 +278,7 @@ class Convolved(nn.Module):
 
 
 def test_the_grid_is_found_from_the_input_of_a_convolutional_network():
-    """16 tokens, which would also be a square of 4 x 4; the aligner was not told their grid."""
+    """The 16 tokens would also fit a square of 4 x 4, and the aligner is not given their grid."""
     torch.manual_seed(0)
     net, x, same, finer = Convolved(), torch.randn(2, 3, 4, 16), torch.randn(2, 16, 5), torch.randn(2, 64, 5)
     settings = {"features": 5, "hidden_dim": 8, "loss": "cosine"}
@@ -326,7 +326,7 @@ def test_crepa_compares_neighbouring_video_frames():
             cosine = nn.functional.cosine_similarity(own[:, i], target[:, j], dim=-1).mean()
             total -= math.exp(-abs(i - j)) * float(cosine.detach()) / 3
     assert float(aligner.values["crepa"]) == pytest.approx(total, abs=1e-6)
-    other = repa.attach(net, "blocks.1", loss="crepa:frames=2", **settings)  # which would divide a frame's four tokens
+    other = repa.attach(net, "blocks.1", loss="crepa:frames=2", **settings)  # would split the four tokens of a frame
     net(x)
     with pytest.raises(UserError, match="set frames=3"):
         other(features)
@@ -344,7 +344,7 @@ def test_a_private_loss_receives_all_frames_of_a_video():
     aligner = repa.attach(net, "blocks.1", features=8, loss=f"{__name__}.of_frames", projector="none", grid=(3, 2, 2))
     net(torch.randn(2, 3 * 4, 8))
     aligner(torch.randn(2, 3, 4, 8))
-    assert float(aligner.values["blocks.1"]) == 12  # tokens: three frames of four
+    assert float(aligner.values["blocks.1"]) == 12  # three frames of four tokens
 
 
 def test_text_tokens_before_or_after_the_image_are_left_out():

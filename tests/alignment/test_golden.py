@@ -1,4 +1,4 @@
-"""Losses, projectors and norms against values of the methods' released code, in float64 (`tests/golden/`)."""
+"""Losses, projectors and norms against values recorded from the methods' released code in float64 (`tests/golden/`)."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_irepa():
 def test_sra_head():
     case = golden.load("sra_head")
     head = PROJECTORS.build("mlp2")(6, 6).double()
-    golden.fill([head[0].bias, head[0].weight, head[2].bias, head[2].weight])  # by the official names, sorted
+    golden.fill([head[0].bias, head[0].weight, head[2].bias, head[2].weight])  # in the order of their official names
     golden.check(head(golden.tensor(case["inputs"])), case["expected"])
 
 
@@ -73,14 +73,14 @@ def test_sra_with_two_times():
 
 
 def test_vavae_vf_loss():
-    """The tokenizer's loss of VA-VAE has the terms of this engine: relations with a margin, and the cosine."""
+    """VA-VAE's tokenizer loss consists of terms that exist here: relations with a margin, and the cosine."""
     case = golden.load("vavae_vf")
     own, target = (golden.tensor(case["inputs"][name]).mT for name in ("z_proj", "f"))  # (2, 4, 6)
     wanted = case["expected"]
     for margin, name in ((0, "mdms_0"), (0.25, "mdms_0_25")):
         found = float(LOSSES.build(f"gram:norm=l1,margin={margin}")(own, target).mean())
         assert found == pytest.approx(wanted[name], rel=1e-9)
-    for margin, name in ((0, "mcos_0"), (0.5, "mcos_0_5")):  # the loss is 1 - margin above -cosine
+    for margin, name in ((0, "mcos_0"), (0.5, "mcos_0_5")):  # the released loss is ours plus 1 - margin
         found = 1 - margin + float(LOSSES.build(f"cosine:margin={margin}")(own, target).mean())
         assert found == pytest.approx(wanted[name], rel=1e-9)
 
@@ -120,7 +120,7 @@ def test_crepa(settings, wanted):
 
 @pytest.mark.parametrize("name", ["linear", "loglinear", "cosine", "sigmoid"])
 def test_reed_weights_over_times(name):
-    """The released code multiplies the mean weight with the mean loss; here each image has the weight of its own time."""
+    """The released code multiplies the mean weight by the mean loss; here each image is weighted by its own time."""
     case = golden.load("reed")
     inputs = {key: golden.tensor(formula) for key, formula in case["inputs"].items()}
     t, cosine = torch.tensor(case["t"], dtype=torch.float64), LOSSES.build("cosine")
@@ -133,7 +133,7 @@ def test_reed_weights_over_times(name):
 
 
 def test_reed_cuts_off_times():
-    """The released cut-off at 0.3 counts one of the two images, at times 0.2 and 0.6; so do the times of a term."""
+    """Of the times 0.2 and 0.6 the released cut-off at 0.3 counts one, and so does the time interval of a term."""
     case = golden.load("reed")
     own, target = (golden.tensor(case["inputs"][name]) for name in ("z_img_tilde", "z_img"))
     config = AlignmentConfig(target="features", depth=1, projector="none", times=(0.0, case["cutoffs"][0]))
@@ -145,7 +145,7 @@ def test_reed_cuts_off_times():
 
 
 def test_dispersive_is_the_formula_written_out():
-    """The published PyTorch form: log of the mean over all pairs, the zero diagonal included."""
+    """The published PyTorch form: the log of the mean over all pairs, including the zero diagonal."""
     z = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pairs = [[float(((a - b) ** 2).sum()) / 12 for b in z] for a in z]
     for temperature in (1.0, 0.5):

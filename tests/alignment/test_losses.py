@@ -34,7 +34,7 @@ def test_nt_xent_equals_the_loop(temperature):
 
 
 def test_nt_xent_anchors_are_the_projected_tokens():
-    """The loss is not symmetric: swapping student and teacher must change it."""
+    """The loss is asymmetric, so swapping student and teacher must change it."""
     a, b = pair()
     nt_xent = LOSSES.build("nt_xent")
     assert not torch.allclose(nt_xent(a, b), nt_xent(b, a), rtol=1e-2)

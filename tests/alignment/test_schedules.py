@@ -33,8 +33,8 @@ def stopped_at(losses, spec="plateau:span=4,gain=0.1"):
 def test_plateau_stops_at_the_end_of_a_span_without_a_gain():
     falling = [-0.1 * step for step in range(12)]
     assert stopped_at(falling) is None
-    assert stopped_at(falling + [falling[-1]] * 12) == 20  # the span from 13 to 16 is still below the one before
-    assert stopped_at([-0.5, -0.7] * 8) == 8  # up and down within a span is no gain
+    assert stopped_at(falling + [falling[-1]] * 12) == 20  # the span from 13 to 16 is still lower than the one before
+    assert stopped_at([-0.5, -0.7] * 8) == 8  # oscillation within a span is not a gain
     assert stopped_at([0.0, float("nan")] + [0.0] * 10) == 8
 
 

@@ -36,7 +36,7 @@ def test_resize_keeps_rows_and_columns_apart():
 
 
 def test_resize_to_the_same_grid_returns_the_tensor():
-    tokens = torch.randn(1, 5, 2)  # not even square: there is nothing to do
+    tokens = torch.randn(1, 5, 2)  # not square, but unchanged
     assert resize_tokens(tokens, 5) is tokens
 
 
@@ -51,7 +51,7 @@ def test_the_grid_side_is_the_root_of_the_number_of_tokens():
 
 
 def test_zscore_matches_values_computed_by_hand():
-    """Channel 0 of image 0: mean 3, unbiased std sqrt(20 / 3); image 1 is constant: eps keeps it finite."""
+    """Channel 0 of image 0 has mean 3 and unbiased std sqrt(20 / 3); image 1 is constant, and eps keeps it finite."""
     tokens = torch.tensor([[0.0, 2.0, 4.0, 6.0], [5.0, 5.0, 5.0, 5.0]])[..., None]
     got = TOKEN_NORMS.build("zscore:alpha=0.6")(tokens)[..., 0]
     std = (20 / 3) ** 0.5 + 1e-6

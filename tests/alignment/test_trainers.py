@@ -1,4 +1,4 @@
-"""Aligners in trainers of others: peft, Lightning, the Trainer of transformers, and several processes."""
+"""Aligners in peft, in Lightning, in the Trainer of transformers, and in several processes."""
 
 import json
 import os
@@ -152,7 +152,7 @@ def test_peft_lora_works_before_and_after_attaching():
         found.append(loss.item())
         trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
         assert trained
-        assert all("lora" in name and "transformer_blocks.2" not in name for name in trained)  # behind the tap
+        assert all("lora" in name and "transformer_blocks.2" not in name for name in trained)  # after the tap
     assert found[0] == found[1]
 
 
@@ -198,7 +198,7 @@ def _two(rank, folder):
         optimizer.zero_grad()
         aligner.step()
         losses.append(loss.detach())
-    with pytest.raises(UserError, match="several processes"):  # its projectors would not be averaged
+    with pytest.raises(UserError, match="several processes"):  # gradients of its projectors would not be averaged
         aligner.loss(features)
     mean = torch.stack(losses)
     torch.distributed.all_reduce(mean)

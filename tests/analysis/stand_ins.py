@@ -1,4 +1,4 @@
-"""Stand-ins whose answers can be foretold: a network, an autoencoder, and data seen in another way."""
+"""Stand-ins with predictable outputs: a network, an autoencoder, and rearranged data."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from repa.models import Backbone, Output
 
 
 class Knowing(Backbone):
-    """Depth 1 holds the pixels it sees, as tokens; depth 2 holds the tokens that `tiny` has of them; depth 3 nothing."""
+    """Depth 1 returns the input pixels as tokens, depth 2 the tokens of `tiny` for them, depth 3 zeros."""
 
     depth, null_label, grid, state_shapes, blocks = 3, 2, (16, 16), {"x": (3, 16, 16)}, ()
 
@@ -38,14 +38,14 @@ class Knowing(Backbone):
 
 
 class Sampling(Autoencoder):
-    """Latents are drawn from N(0, 1) whatever the image."""
+    """Draws latents from N(0, 1) for every image."""
 
     def __init__(self):
         super().__init__("sampling", channels=3, factor=1, scale=1.0, shift=0.0)
 
 
 class Rearranged:
-    """Prepared data with some facts or fields replaced, and rows taken in another order or several times."""
+    """Prepared data with some attributes or fields replaced, and rows reordered or repeated."""
 
     def __init__(self, data, rows=None, fields=None, autoencoder=None, **facts):
         self.data, self.rows, self.fields, self.facts = data, rows, fields or {}, facts

@@ -1,4 +1,4 @@
-"""CKNNA and CKA of a whole run, with a stand-in for the network whose hidden states can be foretold."""
+"""CKNNA and CKA of a whole run, with a stand-in network whose hidden states are known."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from tests.oracles import analysis as oracle
 def test_cknna_is_computed_on_pooled_tokens(run, data):
     config = SimilarityConfig(times=(0.0,), neighbours=5)
     rows = cknna_of_run(run, data, config)
-    assert [row["depth"] for row in rows] == [1, 2, 3]  # no depth asked for: all
+    assert [row["depth"] for row in rows] == [1, 2, 3]  # by default all depths
     images = torch.from_numpy(data.gather("images", range(40)))
     target = load_encoder("tiny")(images, 4).patches.mean(1)
     pixels = (images.float() / 127.5 - 1).mean((2, 3))
@@ -39,9 +39,10 @@ def test_images_are_spread_over_the_data_and_the_batch_size_does_not_matter(run,
     assert seen == [(20, 40), (40, 40)]  # the encoder, then the network
     whole = cknna_of_run(run, data, config.override(batch_size=64))
     assert rows[0]["cknna"] == pytest.approx(whole[0]["cknna"], rel=1e-4)
+    # the first 20 images are all of one class
     assert rows[0]["cknna"] != pytest.approx(
         cknna_of_run(run, data, config.override(num_images=40))[0]["cknna"], rel=1e-3
-    )  # the first 20 alone would be of one class
+    )
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -73,7 +74,7 @@ def test_mistakes_give_one_line_errors(run, data):
 
 
 def test_features_are_collected_again_only_after_a_change(run, data, tmp_path):
-    """The second call asks neither the network nor the encoder; a new noise level, seed or weights ask again."""
+    """The second call runs neither network nor encoder; a new noise level, seed or weights run them again."""
     calls = []
     run.model.register_forward_hook(lambda *_: calls.append(1))
     config = SimilarityConfig(times=(0.0,), depths=(1, 3), measure="cka", cache=str(tmp_path))
@@ -92,7 +93,7 @@ def test_features_are_collected_again_only_after_a_change(run, data, tmp_path):
 
 
 def test_cached_features_are_keyed_by_the_checksum_of_the_weights(random_run, data, monkeypatch):
-    """Not read again for every noise level; two checkpoints, and two averages of one, have caches of their own."""
+    """The file is read once for all noise levels; checkpoints and averages have separate caches."""
     monkeypatch.setattr(features, "digest_of", lambda tensors: pytest.fail("read the weights again"))
     runs = [load_run(random_run, weights, step=step) for weights, step in (("ema", 20), ("ema", 10), ("model", 20))]
     identities = [features._identity_of_run(loaded)["weights"] for loaded in runs]
@@ -107,7 +108,7 @@ def test_features_of_a_read_only_run_go_to_the_users_cache(tmp_path, monkeypatch
 
 
 def test_the_newest_checkpoint_is_chosen_at_loading_time(random_run, tmp_path):
-    """Training may remove the one that was the newest when the command began."""
+    """Training may remove the checkpoint that was the newest when the command began."""
     run = tmp_path / "run"
     shutil.copytree(random_run, run)
     (chosen,) = checkpoints_of([run])

@@ -1,4 +1,4 @@
-"""Collected features: made once, continued after a kill, shared by processes, refused when they cannot be kept."""
+"""Collected features: computed once, resumed after a kill, shared by processes, refused when they cannot be stored."""
 
 import json
 
@@ -18,7 +18,7 @@ def _small_chunks(monkeypatch):
 
 
 class Maker:
-    """Row i of "twice" is 2 i, of "square" i * i; remembers what it was asked, and may be killed."""
+    """Row i of "twice" is 2 i, of "square" i * i; records its requests and may be killed."""
 
     def __init__(self, dies_at=None):
         self.asked, self.dies_at = [], dies_at
@@ -79,7 +79,7 @@ def test_without_a_cache_nothing_is_written(tmp_path, monkeypatch):
 
 
 def test_processes_share_the_chunks(tmp_path, monkeypatch):
-    """Two processes one after the other: each makes every second chunk, and both read all."""
+    """Two processes, one after the other, compute every second chunk each and read all of them."""
     makers = [Maker(), Maker()]
     monkeypatch.setattr(collection.dist, "world", lambda: 2)
     for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""The prediction without a block, against a network from which the block is taken out."""
+"""The effect of skipping a block, compared with a network in which the block does nothing."""
 
 import copy
 from dataclasses import replace
@@ -24,7 +24,7 @@ def run(random_run):
 
 
 def test_skipping_a_block_equals_closing_its_gates(run, data_folder):
-    """A block whose gates are zero hands on its input; its outputs are those of `without_block`."""
+    """A block whose gates are zero returns its input, so skipping it changes nothing."""
     rows = depth_effects(run, open_data(data_folder), CONFIG)
     assert [(row["t"], row["depth"]) for row in rows] == [(t, depth) for t in (0.3, 0.8) for depth in (1, 2)]
     assert all(row["change"] > 1e-3 for row in rows)

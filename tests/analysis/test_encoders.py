@@ -1,4 +1,4 @@
-"""The table of encoders against each figure taken alone."""
+"""The table of encoders against figures computed separately."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_every_figure_matches_one_computed_separately(data):
         assert row["bytes_fp16"] == own[0].half().nbytes
         assert row["bytes_int8"] == own[0].to(torch.int8).nbytes + 4 * own.shape[1]
         assert row["images_per_second"] > 0
-        assert row["top1"] > 0.8  # of the better learning rate
+        assert row["top1"] > 0.8  # with the better learning rate
         assert row["cds"] is None  # no distance of 8 on a grid of 4
     assert found.encoders[0]["lds"] is not None
     assert found.encoders[1]["lds"] is None  # a grid of 2 has no distance of 6

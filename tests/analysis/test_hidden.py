@@ -10,7 +10,7 @@ from repa.models import Backbone, Output
 
 
 class Recorder(Backbone):
-    """Its hidden state at depth k is k times the tokens of x_t (1 x 1 patches), plus label and time."""
+    """A network whose hidden state at depth k is k times the tokens of x_t (1 x 1 patches), plus label and time."""
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ def linear_probe(*sets, lr=1e-3, **settings):
 
 
 def problem(num=400, dim=6, classes=4, spread=0.3, seed=0):
-    """Well-separated classes in features of very unequal scale, which batch normalisation must even out."""
+    """Well-separated classes in features of very different scales, which batch normalisation must equalise."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (num,), generator=g)
@@ -33,7 +33,7 @@ def test_shuffled_labels_are_at_chance():
 
 
 def test_test_features_are_normalised_by_the_training_statistics():
-    """One test image at a time must get the same answer as all together."""
+    """Testing images one at a time must give the same answers as all together."""
     train, (features, labels) = problem(), problem(20, spread=1.0, seed=1)
     together = linear_probe(*train, features, labels, **SETTINGS)
     alone = [linear_probe(*train, features[i : i + 1], labels[i : i + 1], **SETTINGS) for i in range(20)]
@@ -65,14 +65,15 @@ def test_heads_trained_together_equal_heads_trained_alone():
 
 
 def test_top5_counts_the_five_highest_scores():
-    """Classes come in pairs that share their features: the first guess is right for half, the first five for all."""
+    """Pairs of classes share features, so the first guess is right for half of the images, the first five for all."""
     g = torch.Generator().manual_seed(0)
     labels = torch.arange(16).repeat(40)
     features = torch.eye(8)[labels // 2] + 0.01 * torch.randn(640, 8, generator=g)
     (head,) = linear_probes(features, labels, features, labels, learning_rates=(0.05,), epochs=20, batch_size=160)
     assert head.top1 == pytest.approx(0.5, abs=0.1)
     assert head.top5 == 1
-    (wide,) = linear_probes(torch.zeros(640, 1), labels, torch.zeros(640, 1), labels, epochs=1)  # nothing to go by
+    # features without information
+    (wide,) = linear_probes(torch.zeros(640, 1), labels, torch.zeros(640, 1), labels, epochs=1)
     assert wide.top5 == pytest.approx(5 / 16)
     (few,) = linear_probes(features, labels % 5, features, labels % 5, epochs=1)
     assert few.top5 is None

@@ -1,4 +1,4 @@
-"""Copies are found where they are, and only there."""
+"""Copies of training images are found, and nothing else is."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_held_out_images_replace_the_training_images(data):
     samples = [torch.from_numpy(data.gather("images", np.arange(20)))]
     far = find_copies(samples, 20, dark, NeighboursConfig(), held_out=light).verdict
     same = find_copies(samples, 20, dark, NeighboursConfig(), held_out=dark).verdict
-    assert far.share_near == 1  # the samples are the training images, the held-out images are all of the other class
+    assert far.share_near == 1  # samples are training images; held-out images are of the other class
     assert far.median_held_out > 0.1
     assert same.median_held_out == pytest.approx(0, abs=1e-5)
 

@@ -1,4 +1,4 @@
-"""Colours of tokens: the principal components, the same for the same tokens."""
+"""Colours of tokens: their principal components, deterministic in sign and scale."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def test_colours_are_the_first_three_principal_components():
     left = np.linalg.svd((flat - flat.mean(0)).numpy(), full_matrices=False)[0]
     colours = principal_colours(x).flatten(0, 1).double().numpy()
     for c in range(3):
-        inside = (colours[:, c] > 0) & (colours[:, c] < 1)  # not cut at the quantiles
+        inside = (colours[:, c] > 0) & (colours[:, c] < 1)  # not clipped at the quantiles
         assert inside.sum() > 40
         assert abs(np.corrcoef(colours[inside, c], left[inside, c])[0, 1]) > 1 - 1e-6
     assert colours.min() == 0
@@ -38,7 +38,7 @@ def test_the_sign_is_fixed_and_all_images_share_one_scale():
 
 
 def test_tokens_become_squares_in_row_major_order():
-    """Brightness grows along the rows of the grid, so it must grow from left to right and top to bottom."""
+    """Brightness grows along the flat token index, so it must grow from left to right and from top to bottom."""
     x = torch.zeros(1, 16, 3)
     x[0, :, 0] = torch.arange(16.0)
     picture = colour_pictures(x, 8)
@@ -65,4 +65,4 @@ def test_invalid_input_is_refused():
         principal_colours(torch.zeros(1, 16, 2))
     with pytest.raises(UserError, match="finite"):
         principal_colours(torch.full((1, 16, 4), torch.nan))
-    assert (principal_colours(torch.ones(2, 4, 5)) == 0).all()  # nothing differs: one colour
+    assert (principal_colours(torch.ones(2, 4, 5)) == 0).all()  # equal tokens have one colour

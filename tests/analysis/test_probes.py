@@ -1,4 +1,4 @@
-"""Linear probes of a run and of encoders, with a stand-in for the network whose hidden states can be foretold."""
+"""Linear probes of a run and of encoders, with a stand-in network whose hidden states are known."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ def test_a_probe_finds_classes_only_in_informative_blocks(run, data):
     config = ProbeConfig(times=(0.0, 0.3), depths=(1, 3), epochs=400)
     rows = probe_of_run(run, data, config)
     assert [(row["t"], row["depth"]) for row in rows] == [(0.0, 1), (0.0, 3), (0.3, 1), (0.3, 3)]
-    for row in rows:  # 8 test images: dark and light ones are told apart by their mean colour alone
+    for row in rows:  # 8 test images, whose classes differ in mean colour
         assert row["top1"] == 1 if row["depth"] == 1 else row["top1"] < 0.8, row
         assert row["top5"] is None
         assert row["lr"] == 1e-3
@@ -29,15 +29,14 @@ def test_a_probe_finds_classes_only_in_informative_blocks(run, data):
 
 def test_a_probe_of_pure_noise_is_at_chance(run, data):
     shuffled = np.random.default_rng(0).permutation(data.gather("labels", np.arange(40)))
-    many = Rearranged(
-        data, rows=np.tile(np.arange(40), 10), fields={"labels": shuffled}
-    )  # enough for a test share of 80
-    (row,) = probe_of_run(run, many, ProbeConfig(times=(1.0,), depths=(1,), epochs=100))  # t = 1: noise alone
+    # enough for a test share of 80
+    many = Rearranged(data, rows=np.tile(np.arange(40), 10), fields={"labels": shuffled})
+    (row,) = probe_of_run(run, many, ProbeConfig(times=(1.0,), depths=(1,), epochs=100))  # t = 1: only noise
     assert row["top1"] == pytest.approx(0.5, abs=0.2)
 
 
 def test_training_data_is_trained_on_and_validation_data_is_tested_on(run, data):
-    """Tested on data whose labels are swapped, a perfect probe is always wrong; trained on it, too."""
+    """With swapped labels in the test data, or in the training data, a perfect probe is always wrong."""
     swapped = Rearranged(data, fields={"labels": 1 - data.gather("labels", np.arange(40))})
     config = ProbeConfig(times=(0.0,), depths=(1,), epochs=200)
     seen = []
@@ -88,7 +87,7 @@ def test_a_probe_of_an_encoder_uses_its_features(data):
 
 
 def test_latents_are_drawn_with_one_random_stream_per_image(data):
-    """With means 0 and deviations 1 at t = 0 the state at depth 1 is the posterior's noise itself."""
+    """With means 0 and deviations 1, the state at depth 1 and t = 0 is the posterior's noise itself."""
     moments = np.concatenate([np.zeros((40, 3, 4, 4)), np.ones((40, 3, 4, 4))], axis=1).astype(np.float16)
     own = Sampling().identity
     fake = Rearranged(data, fields={"moments": moments}, has_moments=True, latent_size=4, autoencoder=own)
@@ -106,7 +105,7 @@ def test_latents_are_drawn_with_one_random_stream_per_image(data):
     probe_of_run(run, fake, config.override(batch_size=64))
     assert torch.equal(torch.cat(states), first)
     states.clear()
-    probe_of_run(run, fake, config.override(num_images=20))  # other companions
+    probe_of_run(run, fake, config.override(num_images=20))  # other images in the batch
     chosen = np.linspace(0, 39, 20).round().astype(int)
     assert torch.equal(torch.cat(states), first[chosen])
     assert not torch.equal(first[0], first[1])
@@ -157,5 +156,5 @@ def test_test_classes_without_training_images_are_refused(run, data):
             probe_of_run(run, few, config)
         except UserError as error:
             said.append(str(error))
-    assert 0 < len(said) < 12  # refused where that image is tested, a probe where it is trained
+    assert 0 < len(said) < 12  # refused only when this image is in the test set
     assert all("1 of 2 classes occur in the 8 test images" in sentence for sentence in said)

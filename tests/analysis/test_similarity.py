@@ -17,7 +17,7 @@ VARIANTS = {
 
 
 def pair(n=30, seed=0, noise=1.0):
-    """Two views of one thing, with a common offset and outliers."""
+    """Two noisy views of the same features, with a common offset and outliers."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randn(n, 7, generator=g) + 0.5
     b = a @ torch.randn(7, 5, generator=g) + noise * torch.randn(n, 5, generator=g)
@@ -53,7 +53,7 @@ MEASURES = {
 class TestEveryMeasure:
     def test_identical_features_have_similarity_one(self, measure):
         a, _ = pair()
-        assert measure(a, a) == pytest.approx(1, abs=1e-3)  # platonic adds 1e-6 to a denominator that is small
+        assert measure(a, a) == pytest.approx(1, abs=1e-3)  # platonic adds 1e-6 to a small denominator
 
     def test_the_order_of_the_images_does_not_matter(self, measure):
         a, b = pair()
@@ -71,7 +71,7 @@ class TestEveryMeasure:
 
 @pytest.mark.parametrize("name", ["paper", "cka", "cka-unbiased"])
 def test_the_two_sides_can_be_swapped(name):
-    """Not so for "platonic": the mask is not symmetric, and columns of K meet rows of L."""
+    """Except for "platonic", whose mask is asymmetric and pairs columns of K with rows of L."""
     a, b = pair()
     assert MEASURES[name](a, b) == pytest.approx(MEASURES[name](b, a), rel=1e-9)
     assert MEASURES["platonic"](a, b) != pytest.approx(MEASURES["platonic"](b, a), rel=1e-6)
@@ -79,7 +79,7 @@ def test_the_two_sides_can_be_swapped(name):
 
 @pytest.mark.parametrize("name", ["paper", "platonic", "cka"])
 def test_rotations_change_nothing(name):
-    """Not so for "platonic-clamped", which cuts single channels."""
+    """Except for "platonic-clamped", which clamps single channels."""
     (a, b), measure = pair(), MEASURES[name]
     rotation = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(2)))[0]
     assert measure(a @ rotation, b) == pytest.approx(measure(a, b), rel=1e-5)
@@ -110,7 +110,7 @@ def test_one_side_is_compared_with_many():
 
 
 def test_only_the_clamped_variant_clamps():
-    """A few large channels, as trained transformers have them, carry what both sides share: the clamp takes it away."""
+    """As in trained transformers, a few large channels carry what both sides share, and the clamp removes it."""
     generator = torch.Generator().manual_seed(0)
     shared = 30 * torch.randn(120, 2, generator=generator)
     a, b = (torch.cat([shared, torch.randn(120, 60, generator=generator)], dim=1) for _ in range(2))
@@ -127,7 +127,7 @@ def test_constant_features_give_nan():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_features_far_from_the_origin_are_compared_in_float64(variant):
-    """Lengths of 1e4 and differences of 1: in float32 the distances would be noise."""
+    """With norms of 1e4 and differences of 1, float32 distances would be noise."""
     a, b = pair()
     a, b = a + 1e4, b + 1e4
     assert cknna(a, b, 5, variant) == pytest.approx(VARIANTS[variant](a.tolist(), b.tolist(), 5), rel=1e-5)
@@ -149,7 +149,7 @@ for variant in ("paper", "platonic-clamped"):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_memory_stays_far_below_the_size_of_a_kernel():
-    """4,000 images: one kernel is 122 MiB; features in float64 are 8, blocks of 8 come and go, and libraries take theirs."""
+    """For 4,000 images one kernel takes 122 MiB, while float64 features and each temporary block take 8 MiB."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     paper, platonic = map(float, done.stdout.split())
     assert paper < 95

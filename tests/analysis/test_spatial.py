@@ -28,7 +28,7 @@ def test_rms_spatial_contrast_equals_the_loops():
 
 
 def smooth(side=16):
-    """Directions that turn slowly from place to place."""
+    """Directions that change slowly with the position."""
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angle = torch.stack([row, column], -1).reshape(-1, 2) / side
     return torch.cat([angle.cos(), angle.sin()], -1)[None]  # (1, T, 4)

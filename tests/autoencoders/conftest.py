@@ -6,7 +6,7 @@ from tests.autoencoders.folders import save_dc, save_kl, save_tiny
 
 @pytest.fixture(scope="session")
 def kl_folder(tmp_path_factory):
-    """A tiny random AutoencoderKL with a scale and a shift of its own."""
+    """A tiny random AutoencoderKL with an unusual scale and shift."""
     return save_kl(tmp_path_factory.mktemp("kl"), scaling_factor=0.3611, shift_factor=0.1159)
 
 

@@ -1,4 +1,4 @@
-"""Tiny random autoencoders, saved as diffusers saves them; every setting of theirs can be given."""
+"""Tiny random autoencoders in the format of diffusers; all settings can be overridden."""
 
 import torch
 
@@ -42,7 +42,7 @@ def save_dc(folder, seed=0, **settings):
 
 
 def save_rae(folder, seed=0, **settings):
-    """An AutoencoderRAE of images of 32 pixels: 64 channels at an eighth of the size, with statistics of each channel and place."""
+    """An AutoencoderRAE for 32 pixels: 64 channels at an eighth of the size, normalised per channel and position."""
     from diffusers import AutoencoderRAE
 
     torch.manual_seed(seed)

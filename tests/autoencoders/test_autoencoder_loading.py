@@ -1,4 +1,4 @@
-"""Where weights are found: a folder, a pipeline's folder, the cache of the hub; in which precision; whose they are."""
+"""Loading of weights from a folder, a pipeline's folder or the hub's cache: precision and identity."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ SPECS = {"sdxl-vae": "kl", "sd3-vae": "kl", "flux-vae": "kl", "dc-ae-f32": "dc",
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The hub's cache, as its client fills it: repository() puts a folder there."""
+    """The hub's cache in its client's layout; repository() adds a folder."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -82,7 +82,7 @@ def test_a_downloaded_pipeline_or_its_vae_folder_loads(kl_folder, tmp_path):
 
 
 def test_weights_without_quant_conv_load(tmp_path, images):
-    """SD3's and FLUX's have no quant_conv: the encoder's last convolution gives the moments."""
+    """SD3 and FLUX have no quant_conv: the encoder's last convolution gives the moments."""
     from diffusers import AutoencoderKL
 
     folder = save_kl(tmp_path, use_quant_conv=False, use_post_quant_conv=False, latent_channels=16)

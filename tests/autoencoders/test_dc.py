@@ -31,7 +31,7 @@ def test_the_identity_depends_on_the_encoder_only(dc_folder):
 
 
 def test_the_published_shape_has_factor_32():
-    """Five halvings of mit-han-lab's configuration (diffusers' defaults), without its weights: on the meta device."""
+    """mit-han-lab's configuration (diffusers' defaults) halves the size five times; built on the meta device."""
     from diffusers import AutoencoderDC
 
     from repa.autoencoders.released import DeterministicAutoencoder

@@ -1,4 +1,4 @@
-"""A run's latents through a faster decoder: the same pictures as that decoder's own pipeline would make, or a refusal."""
+"""A faster decoder for a run's latents gives the images of its own pipeline, or is refused."""
 
 import shutil
 
@@ -14,7 +14,7 @@ from tests.autoencoders.folders import save_dc, save_kl, save_tiny
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Autoencoders of 4 channels at a quarter of the size; `other decoder` has the encoder of `kl` and a scale of its own."""
+    """Autoencoders with 4 channels at a quarter of the size; `other decoder` has `kl`'s encoder and another scale."""
     root = tmp_path_factory.mktemp("decoders")
     made = {
         "kl": save_kl(root / "kl", latent_channels=4, scaling_factor=0.25, shift_factor=0.5),
@@ -41,7 +41,7 @@ def pixels_of(images):
 
 
 def test_taesd_takes_the_scaled_latents(folders, latents, images):
-    """AutoencoderTiny's scaling_factor is 1: what a pipeline gives it is what the network made."""
+    """AutoencoderTiny's scaling_factor is 1, so a pipeline passes it the network's output."""
     from diffusers import AutoencoderTiny
 
     autoencoder = load_autoencoder("sd-vae-ft-mse", weights=folders["kl"])
@@ -65,7 +65,7 @@ def test_taesd_takes_the_scaled_latents(folders, latents, images):
 
 
 def test_another_decoder_of_the_same_encoder_takes_the_unscaled_latents(folders, latents):
-    """The two folders scale differently: their common ground is what the encoder gave."""
+    """The two folders scale differently, so the latents are passed unscaled, as the encoder gave them."""
     autoencoder = load_autoencoder("kl", weights=folders["kl"])
     other = load_autoencoder("kl", weights=folders["other decoder"])
     decoded = load_decoder("kl", autoencoder, weights=folders["other decoder"]).decode(latents)
@@ -79,7 +79,8 @@ def test_another_decoder_of_the_same_encoder_takes_the_unscaled_latents(folders,
 
 def test_sd_vae_mse_and_ema_share_a_latent_space(folders, latents):
     autoencoder = load_autoencoder("sd-vae-ft-mse", weights=folders["kl"])
-    ema = load_autoencoder("sd-vae-ft-ema", weights=folders["other encoder"])  # their names say that they share a space
+    # these two are known to share a latent space
+    ema = load_autoencoder("sd-vae-ft-ema", weights=folders["other encoder"])
     decoder = load_decoder("sd-vae-ft-ema", autoencoder, weights=folders["other encoder"])
     assert torch.equal(decoder.decode(latents), ema.decode(latents))
 

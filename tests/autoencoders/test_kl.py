@@ -14,7 +14,7 @@ SCALE, SHIFT = 0.3611, 0.1159  # of the fixture
 
 
 def copy_of(folder, tmp_path, change):
-    """The folder with its weights passed through `change`."""
+    """A copy of the folder with its weights changed by `change`."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     path = copy / "diffusion_pytorch_model.safetensors"
     save_file(change(load_file(path)), path)

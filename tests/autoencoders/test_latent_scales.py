@@ -1,4 +1,4 @@
-"""Scale and shift come from each folder's own config.json, in every form that diffusers defines."""
+"""Scale and shift come from the folder's config.json, in every form that diffusers defines."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_scales_of_deterministic_autoencoders_come_from_the_folder(name, save, t
 
 
 def test_a_config_without_scale_uses_stable_diffusions(tmp_path):
-    """Those of sd-vae-ft-mse and -ema have none: diffusers' default holds, as in every pipeline."""
+    """The configs of sd-vae-ft-mse and -ema have none, so diffusers' default applies, as in every pipeline."""
     folder = save_kl(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     for key in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
@@ -62,7 +62,7 @@ def test_latents_can_be_normalised_per_channel(tmp_path, images):
 def test_decoding_undoes_the_scale(tmp_path):
     for i, config in enumerate([{"shift_factor": -0.7}, {"latents_mean": MEAN, "latents_std": STD}]):
         autoencoder = of(tmp_path / str(i), scaling_factor=0.13025, **config)
-        autoencoder.images = lambda z: z[:, :3]  # a decoder whose pixels are the latents
+        autoencoder.images = lambda z: z[:, :3]  # a decoder that returns the latents
         levels = torch.randint(0, 256, (2, 3, 4, 4), generator=torch.Generator().manual_seed(i))
         z = torch.cat([levels / 127.5 - 1, torch.zeros(2, 2, 4, 4)], dim=1)
         moments = torch.cat([z, torch.ones_like(z)], dim=1)

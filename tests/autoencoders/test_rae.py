@@ -21,16 +21,15 @@ def images():
 
 
 def test_latents_are_tokens_normalised_per_position(folder, images):
-    """Literally: what the encoder gives for pixels in [0, 1], less the mean and over the deviation of its channel and place."""
+    """The encoder's output for pixels in [0, 1], normalised by mean and deviation per channel and position."""
     autoencoder = load_autoencoder("rae", weights=folder)
     assert (autoencoder.channels, autoencoder.factor, autoencoder.resolution) == (64, 8, 32)
     vae = autoencoder.vae
     pixels = torch.nn.functional.interpolate(images / 255, (56, 56), mode="bicubic", align_corners=False)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
-        tokens = vae.encoder((pixels - mean[:, None, None]) / std[:, None, None]).last_hidden_state[
-            :, 5:
-        ]  # (2, 16, 64)
+        # (2, 16, 64)
+        tokens = vae.encoder((pixels - mean[:, None, None]) / std[:, None, None]).last_hidden_state[:, 5:]
         z = (tokens.mT.reshape(2, 64, 4, 4) - vae._latents_mean) / (vae._latents_std + 1e-5)
     latents = autoencoder.sample(autoencoder.encode(images))
     torch.testing.assert_close(latents, 0.5 * z, rtol=1e-4, atol=1e-4)
@@ -50,7 +49,7 @@ def test_the_statistics_are_part_of_the_identity(folder, tmp_path):
 
 
 def test_the_published_shape_has_the_papers_tokens_and_time_shift():
-    """DINOv2-B: 16 x 16 tokens of 768 numbers, whose time shift is 6.93."""
+    """DINOv2-B gives 16 x 16 tokens of width 768, for which the time shift is 6.93."""
     found = autoencoder_cost("rae-dinov2-b", 256)
     assert (found.channels, found.factor, found.stored_channels) == (768, 16, 768)
     assert DiffusionConfig(shift="auto").for_latents((768, 16, 16)).shift == pytest.approx(6.928203230275509)

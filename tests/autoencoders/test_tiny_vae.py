@@ -1,4 +1,4 @@
-"""`tiny-vae`, the autoencoder inside the package: what its weights are worth, and the tool that trained them."""
+"""`tiny-vae`, the packaged autoencoder: the quality of its weights, and the tool that trained them."""
 
 import importlib
 import math
@@ -25,7 +25,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def photographs():
-    """uint8 (20, 3, 64, 64): one crop of each photograph, of a seed that the training did not use."""
+    """uint8 (20, 3, 64, 64): one crop of each photograph, with a seed not used in training."""
     crops = [np.asarray(photograph_crop(index, 64, seed=9)) for index in range(20)]
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
@@ -44,7 +44,7 @@ def test_the_packaged_weights_are_small_and_record_their_origin(vae):
 
 
 def test_reconstructions_beat_a_small_copy_of_the_photograph(vae, photographs):
-    """A copy of a quarter of the side has 3 numbers for each 4 by 4 pixels, a latent 4."""
+    """A copy at a quarter of the size has 3 numbers for every 4 x 4 pixels, a latent has 4."""
     again = vae.decode(vae.sample(vae.encode(photographs), noise=torch.zeros(20, 4, 16, 16)))
     copy = F.interpolate(photographs.float(), size=(16, 16), mode="bicubic", antialias=True)
     enlarged = F.interpolate(copy, size=(64, 64), mode="bicubic").clamp(0, 255)
@@ -101,7 +101,7 @@ def test_the_training_losses_match_their_formulas(tool, photographs):
         mean, logvar = torch.full((20, 4, 16, 16), 0.5), torch.full((20, 4, 16, 16), -1.0)
 
     class Constant:
-        """Encodes to one posterior, decodes to grey."""
+        """Encodes to a constant posterior and decodes to grey."""
 
         def encode(self, x):
             return type("Encoded", (), {"latent_dist": Posterior})
@@ -125,7 +125,7 @@ def test_the_training_losses_match_their_formulas(tool, photographs):
 
 
 def _keeps(stream):
-    """Does this stream leave the latents as they are? As `losses` draws."""
+    """Whether `losses` leaves the latents untransformed with this stream."""
     torch.randn((20, 4, 16, 16), generator=stream)
     return torch.rand((), generator=stream) >= 0.5
 

@@ -1,4 +1,4 @@
-"""Files of arrays that anyone may have written, or a disk may have changed."""
+"""Array files that may be foreign or damaged."""
 
 import io
 import warnings
@@ -31,7 +31,7 @@ def test_a_flipped_bit_never_changes_or_hides_an_array(tmp_path):
 @pytest.mark.parametrize("read", [lambda path: load_npz(path, "arrays"), lambda path: map_npz(path, "arrays", "mu")])
 def test_a_duplicate_array_is_refused(read, tmp_path):
     with warnings.catch_warnings(), zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-        warnings.simplefilter("ignore")  # zipfile's own about the name
+        warnings.simplefilter("ignore")  # zipfile warns about the duplicate name
         for value in (1.0, 2.0):
             file = io.BytesIO()
             np.save(file, np.full(3, value))

@@ -1,4 +1,4 @@
-"""What several processes agree on, and how they say a mistake: once, and every one of them ends with exit code 2."""
+"""Errors in one of several processes: the message is printed once, and all end with exit code 2."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import repa
 from repa.base import dist
 from repa.base.errors import UserError
 
-# The real command line, with one process in which `open_data` finds a mistake, or the main one in which `claim_folder` does.
+# The real command line, where `open_data` fails in one process, or `claim_folder` in the main one.
 SCRIPT = """
 import os, sys
 import repa.data, repa.training.loop
@@ -28,7 +28,7 @@ main.main()
 
 
 def start(tmp_path: Path, *argv) -> list[tuple[int, str]]:
-    """Two processes as torchrun starts them, without torchrun, which would end one for the other's sake: (exit code, stderr) of each."""
+    """Start two processes, without torchrun, which would end one with the other: (exit code, stderr) of each."""
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1]),
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000),
@@ -68,4 +68,4 @@ def test_a_single_process_raises_errors_unchanged():
         raise error
     assert caught.value is error
     with pytest.raises(KeyError), dist.together():
-        raise KeyError  # a bug of ours stays one
+        raise KeyError  # programming errors pass through

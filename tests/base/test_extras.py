@@ -1,4 +1,4 @@
-"""The core trains, samples and measures with its own dependencies; what an extra brings is asked for by the line to type."""
+"""The core works with its own dependencies, and errors name the extra to install for the rest."""
 
 import json
 import re
@@ -57,7 +57,7 @@ for command in (
 
 
 def closure(names: list[str]) -> set[str]:
-    """Names of the distributions that these requirements bring, themselves among them."""
+    """Names of all distributions that these requirements install, including themselves."""
     found, waiting = set(), [Requirement(name) for name in names]
     while waiting:
         requirement = waiting.pop()
@@ -69,7 +69,7 @@ def closure(names: list[str]) -> set[str]:
         try:
             inner = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
-            continue  # of another platform
+            continue  # for another platform
         for each in map(Requirement, inner):
             if not each.marker or any(each.marker.evaluate({"extra": e}) for e in extras):
                 waiting.append(each)
@@ -77,7 +77,7 @@ def closure(names: list[str]) -> set[str]:
 
 
 def run_without_extras(script: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run `script` where nothing can be imported but the core's dependencies."""
+    """Run `script` with only the core's dependencies importable."""
     core = closure(PROJECT["dependencies"]) | {"repa", "setuptools", "pip"}
     owners = metadata.packages_distributions()
     blocked = {
@@ -85,7 +85,7 @@ def run_without_extras(script: str, folder: Path) -> subprocess.CompletedProcess
         for module, packages in owners.items()
         if not any(re.sub(r"[-_.]+", "-", name).lower() in core for name in packages)
     }
-    blocked |= {"matplotlib", "jinja2"}  # torch brings jinja2, for its compiler; repa does not count on that
+    blocked |= {"matplotlib", "jinja2"}  # torch installs jinja2 for its compiler, but repa must not rely on it
     assert set(EXTRAS) <= blocked
     command = [sys.executable, "-c", BLOCKER + script, json.dumps(sorted(blocked))]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)

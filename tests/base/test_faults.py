@@ -1,4 +1,4 @@
-"""Errors of the system and of file formats are sentences; a bug of ours is none."""
+"""Errors of the system and of file formats become one-line errors; programming errors do not."""
 
 import errno
 import os
@@ -44,7 +44,8 @@ def test_system_errors_without_a_file_name_become_one_line_errors(error):
         KeyError("missing"), TypeError("'int' object is not iterable"), ValueError("bad"), RecursionError("deep"),
         OSError(errno.EBADF, "Bad file descriptor"), OSError("unexplained"), RuntimeError("shape mismatch"),
         FileNotFoundError(errno.ENOENT, "No such file", str(PACKAGE / "report" / "page.html")),
-        SafetensorError("Error while deserializing header: HeaderTooLarge"),  # only the reader's boundary knows its file
+        # the file name is known only to the reader
+        SafetensorError("Error while deserializing header: HeaderTooLarge"),
     ],
 )  # fmt: skip
 def test_programming_errors_keep_their_traceback(error):

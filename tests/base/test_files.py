@@ -35,7 +35,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_new_folder_has_the_permissions_of_the_umask(tmp_path):
     with files.atomic_folder(tmp_path / "f") as temporary:
-        save_file({"x": torch.zeros(1)}, temporary / "x.safetensors")  # makes it for its owner alone
+        save_file({"x": torch.zeros(1)}, temporary / "x.safetensors")  # creates it readable only by its owner
         (temporary / "y").write_text("1")
     assert stat.S_IMODE((tmp_path / "f" / "x.safetensors").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "f" / "y").stat().st_mode
@@ -89,7 +89,7 @@ def test_sizes_are_printed_in_readable_units():
 
 
 def test_an_array_that_does_not_fit_on_the_disk_leaves_no_file(tmp_path):
-    """`np.save` leaves a file that is cut short, and says nothing."""
+    """`np.save` silently leaves a truncated file."""
     import resource
 
     array = np.arange(500, dtype=np.uint8)
@@ -119,7 +119,7 @@ def test_a_folders_files_are_synced_before_it_is_renamed(tmp_path, monkeypatch):
         (temporary / "sub" / "file").write_bytes(b"x")
     made = tmp_path / "made"
     wanted = {path.stat().st_ino for path in (made, made / "sub", made / "sub" / "file")}
-    assert wanted <= set(synced[:-1])  # the last is the folder that holds the name
+    assert wanted <= set(synced[:-1])  # the last one is the parent folder
     assert synced[-1] == tmp_path.stat().st_ino
 
 
@@ -169,7 +169,7 @@ def test_every_changed_byte_of_a_sealed_file_is_found(tmp_path):
                 found = files.read_json(tmp_path / "x.json")
             except UserError:
                 seen += 1
-            else:  # a space between two values, or the name of the seal itself
+            else:  # white space, or the key of the seal itself
                 assert {name: found.get(name) for name in wanted} == wanted
     assert seen > 7 * len(whole)
 

@@ -1,4 +1,4 @@
-"""Which folders of the hub's cache are whole, and what is asked of the hub for those that are not."""
+"""Which cached hub folders are complete, and what is requested from the hub otherwise."""
 
 import json
 
@@ -13,7 +13,7 @@ REPOSITORY = Repository("network", "me/net", FILES, "give a folder", subfolder="
 
 @pytest.fixture
 def snapshot(tmp_path, monkeypatch):
-    """A function that writes files into the hub's cache; the hub has nothing more to give, and `asked` is what was wanted of it."""
+    """A function that writes files into the hub's cache; the hub has no other files, and `asked` records requests."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder = tmp_path / "models--me--net" / "snapshots" / ("0" * 40)
     (folder / "part").mkdir(parents=True)

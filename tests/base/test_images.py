@@ -30,15 +30,14 @@ def test_adm_crop_of_the_usual_imagenet_image():
 
 
 def test_adm_crop_halves_by_box_before_the_bicubic():
-    image = noise_image(1, 68, 64)  # 64 = 4 * 16: twice halved, then only cut
+    image = noise_image(1, 68, 64)  # 64 = 4 * 16: halved twice, then cropped
     expected = halve(halve(pixels(image)))
     cropped = pixels(adm_centre_crop(image, 16)).astype(float)
     assert cropped.shape == (16, 16, 3)
     left = adm_crop_geometry(68, 64, 16)[2]
     assert left == 0  # 17 wide
-    assert (
-        abs(cropped - expected[:, left : left + 16]).max() <= 2
-    )  # Pillow rounds after each pass; bicubic is off by 50
+    # Pillow rounds after each pass; bicubic would be off by 50
+    assert abs(cropped - expected[:, left : left + 16]).max() <= 2
 
 
 @pytest.mark.parametrize("size", [(31, 200), (200, 31), (32, 32), (33, 47), (32, 47), (47, 32), (640, 100), (99, 63)])
@@ -76,7 +75,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
 def test_12_bit_images_stored_in_16_bits_are_scaled(form):
     grey = np.array([[0, 15, 16, 2048, 4095]], np.uint16)
     assert pixels(decode_image(encoded(Image.fromarray(grey), form), "x"))[0, :, 0].tolist() == [0, 0, 1, 128, 255]
-    grey[0, 0] = 4096  # beyond 12 bits: all 16 count
+    grey[0, 0] = 4096  # more than 12 bits: all 16 are used
     assert pixels(decode_image(encoded(Image.fromarray(grey), form), "x"))[0, :, 0].tolist() == [16, 0, 0, 8, 15]
 
 
@@ -111,7 +110,7 @@ def test_cmyk_becomes_rgb():
 def test_exif_rotation_is_applied():
     image = noise_image(3, 6, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated clockwise
+    exif[0x0112] = 6  # to be shown rotated clockwise
     decoded = pixels(decode_image(encoded(image, exif=exif), "turned.png"))
     np.testing.assert_array_equal(decoded, np.rot90(pixels(image), -1))
 
@@ -169,7 +168,7 @@ def test_grid_places_every_image_and_nothing_else():
         np.testing.assert_array_equal(sheet[top : top + 4, left : left + 6], tiles[index].permute(1, 2, 0))
         free[top : top + 4, left : left + 6] = False
     assert (sheet[free] == 255).all()
-    assert grid(tiles).shape == sheet.shape  # about a square: 3 columns
+    assert grid(tiles).shape == sheet.shape  # nearly square: 3 columns
     assert grid(tiles[:1], columns=8).shape == (4, 6, 3)
 
 
@@ -182,7 +181,7 @@ def test_png_round_trip(tmp_path):
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG"])
 def test_unreadable_exif_data_does_not_stop_decoding(form):
-    """Pillow writes EXIF data of PNG and WebP without their mark, and finds its own of JPEG by it."""
+    """Pillow writes EXIF data of PNG and WebP without the prefix by which it finds that of JPEG."""
     out = io.BytesIO()
     Image.new("RGB", (4, 2), "red").save(out, form, exif=b"Exif\0\0garbage" if form == "JPEG" else b"garbage")
     assert decode_image(out.getvalue(), "x").size == (4, 2)
@@ -196,7 +195,7 @@ def test_16_bit_pgm_has_a_known_range(most, bytes_of_white):
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_the_colour_profile_of_a_palette_image_is_applied(mode):
-    """Red under a profile whose primaries of red and blue are exchanged is blue."""
+    """Under a profile whose red and blue primaries are swapped, red is blue."""
     profile = (
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
     )

@@ -1,4 +1,4 @@
-"""torchrun's variables: all of them, none, or a sentence; and a process whose peers never come."""
+"""torchrun's variables must be complete or absent; a process whose peers never connect ends."""
 
 import multiprocessing
 import os
@@ -108,9 +108,8 @@ def _parent(method, told):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(
-    "method", ["fork", "spawn", "forkserver"]
-)  # the default of Linux until Python 3.13, of others, and since
+# the defaults of Linux before Python 3.14, of other systems, and since then
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_end_with_their_parent(method):
     mine, theirs = multiprocessing.Pipe()
     parent = multiprocessing.get_context("spawn").Process(target=_parent, args=(method, theirs))
@@ -142,7 +141,7 @@ def _runs(process: int) -> bool:
     ],
 )
 def test_threads_of_a_command_spin_briefly(given, spins, random_run):
-    """As OpenMP itself tells when torch loads it."""
+    """OpenMP prints its settings when torch loads it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     environment |= {"OMP_DISPLAY_ENV": "verbose", **given}
     command = [sys.executable, "-m", "repa", "show", str(random_run)]

@@ -1,4 +1,4 @@
-"""Public names are imported when they are used, and are there."""
+"""Public names are imported on first use, and all exist."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""One command at a time on what it writes, whoever was killed before."""
+"""Locks on output: one command at a time, and no stale lock after a kill."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from repa.base.errors import UserError
 
 
 def holding(target, seconds=30.0):
-    """A process that holds the lock of `target`; gives its number once it has it."""
+    """Start a process that holds the lock of `target`; returns its process number once it has the lock."""
     reader, writer = os.pipe()
     if (child := os.fork()) == 0:
         with lock.exclusive(target, "repa train"):
@@ -119,5 +119,5 @@ def test_a_shared_lock_excludes_an_exclusive_one(tmp_path):
             pass
         with lock.shared(target, "repa prepare"):
             pass
-        assert lock.lock_of(target).is_file()  # there is another holder
+        assert lock.lock_of(target).is_file()  # another holder remains
     assert list(tmp_path.iterdir()) == []

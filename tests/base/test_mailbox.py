@@ -1,4 +1,4 @@
-"""Messages through a store, between threads that stand for processes: in order, cleared up, and late ones named."""
+"""Messages through a store, with threads in place of processes: ordered, deleted after use, missing ranks named."""
 
 import threading
 from datetime import timedelta
@@ -10,7 +10,7 @@ from repa.base.mailbox import Mailbox
 
 
 def together(world, work, patience=timedelta(seconds=30)):
-    """What `work(mailbox, rank)` returns or raises in each of `world` threads, and the store."""
+    """Results or exceptions of `work(mailbox, rank)` in `world` threads, and the store."""
     store, found = td.HashStore(), [None] * world
 
     def run(rank):

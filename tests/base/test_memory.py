@@ -1,4 +1,4 @@
-"""Whether freed memory stays with the process, seen in the page faults of a process of its own."""
+"""Whether freed memory stays with the process, measured by page faults in a separate process."""
 
 import platform
 import subprocess
@@ -29,11 +29,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_blocks_are_reused_without_new_pages():
     def faults(keep: bool) -> int:
         code = FAULTS.format(src=str(Path(repa.__file__).parents[1]), keep=keep)
-        # no threads of NumPy's: each may have a heap of its own; no huge pages: their faults are few anyway
+        # No NumPy threads, which may have separate heaps, and no huge pages, which cause few faults anyway.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "NUMPY_MADVISE_HUGEPAGE": "0"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         return int(done.stdout)
 
     given_back, kept = faults(False), faults(True)
-    assert given_back > 20_000  # 20 blocks of 2,048 pages of 4 KiB, nearly all of them new
+    assert given_back > 20_000  # 20 blocks of 2,048 pages of 4 KiB, nearly all new
     assert kept < given_back / 20

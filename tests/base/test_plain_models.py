@@ -1,4 +1,4 @@
-"""Configurations of models that would fetch code, or build layers without end, are refused before anything is built."""
+"""Model configurations that would download code or build endless layers are refused before anything is built."""
 
 import json
 

@@ -32,7 +32,7 @@ def test_auto_chooses_the_faster_precision(monkeypatch):
 
 
 def test_products_are_timed_once_in_processor_time():
-    """Processor time: a pause between begin and end would not count."""
+    """Processor time, so that pauses do not count."""
     product_seconds.cache_clear()
     begin = time.process_time()
     first = product_seconds(torch.float32)

@@ -47,7 +47,7 @@ def test_unknown_settings_are_refused_before_anything_is_imported():
      ("gram:norm=l2", False)],
 )  # fmt: skip
 def test_setting_values_must_match_their_annotations(spec, is_right):
-    """Both where a configuration is read, by the source, and where the function is built, by its signature."""
+    """Checked against the source when a configuration is read, and against the signature when the object is built."""
     for read in (LOSSES.check, LOSSES.build):
         with contextlib.nullcontext() if is_right else pytest.raises(UserError, match=" is "):
             read(spec)
@@ -73,7 +73,7 @@ class Scaled:
 
 
 def test_settings_of_classes_are_checked_before_construction(monkeypatch):
-    """A table's and private ones alike: Python's own TypeError would be a traceback."""
+    """For registered and for private classes, because Python's TypeError would give a traceback."""
     monkeypatch.setitem(sys.modules, "mylab", sys.modules[__name__])
     monkeypatch.setattr(Scaled, "__module__", "mylab")
     for table, name in ((Registry("thing", {"scaled": f"{__name__}:Scaled"}), "scaled"),

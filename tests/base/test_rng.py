@@ -9,7 +9,7 @@ from repa.base.rng import SampleStreams, box_muller, fold, generator, philox
 def test_streams_differ_by_every_key():
     seeds = {fold(seed, key, step) for seed in range(3) for key in ("a", "b") for step in range(50)}
     assert len(seeds) == 300
-    assert fold(1, 23) != fold(12, 3)  # keys are separated, not glued
+    assert fold(1, 23) != fold(12, 3)  # keys are separated, not concatenated
 
 
 def test_generators_repeat():
@@ -34,13 +34,13 @@ def test_draws_are_standard_normal():
     assert abs(x.mean()) < 0.03
     assert abs(x.std() - 1) < 0.03
     assert abs((x**4).mean() - 3) < 0.2  # its fourth moment
-    assert abs((x[:, 0] * x[:, 1]).mean()) < 0.06  # the two of one pair
+    assert abs((x[:, 0] * x[:, 1]).mean()) < 0.06  # the two numbers of one Box-Muller pair
     assert len(set(x.flatten().tolist())) > 15_990
     labels = SampleStreams(0, range(6000)).randint(3)
     assert torch.bincount(labels).sub(2000).abs().max() < 150
 
 
-KNOWN = [  # of the authors' own table for philox4x32, 10 rounds: counter, key, result
+KNOWN = [  # the authors' test vectors for philox4x32, 10 rounds: counter, key, result
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
     ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
     (
@@ -58,7 +58,7 @@ def test_philox_matches_its_published_test_vectors(counter, key, wanted):
 
 
 def test_a_draw_matches_the_generator_in_plain_python():
-    """Word by word in Python's integers and floats: the key of stream 7, the second draw, five numbers."""
+    """The second draw of stream 7, five numbers, computed in Python's integers and floats."""
     key, numbers = fold(3, "sample", 7), []
     for place in range(2):
         a, b, c, d = place, 1, 0, 0

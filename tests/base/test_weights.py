@@ -1,4 +1,4 @@
-"""Checkpoint files of strangers: what is read, what is refused, and in which words."""
+"""Foreign checkpoint files: what is read, what is refused, and the error messages."""
 
 import argparse
 import contextlib
@@ -84,13 +84,13 @@ def test_tensors_of_torchscript_are_read_without_running_its_code(traced, tmp_pa
     wanted = net.state_dict()
     monkeypatch.setattr(torch.jit, "load", None)
     found = read_weights(tmp_path / "clip.pt")
-    used = wanted.keys() - ({"steps"} if traced else set())  # tracing drops what forward does not use
+    used = wanted.keys() - ({"steps"} if traced else set())  # tracing drops tensors that forward does not use
     assert used <= found.keys() <= wanted.keys()
     assert all(torch.equal(found[key], wanted[key]) and found[key].dtype == wanted[key].dtype for key in used)
 
 
 CALLS = b"cposix\nsystem\n(X\x04\x00\x00\x00exittR.", b"cbuiltins\neval\n(X\x03\x00\x00\x001/0tR."
-BEYOND = (  # nine numbers of a record of eight bytes
+BEYOND = (  # nine numbers from a record of eight bytes
     b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x09tQK\x00K\x09\x85K\x01\x85\x89NtR."
 )
@@ -111,7 +111,7 @@ def test_a_hostile_pickle_runs_nothing(tree, tmp_path):
 
 
 def packed(source, path, method=zipfile.ZIP_STORED, **changed):
-    """An archive of torch.save, packed again with other bytes for some of its records."""
+    """Repack an archive of torch.save, replacing some of its records."""
     with zipfile.ZipFile(source) as archive, zipfile.ZipFile(path, "w", method) as out:
         for name in archive.namelist():
             record = name.partition("/")[2]
@@ -121,7 +121,7 @@ def packed(source, path, method=zipfile.ZIP_STORED, **changed):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Weights as a training script saves them: a state dict with its versions, and two tensors of one record."""
+    """Weights as saved by a training script: a state dict with metadata, and two tensors sharing storage."""
     shared = torch.arange(1000.0)
     state = {**nn.Linear(3, 3).state_dict(), "shared": shared, "part": shared[10:20]}
     state["eight"] = torch.ones(5).to(torch.float8_e4m3fn)
@@ -138,13 +138,13 @@ def test_a_repacked_archive_is_read(saved, tmp_path):
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
 def test_a_compressed_archive_is_refused(method, saved, tmp_path):
-    # torch would map the compressed bytes, and take them for the numbers
+    # torch would memory-map the compressed bytes as if they were the numbers
     with pytest.raises(UserError, match="is compressed, which torch.save never does"):
         read_weights(packed(saved, tmp_path / "again.pt", method))
 
 
 def test_a_record_that_is_too_short_is_refused(saved, tmp_path):
-    # torch would go on with the bytes of the next record
+    # torch would read on into the next record
     with pytest.raises(UserError, match="the record data/0 has 5 bytes instead of 16"):
         read_weights(packed(saved, tmp_path / "again.pt", **{"data/0": b"short"}))
 
@@ -152,9 +152,9 @@ def test_a_record_that_is_too_short_is_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     "tree",
     [
-        b"\x80\x02X\x01\x00\x00\x00ar\xff\xff\xff\xff.",  # remembered under the largest number
+        b"\x80\x02X\x01\x00\x00\x00ar\xff\xff\xff\xff.",  # memoised at the largest index
         b"\x80\x05\x96\x00\x00\x00\x00\x10\x00\x00\x00.",  # 64 GiB of zeros
-        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f",  # a text without end
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\xff\x7f",  # a text of endless length
     ],
 )
 @pytest.mark.parametrize("script", [True, False])

@@ -1,4 +1,4 @@
-"""`repa analyse WHAT` as a user types it: files, tables, mistakes."""
+"""The command `repa analyse WHAT`: files, tables and errors."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def read(path):
-    """The rows of a .json, which the .csv beside it must repeat."""
+    """The rows of a .json; the .csv next to it must contain the same."""
     told = json.loads(path.read_text())
     with open(path.with_suffix(".csv")) as file:
         again = list(csv.DictReader(file))
@@ -81,7 +81,7 @@ def test_cka_is_written_into_the_run_by_default(random_run, data_folder):
     assert run(words) == 0
     told, rows = read(random_run / "analysis" / "cka-unbiased-tiny.json")
     assert told["analysis"] == "cka-unbiased"
-    assert [(row["step"], row["depth"]) for row in rows] == [(20, 2)]  # the newest checkpoint
+    assert [(row["step"], row["depth"]) for row in rows] == [(20, 2)]  # of the newest checkpoint
 
 
 def test_cknna_variants_have_different_names(random_run, data_folder, capsys):

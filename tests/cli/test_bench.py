@@ -1,4 +1,4 @@
-"""`repa bench`: a tiny recipe on this machine."""
+"""`repa bench` with a tiny recipe."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_recipe_is_measured_on_its_data(recipe, data_folder, tmp_path, capsys)
     assert sorted(kinds) == [(n, p, "cached") for n in (4, 8) for p in ("bf16", "fp32")]
     assert all(row["parts"]["data"] > 0 for row in found["rows"])
     assert printed.count("| SiT-S/4 |") == 4
-    assert printed.count("Kernels: ") == 1  # of the recipe's own step, whose timeline is kept
+    assert printed.count("Kernels: ") == 1  # only for the recipe's own step, whose timeline is stored
     assert trace.exists()
     assert all(sum(row["profile"]["categories"].values()) > 0 for row in found["rows"])
     assert "Next: " in printed or "No measured setting" in printed
@@ -65,7 +65,7 @@ def test_without_data_the_batch_is_random_with_imagenets_size(recipe, tiny_confi
 
 @pytest.mark.slow
 def test_captioned_steps_use_the_datas_text_tokens(tiny_config, captioned_data, tmp_path, capsys, monkeypatch):
-    """A network that reads text is measured with the data's tokens, and so is a term whose target is the caption."""
+    """A network that reads text is measured with the data's text tokens, and so is a term with captions as target."""
     given, whole = [], measure.MeasuredStep.backward
 
     def seen(step, batch, features):

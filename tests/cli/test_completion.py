@@ -1,4 +1,4 @@
-"""Completion on TAB: what is offered, and the script of each shell in that shell."""
+"""Completion on TAB: the offered words, and each shell's script in that shell."""
 
 import shutil
 import subprocess
@@ -27,7 +27,7 @@ eval "$(repa completion zsh)"; words=(repa {words}); CURRENT={last}+1; _repa""",
         (["train", "sit-b2", "--alignments.0.loss", "cos"], {"cosine"}),
         (["train", "sit-b2", "--parallel", ""], {"auto", "ddp", "fsdp"}),
         (["prepare", "a", "b", "--features", "dinov2-reg"], {f"dinov2-reg-{size}" for size in "sblg"}),
-        (["sample", "run", "--sampler", "=", "h"], {"heun"}),  # as bash cuts --sampler=h
+        (["sample", "run", "--sampler", "=", "h"], {"heun"}),  # bash splits --sampler=h like this
         (["list", "tex"], {"text-encoders"}),
         (["show", "dinov3"], {f"dinov3-{size}" for size in "sbl"}),
         (["analyse", "ck"], {"cknna"}),

@@ -1,4 +1,4 @@
-"""Progress in a log: what it says of jobs that are short, continued, or long."""
+"""Progress lines of short, resumed and long jobs in a log."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def lines(capsys) -> list[str]:
 
 def test_a_short_job_prints_no_rate(capsys, clock):
     with console.ProgressBar("work", "images") as bar:
-        clock[0] += 30.0  # models are loaded
+        clock[0] += 30.0  # time for loading models
         bar(64, 96)
         clock[0] += 0.0004
         bar(96, 96, "1 MiB written")

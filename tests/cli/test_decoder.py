@@ -1,4 +1,4 @@
-"""Previews and samples decoded by a fast autoencoder of the same latents, through the command line."""
+"""Previews and samples through a fast decoder for the same latents, on the command line."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from tests.autoencoders.folders import save_kl, save_tiny
 
 @pytest.fixture(scope="module")
 def house(image_folder, tmp_path_factory):
-    """A short run in the latents of a tiny KL autoencoder, its previews decoded by a tiny TAESD."""
+    """A short run in the latents of a tiny KL autoencoder, with previews decoded by a tiny TAESD."""
     root = tmp_path_factory.mktemp("decoder")
     kl, tiny = save_kl(root / "kl", latent_channels=4), save_tiny(root / "tiny")
     words = (

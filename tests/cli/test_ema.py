@@ -1,4 +1,4 @@
-"""`repa ema`: an average that nobody tracked, from snapshots, against a run that tracked it; then sampled by its name."""
+"""`repa ema` reconstructs an average from snapshots; compared with a run that tracked it, and sampled by name."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from repa.runs import layout, load_checkpoint, load_run
 
 @pytest.fixture(scope="module")
 def runs(tiny_config, data_folder, tmp_path_factory):
-    """(with snapshots of two widths, the same training tracking 0.07): averages do not change what is trained."""
+    """(run with snapshots of two widths, the same training with width 0.07 tracked)"""
     from repa.data import open_data
     from repa.training import train
 
@@ -59,7 +59,7 @@ def test_an_average_at_an_earlier_step_is_computed(runs):
     snapshots, _ = runs
     assert command("ema", snapshots, "--width", 0.07, "--step", 28) == 0
     assert load_run(snapshots, "ema-width-0.07", step=28).step == 28
-    assert layout.checkpoint_steps(snapshots) == [30, 60]  # averages are no checkpoints
+    assert layout.checkpoint_steps(snapshots) == [30, 60]  # averages do not count as checkpoints
 
 
 def test_averages_of_a_checkpoint_are_loaded_by_name(runs):

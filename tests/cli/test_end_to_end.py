@@ -1,4 +1,4 @@
-"""The whole way by its commands: images -> data -> two runs -> samples -> distances -> one page; and the ways to stop."""
+"""All commands in sequence: images -> data -> two runs -> samples -> distances -> report; and interrupting them."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def house(image_folder, tmp_path_factory) -> Path:
-    """A folder with data/, baseline/ and aligned/, made by the commands."""
+    """A folder in which the commands made data/, baseline/ and aligned/."""
     root = tmp_path_factory.mktemp("house")
     repa_run("prepare", image_folder, root / "data", "--resolution", 16, "--features", "tiny")
     for name, recipe in (("baseline", "quickstart"), ("aligned", "quickstart-repa")):
@@ -95,7 +95,7 @@ def test_training_a_finished_run_changes_nothing(house, capsys):
 
 
 def test_previews_start_from_the_same_noise(house, tmp_path):
-    """A network that has learned nothing answers 0, so its previews are the noise: (seed, index) alone says which."""
+    """An untrained network predicts 0, so its previews are the noise, which depends only on (seed, index)."""
     repa_run("train", "quickstart-repa", "--data", house / "data", "--out", tmp_path / "r", *SMALL, "--seed", 5,
              "--num-steps", 1, "--optimizer.learning-rate", 1e-12, "--diffusion.prediction", "velocity")  # fmt: skip
     with np.load(layout.preview(tmp_path / "r", 1, ".npz"), allow_pickle=False) as archive:
@@ -138,7 +138,7 @@ def test_samples_are_evaluated_and_reported(house, tmp_path, capsys):
     assert "plain one" in text
     assert "aligned one" in text
     assert text.count("data:image/png;base64,") >= 4  # previews of both, at two steps
-    assert "http://" not in text.replace("http://www.w3.org", "")  # self-contained: only names of namespaces
+    assert "http://" not in text.replace("http://www.w3.org", "")  # self-contained: only XML namespaces remain
 
 
 def test_samples_of_raw_weights_and_older_steps_differ(house, tmp_path):
@@ -211,7 +211,7 @@ def test_a_stopped_training_saves_and_the_same_command_finishes_it(number, code,
     repa_run(*shlex.split(again)[1:])
     said = capsys.readouterr().out
     assert "150 steps done" in said
-    # The paper's 250 network calls an image are not for a CPU.
+    # The paper's 250 network calls per image take too long on a CPU.
     _, _, *words = shlex.split(said.partition("Next: ")[2])
     sampling = options.parse(SampleArguments, words)
     expected = ("heun", 25) if own_device().type == "cpu" else ("euler_maruyama", 250)

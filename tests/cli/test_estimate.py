@@ -1,4 +1,4 @@
-"""`repa estimate` says whether a run fits, and what would make it fit."""
+"""`repa estimate` tells whether a run fits into memory, and which options would make it fit."""
 
 import re
 from itertools import pairwise
@@ -37,7 +37,7 @@ def test_a_run_that_does_not_fit_is_told_what_would_help(capsys):
     for way in ways:
         number, unit = next((float(a), b) for a, b in pairwise(way) if b in ("MB", "GB"))
         assert number * {"MB": 1, "GB": 1000}[unit] <= 100, way
-    # what it says is true: with these options it fits
+    # with the suggested options the run does fit
     options = next(way[:2] for way in ways if way[0] == "--accumulate")
     assert run([*SMALL, "--memory", "0.1", *options]) == 0
     assert "  fits in the 0.1 GB of a device" in capsys.readouterr().out.splitlines()
@@ -56,7 +56,7 @@ def test_more_than_a_thousand_passes_print_a_note(steps, noted, capsys):
 
 
 def test_divisors_of_a_huge_batch_are_found_quickly():
-    """Counting through 10^10 images a device would take an hour."""
+    """Trying every divisor of 10^10 images per device would take an hour."""
     found = SimpleNamespace(config=SimpleNamespace(batch_size=2 * 10**10, accumulate=4), num_devices=2)
     with patch.object(fitting, "_with_settings", lambda found, accumulate: accumulate):
         parts = [accumulate for _, accumulate in fitting._more_accumulation(found)]
@@ -110,7 +110,7 @@ def test_the_number_of_images_comes_from_the_data_or_the_run(data_folder, random
 def test_disk_space_and_reading_use_the_prepared_images(data_folder, capsys):
     assert run(["estimate", "quickstart-repa", "--data", str(data_folder), "--samples", "1", "--tflops", "0.01"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "disk for 40 images" in lines  # copies are among them, or there are none
+    assert "disk for 40 images" in lines  # mirrored copies, if any, are included
     reading = next(line for line in lines if "tiny as fp16" in line)
     number, unit = re.search(r"read at ([\d.]+) (MB|GB)/s", reading).groups()
     assert float(number) > 0, reading

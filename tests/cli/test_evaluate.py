@@ -1,4 +1,4 @@
-"""`repa evaluate` as a user calls it: files, runs, references, and what is said when something is wrong."""
+"""The command `repa evaluate`: files, runs, references and errors."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_measuring_a_run_equals_sampling_it_first(random_run, data_folder, tmp_path, capsys):
-    """In one pass the same figures as by way of a file, and the same record of how they were made."""
+    """Both ways give the same figures and the same record of how the samples were made."""
     metrics = ("--metrics", "fd", "kd", "precision", "recall")
     arguments = ("--reference", data_folder, *FEATURES, *metrics, "--batch-size", 4)
     assert repa("evaluate", random_run, *SAMPLING, *arguments, "--out", tmp_path / "direct.json") == 0
@@ -47,7 +47,7 @@ def test_measuring_a_run_equals_sampling_it_first(random_run, data_folder, tmp_p
     assert direct["made"]["weights_sha256"] == file["made"]["weights_sha256"] == files.sha256(ema)
     assert direct["made"]["nfe"] == file["made"]["nfe"] >= 2
     protocols = [protocol_of(evaluation_row(tmp_path / f"{name}.json")) for name in ("direct", "file")]
-    assert protocols[0] == protocols[1]  # the report compares them
+    assert protocols[0] == protocols[1]  # as the report compares them
     assert direct["encoder"]["name"] == "tiny-classifier"
     assert direct["arithmetic"]["neighbours"] == "float32"
     assert any("fewer than the 128 dimensions" in warning for warning in direct["warnings"])
@@ -63,7 +63,8 @@ def test_the_distance_of_real_images_is_printed(random_run, data_folder, tmp_pat
     real = json.loads((tmp_path / "4.json").read_text())["distance_of_real"]
     assert real > 0
     assert f"4 random images of the reference itself have fd {real:.4f}" in said[4]
-    assert json.loads((tmp_path / "10.json").read_text())["distance_of_real"] is None  # a quarter of the reference
+    # more samples than a quarter of the reference
+    assert json.loads((tmp_path / "10.json").read_text())["distance_of_real"] is None
     assert "of the reference itself" not in said[10]
 
 
@@ -72,7 +73,7 @@ def test_results_of_a_run_are_stored_in_its_folder(random_run, data_folder, tmp_
     for _ in range(2):
         assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *FEATURES, "--metrics", "fd") == 0
     assert repa("evaluate", run, *SAMPLING, "--reference", data_folder, *FEATURES, "--checkpoint", 10) == 0
-    first, second = sorted((run / layout.EVALUATIONS).iterdir())  # the same measurement replaced its file
+    first, second = sorted((run / layout.EVALUATIONS).iterdir())  # an equal measurement replaced its file
     assert first.name.startswith("0000010-ema-")
     assert json.loads(second.read_text())["made"]["step"] == 20
     second.write_text(second.read_text().replace('"num_reference": 40', '"num_reference": 41'))
@@ -122,9 +123,8 @@ def test_a_reference_file_or_an_image_folder_replaces_its_data(data_folder, imag
         assert repa("evaluate", tmp_path / "s.npz", *words) == 0
     found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)]
     assert found[0]["metrics"] == pytest.approx(found[1]["metrics"])
-    assert found[0]["metrics"] == pytest.approx(
-        found[2]["metrics"]
-    )  # the data were cropped from that folder to 16 pixels
+    # the data were cropped from that folder to 16 pixels
+    assert found[0]["metrics"] == pytest.approx(found[2]["metrics"])
     assert [row["reference_kind"] for row in found] == ["images", "statistics", "images"]
     assert found[0]["made"] is None
 

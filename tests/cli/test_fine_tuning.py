@@ -1,4 +1,4 @@
-"""`repa train --init`: from a run, an export or a released file; what is taken along, what is new, what is refused."""
+"""`repa train --init` from a run, an export or a released file: what is kept, what is new, what is refused."""
 
 import shutil
 
@@ -16,11 +16,11 @@ from tests.oracles import released
 from tests.oracles.published import sit_velocity
 
 TABLE = "y_embedder.embedding_table.weight"
-STILL = ("--num-steps", "1", "--optimizer.learning-rate", "1e-30")  # so small that float32 does not see it
+STILL = ("--num-steps", "1", "--optimizer.learning-rate", "1e-30")  # too small to change float32 weights
 
 
 def same(a, b):
-    """Equal, but for zeros that one step of STILL has moved."""
+    """Equal, except for zeros, which one step of STILL does change."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-20)
 
 
@@ -33,7 +33,7 @@ def recipe(tiny_config, tmp_path_factory):
 
 @pytest.fixture
 def tune(recipe, data_folder, tmp_path):
-    """(init, *options) -> exit code and run folder of a fine-tuning."""
+    """(init, *options) -> exit code and run folder of a fine-tuning run."""
 
     def command(init, *options, data=data_folder, out="new"):
         argv = ["train", recipe, "--data", data, "--out", tmp_path / out, "--init", init, *options]
@@ -44,7 +44,7 @@ def tune(recipe, data_folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory, image_folder):
-    """Three classes at 32 pixels with the tokens of tiny: other labels and another grid."""
+    """Three classes at 32 pixels with the tokens of tiny, so that labels and grid differ."""
     root = tmp_path_factory.mktemp("three")
     shutil.copytree(image_folder, root / "images")
     shutil.copytree(root / "images" / "dark", root / "images" / "black")
@@ -53,7 +53,7 @@ def other_data(tmp_path_factory, image_folder):
 
 
 def test_fine_tuning_starts_from_the_average_and_keeps_the_projector(random_run, tune):
-    code, new = tune(random_run, *STILL, "--seed", "1")  # another seed, so that a new projector would be another one
+    code, new = tune(random_run, *STILL, "--seed", "1")  # another seed, so that a new projector would differ
     assert code == 0
     before, after = load_checkpoint(random_run), load_checkpoint(new)
     for key, value in before.ema.items():
@@ -116,7 +116,7 @@ def test_a_dit_is_fine_tuned_with_its_own_objective(tune, tmp_path):
     assert code == 0
     checkpoint = load_checkpoint(new)
     assert all(torch.equal(value, state[key]) for key, value in checkpoint.ema.items())
-    assert checkpoint.projectors  # aligned, which no released DiT is
+    assert checkpoint.projectors  # aligned, unlike any released DiT
 
 
 def test_a_released_projector_is_kept_when_the_file_names_it(tune, tmp_path):
@@ -165,7 +165,8 @@ def test_the_same_command_resumes_without_the_starting_network(random_run, tune,
     for name in (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE):
         a, b = (load_file(layout.checkpoint_folder(run, 4) / name) for run in (whole, halves))
         assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(load_checkpoint(whole).model[TABLE], load_checkpoint(random_run).ema[TABLE])  # it did train
+    # it was trained
+    assert not torch.equal(load_checkpoint(whole).model[TABLE], load_checkpoint(random_run).ema[TABLE])
 
 
 def test_another_start_in_the_same_folder_is_refused(random_run, tune, tmp_path, capsys):
@@ -211,7 +212,7 @@ def test_a_network_of_another_size_is_refused(options, sentence, random_run, tun
     code, new = tune(random_run, *STILL, *options)
     assert code == 2
     assert f"init is {random_run}, a network with {sentence}" in capsys.readouterr().err
-    assert not new.exists()  # the folder is not claimed by a mistake
+    assert not new.exists()  # an error does not create the folder
 
 
 def test_other_channels_are_refused(tune, tmp_path, capsys):
@@ -247,13 +248,13 @@ def test_a_lora_trains_only_its_updates_and_loads_as_a_plain_network(random_run,
     assert updates
     assert all(after.model[key].any() for key in updates)
 
-    model = load_run(new).model  # merged: a network without updates
+    model = load_run(new).model  # merged, so without LoRA updates
     key = updates[0].removesuffix(".lora_B")
     merged = after.ema[f"{key}.weight"] + after.ema[f"{key}.lora_B"] @ after.ema[f"{key}.lora_A"]
     torch.testing.assert_close(model.state_dict()[f"{key}.weight"], merged)
     assert repa(["export", str(new), "--out", str(tmp_path / "exported")]) == 0
     assert not any("lora" in name for name in load_file(next((tmp_path / "exported").glob("*.safetensors"))))
-    code, onwards = tune(new, *STILL, out="onwards")  # all weights, from the merged ones
+    code, onwards = tune(new, *STILL, out="onwards")  # trains all weights, starting from the merged ones
     assert code == 0
     torch.testing.assert_close(load_checkpoint(onwards).model[f"{key}.weight"], merged)
 
@@ -273,7 +274,8 @@ def test_a_lora_needs_a_network_to_start_from(recipe, data_folder, tmp_path, cap
 def test_epochs_limit_training_on_small_data(random_run, tune, capsys):
     code, new = tune(random_run, "--epochs", "2", "--num-steps", "1000", "--batch-size", "6")
     assert code == 0
-    assert load_checkpoint(new).step == layout.read_config(new)["num_steps"] == 14  # of 40 images twice, 6 a step
+    # two epochs of 40 images, 6 per step
+    assert load_checkpoint(new).step == layout.read_config(new)["num_steps"] == 14
     assert "2 epochs of 40 images are 14 steps" in capsys.readouterr().out
 
 
@@ -285,6 +287,6 @@ def test_the_recipe_for_few_images_fine_tunes_a_run(random_run, data_folder, tmp
     assert "give --init RUN" in capsys.readouterr().err
     short = ("--init", random_run, "--epochs", "1", "--preview.every", "0", "--lora.rank", "2")
     assert repa([str(word) for word in (*argv, *short, "--log-every", "1")]) == 0, capsys.readouterr().err
-    assert load_checkpoint(tmp_path / "new").step == 2  # 40 images, 32 a step
+    assert load_checkpoint(tmp_path / "new").step == 2  # 40 images, 32 per step
     row = next(row for row in read_metrics(tmp_path / "new") if row["kind"] == "train")
     assert 0 < row["alignment"]["tiny@1"] < 4

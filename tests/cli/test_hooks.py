@@ -1,4 +1,4 @@
-"""Pictures and measurements while training: each at its own interval, and the measurement is that of the weights it names."""
+"""Previews and measurements during training, each at its own interval."""
 
 import numpy as np
 import pytest
@@ -37,11 +37,11 @@ def test_pictures_and_measurements_have_separate_intervals(run):
     assert [step for step, row in rows(run).items() if "frechet_distance" in row] == [6, 12, 14]
     with np.load(layout.preview(run, 14, ".npz")) as archive:
         assert archive["arr_0"].shape == (3, 16, 16, 3)
-    assert rows(run)[12]["nfe"] == rows(run)[6]["nfe"] == 5  # heun: two a step, one in the last
+    assert rows(run)[12]["nfe"] == rows(run)[6]["nfe"] == 5  # heun: two per step, one in the last
     assert rows(run)[6]["num_samples"] == 20
 
 
-@pytest.mark.parametrize("step", [6, 12])  # measured only; measured and drawn
+@pytest.mark.parametrize("step", [6, 12])  # only measured; measured and drawn
 def test_measurements_match_those_of_the_checkpoint(run, data_folder, step):
     data, extractor = open_data(data_folder), load_extractor("tiny-classifier")
     row = rows(run)[step]

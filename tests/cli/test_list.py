@@ -1,4 +1,4 @@
-"""`repa list` and `repa show`: every name says what it is."""
+"""`repa list` and `repa show` describe every name."""
 
 import re
 
@@ -32,7 +32,7 @@ def test_every_kind_describes_its_names(printed):
         assert shown[kind].endswith(f"  {taken}")
         verb, *options_of_it = taken.split()
         for flag in options_of_it:
-            options.annotation(command_of(verb, [])[0], flag[2:])  # raises for an option that is not there
+            options.annotation(command_of(verb, [])[0], flag[2:])  # raises for an unknown option
     for kind, registry in REGISTRIES.items():
         lines = printed("list", kind).splitlines()
         for name in registry:
@@ -66,7 +66,7 @@ def test_the_documentation_page_lists_the_same_licences(pytestconfig):
 
 
 def test_show_describes_an_encoder(printed):
-    shown = printed("show", "dinov2-vit-b")  # the reference code's spelling
+    shown = printed("show", "dinov2-vit-b")  # the spelling of the reference code
     assert "facebook/dinov2-base" in shown
     assert "768" in shown
     assert 'pip install "repa[encoders]"' in shown

@@ -1,4 +1,4 @@
-"""Every mistake of the user is one line on stderr and exit code 2; and a mistake is answered without importing torch."""
+"""Every user error gives one line on stderr and exit code 2, without importing torch."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from repa.runs import layout
 
 @pytest.fixture
 def refused(capsys):
-    """Run a command that must be refused; returns its one line."""
+    """Run a command that must be refused; returns the line on stderr."""
 
     def run(*argv):
         assert main.run([str(word) for word in argv]) == 2
@@ -109,7 +109,7 @@ def test_unusable_runs_are_refused(refused, random_run, data_folder, tmp_path):
     assert "is not empty and not a run" in refused("train", "quickstart", "--data", data_folder, "--out", data_folder)
     said = refused("train", "quickstart", "--data", data_folder, "--out", copy)
     assert "holds a run with another configuration" in said
-    assert f"give --init {copy} and another --out" in said  # another learning rate, or another number of images a step
+    assert f"give --init {copy} and another --out" in said  # another learning rate, or another batch size
     (copy / layout.CONFIG).write_text("model: {nmae: SiT-B/2}")
     assert "unknown setting" in refused("train", copy, "--data", data_folder, "--out", tmp_path / "r")
 
@@ -199,7 +199,7 @@ def test_the_exit_code_reaches_the_shell():
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_file_names_that_a_terminal_cannot_show_are_escaped(encoding, tmp_path):
-    """Also bytes that are no UTF-8, which Python holds as lone surrogates."""
+    """Including bytes that are not UTF-8, which Python represents as lone surrogates."""
     folder = b"\xe7\x8c\xab-\xff"
     done = subprocess.run(
         [sys.executable, "-m", "repa", "prepare", tmp_path.as_posix().encode() + b"/" + folder, str(tmp_path / "data")],

@@ -1,4 +1,4 @@
-"""Words to configurations: whatever the order, nested names, lists, booleans; and one sentence for each mistake."""
+"""Command-line words become configurations: order, nested names, lists, booleans, and one-line errors."""
 
 import subprocess
 import sys
@@ -305,7 +305,7 @@ def test_a_setting_without_effect_is_refused(parse, words, sentence):
 
 
 IDLE = [
-    # how the command begins, an option that it does not read, why
+    # start of the command, an option that it ignores, the reason
     ("bench r --data d", "--token-width 8", "with --data"),
     ("check d", "--feature-weights tiny=w", "without --full"),
     ("check d", "--num-images 64", "without --full"),

@@ -1,4 +1,4 @@
-"""Real photographs through the commands: $REPA_TEST_DATA, or a sample of ImageNet beside the repository; else skipped."""
+"""The commands on real photographs from $REPA_TEST_DATA or from an ImageNet sample next to the repository."""
 
 import os
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_every_photograph_is_prepared(prepared):
 
 
 def test_the_crop_is_the_middle_square(prepared):
-    """It looks more like the middle square, reduced by Pillow in one step, than like one beside it."""
+    """It resembles the middle square, resized by Pillow in one step, more than a shifted one."""
     size = prepared.resolution
     for index in range(0, prepared.num_images, 3):
         with Image.open(photographs()[index]) as image:
@@ -61,11 +61,10 @@ def test_the_crop_is_the_middle_square(prepared):
         found = prepared.gather("images", np.array([index]))[0].transpose(1, 2, 0).astype(float)
         wanted = square(0, 0)
         error = np.abs(found - wanted).mean()
-        step = 2 * short / size  # two pixels of the small image
+        step = 2 * short / size  # two pixels of the resized image
         others = [square(dx, dy) for dx, dy in ((step, 0), (-step, 0), (0, step), (0, -step))]
-        others = [
-            other for other in others if not np.array_equal(other, wanted)
-        ]  # a square picture has nothing beside it
+        # a square image has no shifted square
+        others = [other for other in others if not np.array_equal(other, wanted)]
         for other in (*others, wanted[:, ::-1]):
             assert error < np.abs(found - other).mean(), photographs()[index]
 
@@ -85,6 +84,5 @@ def test_a_few_training_steps_and_a_distance(prepared, tmp_path):
     noise = torch.randint(-40, 41, images.shape, generator=torch.Generator().manual_seed(0))
     noisy = (images + noise).clamp(0, 255).to(torch.uint8)
     distances = [evaluate([batch], extractor, reference)["fd"] for batch in (images, images.flip(-1), noisy)]
-    assert (
-        distances[0] < 1e-4 < distances[1] < distances[2]
-    )  # a mirror image is more like a photograph than a noisy one
+    # a mirror image resembles a photograph more than a noisy one does
+    assert distances[0] < 1e-4 < distances[1] < distances[2]

@@ -1,4 +1,4 @@
-"""`repa prepare`, `repa check` and `repa show` on one folder, from its first shard to its last field."""
+"""`repa prepare`, `repa check` and `repa show` on one folder."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ FIRST = [
 
 @pytest.fixture
 def repa(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; returns its exit code, and what it printed."""
+    """Run a command in an empty folder; returns its exit code and its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*argv):
@@ -50,7 +50,7 @@ def test_a_folder_is_planned_prepared_extended_and_reduced(repa, tmp_path):
     assert "60/60 images" in text
     assert "written" in text
     before = open_data("data").manifest
-    assert repa("prepare", SOURCE, "data")[0] == 0  # settings left out are the folder's
+    assert repa("prepare", SOURCE, "data")[0] == 0  # settings that are left out come from the folder
     assert repa("prepare", SOURCE, "data", "--features", "tiny")[0] == 0
     assert repa("prepare", SOURCE, "data", "--feature-forms", "int8")[0] == 0
     assert open_data("data").manifest == before
@@ -62,7 +62,8 @@ def test_a_folder_is_planned_prepared_extended_and_reduced(repa, tmp_path):
     assert code == 0
     features = open_data("data").features
     assert {name: facts.form for name, facts in features.items()} == {"tiny": "int8", "tiny-classifier": "pca8"}
-    assert repa("prepare", SOURCE, "data", "--features", "tiny", "--feature-forms", "int8")[0] == 0  # as at first
+    # as in the first command
+    assert repa("prepare", SOURCE, "data", "--features", "tiny", "--feature-forms", "int8")[0] == 0
     code, text = repa("show", "data")
     assert "30 of 20 classes at 16 pixels, and a mirrored copy of each" in text
     assert "tiny (4 x 4 x 192 as int8), tiny-classifier (2 x 2 x 128 as pca8)" in text
@@ -91,7 +92,7 @@ def test_check_finds_damage(repa, tmp_path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert repa("check", "data")[0] == 0  # sizes only
+    assert repa("check", "data")[0] == 0  # only sizes are checked
     assert "--num-images has no effect without --full" in repa("check", "data", "--num-images", "4")[1]
     assert repa("check", "data", "--full", "--num-images", "0")[0] == 2
     code, text = repa("check", "data", "--full")
@@ -128,7 +129,7 @@ def test_invalid_input_is_refused(repa, tmp_path, argv, sentence):
 
 @pytest.mark.slow
 def test_processes_take_their_share_from_torchruns_variables(repa, tmp_path):
-    """Two processes that never meet: the second finishes the folder, and tells nobody."""
+    """The two processes do not communicate, and the second finishes the folder."""
     for rank in ("1", "0"):
         assert not (tmp_path / "data" / "manifest.json").exists()
         env = {**os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

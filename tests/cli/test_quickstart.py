@@ -1,4 +1,4 @@
-"""`repa quickstart` itself, with its recipes made small: the same code from images to page."""
+"""`repa quickstart` with small versions of its recipes, from images to the report."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SMALL = {
 
 @pytest.fixture
 def small_recipes(monkeypatch, tmp_path):
-    """Files in the place of the two names: the trainings are processes of their own, which no patch of this one reaches."""
+    """Files that replace the two recipes: trainings run in other processes, which monkeypatching does not reach."""
     runs = {}
     for name, recipe in quickstart.RUNS.items():
         whole = recipes.RECIPES[recipe]()
@@ -39,7 +39,7 @@ def small_recipes(monkeypatch, tmp_path):
 
 
 def table_of(said):
-    """The rows of the table by their headings."""
+    """The rows of the report's table, keyed by column heading."""
     rows = [line for line in said.splitlines() if "│" in line or "┃" in line]
     assert {"aligned to", "steps"} <= {row.strip("│┃ ").partition("  ")[0].strip() for row in rows}
     return rows
@@ -60,14 +60,14 @@ def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder
         name: [row for row in read_metrics(out / name) if row["kind"] == "train"] for name in ("baseline", "aligned")
     }
     first = {name: rows[name][0]["denoising"] for name in rows}
-    assert first["baseline"] == pytest.approx(first["aligned"], rel=1e-6)  # same network, batch, noise, times
+    assert first["baseline"] == pytest.approx(first["aligned"], rel=1e-6)  # same network, batch, noise and times
 
     page = (out / "report.html").read_text()
     assert "baseline" in page
     assert "aligned" in page
     assert f"quickstart --out {out}" in page
     assert "--preview.features lite0" in page
-    assert "Last samples of aligned: " in page  # with the name of a class
+    assert "Last samples of aligned: " in page  # followed by a class name
     assert f"repa train {tmp_path}/quickstart-repa.yaml" in page
     said = capsys.readouterr().out
     assert "report.html" in said
@@ -76,7 +76,7 @@ def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder
     assert "features of lite0" in said
 
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    monkeypatch.setattr(quickstart, "run_together", None)  # again: nothing is left to do
+    monkeypatch.setattr(quickstart, "run_together", None)  # the second call has nothing to do
     monkeypatch.setattr(quickstart, "_compute_reference", None)
     assert run(command) == 0
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -89,10 +89,10 @@ def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder
     asked = []
     monkeypatch.setattr(quickstart, "run_together", lambda trainings: asked.extend(trainings) or 3)
     monkeypatch.setattr(quickstart, "_compute_reference", lambda data, extractor: None)
-    assert run([*command, "--num-steps", "6"]) == 3  # more steps, another seed: not finished
+    assert run([*command, "--num-steps", "6"]) == 3  # more steps and another seed, so not finished
     assert run([*command, "--seed", "1"]) == 3
     assert len(asked) == 4
-    assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # with mirrored copies
+    assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # including mirrored copies
 
 
 def test_an_empty_source_gives_a_one_line_error(small_recipes, tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_a_signal_stops_both_trainings_with_a_checkpoint(small_recipes, image_fo
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_killed_quickstart_continues_bit_for_bit(small_recipes, image_folder, tmp_path):
-    """SIGKILL, which reaches the program alone: both trainings die with it."""
+    """SIGKILL reaches only the main process, and both trainings end with it."""
     command = ["quickstart", "--source", str(image_folder), "--num-steps", "12", "--out"]
     assert run([*command, str(tmp_path / "whole")]) == 0
     words = [*command, str(tmp_path / "killed")]
@@ -154,7 +154,7 @@ def test_a_killed_quickstart_continues_bit_for_bit(small_recipes, image_folder, 
     process.kill()
     process.wait()
     assert min(layout.checkpoint_steps(training)[-1] for training in trainings) < 12
-    while run(words) == 2:  # a training dies up to a second later, and has its lock
+    while run(words) == 2:  # a training keeps its lock until it ends, up to a second later
         time.sleep(0.2)
     for name in quickstart.RUNS:
         mine, yours = (layout.checkpoint_folder(tmp_path / where / name, 12) for where in ("whole", "killed"))
@@ -171,6 +171,5 @@ def test_a_killed_quickstart_continues_bit_for_bit(small_recipes, image_folder, 
 
 def test_the_exit_code_of_a_failed_training_is_returned(capfd):
     assert run_together([["show", "quickstart"], ["show", "quickstrat"]]) == 2
-    assert (
-        "Did you mean 'quickstart'?" in capfd.readouterr().err
-    )  # the other may have been stopped before it said anything
+    # the other command may have been stopped before it printed anything
+    assert "Did you mean 'quickstart'?" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""What `prepare` was told of weight folders, nobody has to tell again; a folder that moved is answered with the flag's name."""
+"""Weight folders given to `prepare` are remembered; when a folder has moved, the error names the flag."""
 
 import json
 import shutil
@@ -43,9 +43,8 @@ def test_weight_folders_given_to_prepare_are_remembered(image_folder, tiny_confi
         "--features",
         "tiny",
     ]
-    run(
-        *prepare, "--autoencoder-weights", "kl", "--feature-weights", "tiny=tiny.safetensors", "--num-workers", 0
-    )  # relative
+    # a relative path
+    run(*prepare, "--autoencoder-weights", "kl", "--feature-weights", "tiny=tiny.safetensors", "--num-workers", 0)
     config = json.loads(Path("data/manifest.json").read_text())["config"]
     assert config["autoencoder_weights"] == str(kl)
     assert config["feature_weights"] == [f"tiny={tiny}"]
@@ -78,7 +77,7 @@ def test_weight_folders_given_to_prepare_are_remembered(image_folder, tiny_confi
     assert "--autoencoder-weights" in refused("sample", "run", "--out", "t.npz", "--num-images", 2, "--steps", 1)
     assert "--autoencoder-weights" in refused("train", "r.yaml", "--data", "../data", "--out", "run2")
     run("sample", "run", "--out", "t.npz", "--num-images", 2, "--steps", 1, "--autoencoder-weights", tmp_path / "moved")
-    save_kl(kl, latent_channels=4, seed=5)  # other weights lie there now
+    save_kl(kl, latent_channels=4, seed=5)  # replace the weights
     assert "--autoencoder-weights" in refused("sample", "run", "--out", "u.npz", "--num-images", 2, "--steps", 1)
     assert "--autoencoder-weights" in refused("train", "r.yaml", "--data", "../data", "--out", "run2")
     assert not (tmp_path / "elsewhere" / "run2" / "checkpoints").exists()
@@ -105,8 +104,8 @@ def test_the_error_about_changed_settings_says_how_to_continue(tiny_config, data
     recipe, out = tmp_path / "r.yaml", tmp_path / "run"
     recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())
     run("train", recipe, "--data", data_folder, "--out", out, "--ema-widths", 0.1)
-    said = refused("train", recipe, "--data", data_folder, "--out", out, "--num-steps", 3)  # ema-widths were forgotten
+    said = refused("train", recipe, "--data", data_folder, "--out", out, "--num-steps", 3)  # without --ema-widths
     assert "ema_widths" in said
     assert f"repa train {out} --data {data_folder} --out {out}" in said
-    run("train", out, "--data", data_folder, "--out", out, "--num-steps", 3)  # what it says works
+    run("train", out, "--data", data_folder, "--out", out, "--num-steps", 3)  # the suggested command works
     assert layout.checkpoint_steps(out) == [2, 3]

@@ -1,4 +1,4 @@
-"""`repa report`: the page and its tables from the command line."""
+"""The command `repa report`: the page and its tables."""
 
 from repa.cli.main import run as repa
 from tests.report.fakes import config, fake_run, results_file

@@ -1,4 +1,4 @@
-"""A network that does not answer: one sentence, not the library's lines."""
+"""A network that does not respond gives a one-line error instead of the library's messages."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_retries_give_a_one_line_error():
 
 
 def test_a_hub_that_refuses_connections_gives_a_one_line_error(tmp_path):
-    """The real client, which asks once what a repository holds and tries again for files alone; with no pause between its tries."""
+    """The real client, without pauses: it lists a repository once and retries only file downloads."""
     code = (
         "import sys, time; time.sleep = lambda seconds: None; from repa.cli.main import main; "
         "sys.argv[1:] = ['prepare', 'photographs:num=2', sys.argv[1], '--resolution', '32', '--features', 'dinov2-b']; main()"

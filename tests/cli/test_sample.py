@@ -1,4 +1,4 @@
-"""`repa sample`: --compile, and PNG files in a folder."""
+"""`repa sample` with --compile, and with PNG files as output."""
 
 import json
 
@@ -12,7 +12,7 @@ from repa.cli.main import run
 
 @pytest.mark.slow
 def test_compiled_samples_are_equal_up_to_rounding(random_run, tmp_path):
-    """11 images in batches of 4, guided inside an interval only: batches of 8, 6, 4 and 3 rows go through the network."""
+    """11 images in batches of 4, guided inside an interval: the network sees batches of 8, 6, 4 and 3 rows."""
     settings = ("--num-images", "11", "--batch-size", "4", "--steps", "6", "--guidance", "cfg:scale=2,low=0.2,high=0.7")
     settings += ("--precision", "fp32")
     images = []
@@ -29,14 +29,14 @@ def test_a_folder_of_pngs_has_the_same_images_as_the_npz(random_run, tmp_path, c
     settings = ("--num-images", "5", "--batch-size", "2", "--steps", "3", "--sampler", "euler")
     assert run(["sample", str(random_run), "--out", str(tmp_path / "one.npz"), *settings]) == 0
     folder = tmp_path / "pictures"
-    folder.mkdir()  # an empty one is as good as none
+    folder.mkdir()  # an empty folder is accepted
     assert run(["sample", str(random_run), "--out", f"{folder}/", *settings]) == 0
     assert sorted(path.name for path in folder.iterdir()) == [f"{index:06d}.png" for index in range(5)]
     for image, path in zip(np.load(tmp_path / "one.npz")["arr_0"], sorted(folder.iterdir()), strict=True):
         assert np.array_equal(np.asarray(Image.open(path)), image)
     assert json.loads((tmp_path / "pictures.json").read_text())["num"] == 5
     assert Image.open(tmp_path / "pictures.png").size != (16, 16)
-    # the same command again does nothing, another job is refused, and so is a folder of somebody else
+    # The same command does nothing; another job, and a folder with other files, are refused.
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert run(["sample", str(random_run), "--out", str(folder), *settings]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}

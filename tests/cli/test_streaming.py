@@ -1,4 +1,4 @@
-"""`repa train` on data behind a URL: trained, stopped and continued, it is the undisturbed run bit for bit."""
+"""`repa train` on data at a URL: a stopped and resumed run equals an uninterrupted one bit for bit."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The command that a stopped run prints is the one that continues it, also when torchrun started it."""
+"""A stopped run prints the command that continues it, also under torchrun."""
 
 import shlex
 
@@ -20,7 +20,7 @@ ALONE = "sit-b2 --data 'my data' --out r"
             f"torchrun --standalone --nproc-per-node=8 -m repa train {ALONE}",
         ),
         (
-            {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8},  # where the nodes meet is for the user to say
+            {"WORLD_SIZE": 16, "LOCAL_WORLD_SIZE": 8},  # the user must give the rendezvous address
             f"torchrun --nnodes=2 ... --nproc-per-node=8 -m repa train {ALONE}",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Tiny random text models in the hub's format, with tokenizers that were trained on a few words."""
+"""Tiny random text models in the hub's format, with tokenizers trained on a few words."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 def make(name: str, folder: Path) -> Path:
-    """The checkpoint of a text encoder as on the hub: clip-l and clip-h whole models with both towers."""
+    """Write a text encoder's checkpoint as on the hub; clip-l and clip-h are whole models with both towers."""
     torch.manual_seed(0)
     stem = name.partition("-")[0]
     tokenizer = {"clip": clip_tokenizer, "t5": t5_tokenizer, "qwen3": qwen_tokenizer}[stem]()
@@ -32,7 +32,7 @@ def make(name: str, folder: Path) -> Path:
         model = transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**SMALL, vocab_size=size, num_key_value_heads=1, head_dim=8)
         )
-    for parameter in model.parameters():  # what starts at 0 or 1 must not hide a mistake
+    for parameter in model.parameters():  # weights initialised to 0 or 1 could hide errors
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Every kind of text encoder from a tiny random checkpoint, against transformers on the same text without padding."""
+"""Every kind of text encoder from a tiny random checkpoint, compared with transformers on unpadded text."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 
 
 def hidden_of(name, folder, text, length, layer=0):
-    """Hidden states of one text as transformers alone gives them, of its own tokens where padding means nothing."""
+    """Hidden states of one text from transformers, without padding where padding is masked."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     padded = {"padding": "max_length"} if name.startswith("clip") else {}
     ids = tokenizer([text], truncation=True, max_length=length, return_tensors="pt", **padded)["input_ids"]
@@ -52,7 +52,7 @@ def test_features_equal_those_of_transformers(folders, name):
         if encoder.masked:
             assert int(text.mask[row].sum()) == len(wanted)
             assert not text.tokens[row, len(wanted) :].any()
-    assert text.mask is None or int(text.mask[1].sum()) == 1  # of "": its end, or padding
+    assert text.mask is None or int(text.mask[1].sum()) == 1  # for "": its end token, or padding
     assert text.tokens.isfinite().all()
     torch.testing.assert_close(encoder(TEXTS[:1]).tokens, text.tokens[:1], rtol=1e-4, atol=1e-5)
     assert not encoder.train().training
@@ -146,7 +146,7 @@ def test_tiny_text_hashes_words():
 
 
 class Lengths(TextEncoder):
-    """What a user would write: the number of letters."""
+    """A user's encoder: the number of letters."""
 
     name, dim, num_tokens, masked = "lengths", 1, 1, False
     identity = {"name": "lengths"}  # noqa: RUF012
@@ -178,7 +178,7 @@ def test_private_encoders_load_by_dotted_name():
 
 
 def copied(folder, out, file="", **changes):
-    """A folder with settings of a stranger in one of its JSON files."""
+    """A copy of the folder with foreign settings in one of its JSON files."""
     out.mkdir()
     for path in folder.iterdir():
         (out / path.name).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Small sources, and stand-ins for models with which every stored number can be foretold."""
+"""Small sources, and stand-ins for models that make every stored number predictable."""
 
 import os
 import zipfile
@@ -15,7 +15,7 @@ from tests.oracles.data import noise_image
 
 
 class FakeAutoencoder:
-    """Moments are block means: C = 2 channels (red and green) at a quarter of the size, standard deviations all 1/2."""
+    """Moments are block means of red and green (C = 2) at a quarter of the size, with standard deviations 1/2."""
 
     channels, factor, stores_moments, stored_channels = 2, 4, True, 4
 
@@ -23,7 +23,7 @@ class FakeAutoencoder:
         self.identity = {"name": "fake", "sha256": "a" * 64}
 
     def check_resolution(self, height, width):
-        """It takes all."""
+        """Every resolution is accepted."""
 
     def encode(self, images, dtype=torch.float32):
         assert len(images), "real networks may fail on no images"
@@ -32,7 +32,7 @@ class FakeAutoencoder:
 
 
 class FakeEncoder:
-    """Tokens are the RGB means of each cell; the calls are counted."""
+    """Tokens are the RGB means of the grid's cells; calls are counted."""
 
     dim, patch_size = 3, 4
 
@@ -52,13 +52,13 @@ class FakeEncoder:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    """Hundreds of tiny files are written here; whether they would survive a power cut is not what is tested."""
+    """Skip fsync: these tests write hundreds of tiny files and do not test power cuts."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Replace the models; returns them, so that a test can change their identity."""
+    """Replace the models and return the replacements, whose identity a test can change."""
     autoencoder, encoder = FakeAutoencoder(), FakeEncoder()
     real = encoding.load_autoencoder
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def fakes(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two classes: 7 images in `ants`, 4 in `bees`."""
+    """Two classes with 7 images in `ants` and 4 in `bees`."""
     root = tmp_path / "pictures"
     for name, num, first in (("ants", 7, 0), ("bees", 4, 100)):
         (root / name).mkdir(parents=True)
@@ -82,7 +82,7 @@ def folder(tmp_path) -> Path:
 
 
 def pack(root: Path, path: Path, prefix: str = "") -> Path:
-    """A zip of a folder, in an order that is not the sorted one."""
+    """A zip of a folder, with members in unsorted order."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(root.rglob("*.*"), reverse=True):
             archive.write(file, prefix + file.relative_to(root).as_posix())
@@ -96,7 +96,7 @@ def spoil(path: Path) -> None:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too, with its bytes."""
+    """All files of a folder, including hidden ones, with their bytes."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 

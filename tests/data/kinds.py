@@ -1,4 +1,4 @@
-"""The same pictures as every kind of source that holds image files, or pixels."""
+"""The same images as every kind of source, with image files or with pixels."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from tests.oracles.data import noise_image
 
 
 class Picture(NamedTuple):
-    """One image as a file, with its class and captions."""
+    """The bytes of an image file, its class and its captions."""
 
     data: bytes
     ending: str
@@ -33,7 +33,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def pictures(num: int = 5, size: int = 12) -> list[Picture]:
-    """Noise; the first 3 are ants; the second has no caption, the third two."""
+    """Noise images: the first 3 are ants; the second has no caption, the third has two."""
     captions = [("an ant",), (), ("ein Käfer 🐞", "another")]
     return [
         Picture(png(noise_image(i, size, size)), "png", int(i >= 3), captions[i] if i < 3 else ("a bee",))
@@ -68,7 +68,7 @@ def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def write_shard(path: Path, items: Sequence[Picture], first: int = 0, names: bool = True) -> None:
-    """Samples with .cls (the class's name, or its number) and the captions in a .txt."""
+    """Samples with a .cls (class name or number) and a .txt with captions."""
     with tarfile.open(path, "w") as archive:
         for i, item in enumerate(items, start=first):
             add(archive, f"{i:06d}.{item.ending}", item.data)
@@ -78,7 +78,7 @@ def write_shard(path: Path, items: Sequence[Picture], first: int = 0, names: boo
 
 
 def as_shards(root: Path, items: Sequence[Picture]) -> str:
-    """Two shards, the first of two samples."""
+    """Two shards, the first with two samples."""
     write_shard(root / "shard-0.tar", items[:2])
     write_shard(root / "shard-1.tar", items[2:], first=2)
     return str(root / "shard-{0..1}.tar")
@@ -145,7 +145,7 @@ def as_arrow(root: Path, items: Sequence[Picture]) -> str:
     return f"{as_saved(root, items)}/data-00000-of-00001.arrow"
 
 
-FILES = {  # sources of image files
+FILES = {  # sources with image files
     "folder": as_folder,
     "zip": as_zip,
     "webdataset": as_shards,
@@ -188,7 +188,7 @@ def cifar_record(image: np.ndarray, *numbers: int) -> bytes:
 
 
 def as_cifar(root: Path, items: Sequence[Picture]) -> str:
-    """CIFAR-10: the five batches hold one picture each, the test batch the last again."""
+    """CIFAR-10's layout: five batches with one image each; the test batch repeats the last."""
     folder = root / "cifar-10-batches-bin"
     folder.mkdir()
     images = [np.asarray(Image.fromarray(image).resize((32, 32))) for image in pixels(items)]

@@ -1,4 +1,4 @@
-"""Arrays and CIFAR's binaries: what is told from their shapes, and what is refused."""
+"""Arrays and CIFAR's binaries as sources: axes, keys, labels, and what is refused."""
 
 import pickle
 import zipfile
@@ -202,14 +202,14 @@ def test_cifar_pickles_are_refused(tmp_path):
 
 
 def test_arrays_are_memory_mapped(tmp_path):
-    """Of an .npz as np.savez writes it, and of an .npy, nothing is held in memory."""
+    """An .npy, and an .npz from np.savez, are not loaded into memory."""
     spec = as_npz(tmp_path, pictures())
     assert isinstance(open_source(spec)._images, np.memmap)
 
 
 @pytest.mark.parametrize("whole", [1 << 30, 0])
 def test_a_changed_array_has_another_identity(tmp_path, monkeypatch, whole):
-    """Of one that is too large to be read at every start, the evenly spaced pieces are compared."""
+    """For an array too large to read at every start, evenly spaced pieces are hashed."""
     monkeypatch.setattr("repa.data.sources.arrays.WHOLE", whole)
     images = np.zeros((40, 8, 8, 3), np.uint8)
     np.save(tmp_path / "a.npy", images)

@@ -1,4 +1,4 @@
-"""A folder of copies of bounded size."""
+"""A cache folder of limited size."""
 
 import os
 
@@ -11,11 +11,11 @@ def test_the_least_recently_used_file_is_removed_first_and_partial_files_stay(tm
     def get(key):
         return cache.path(key, "file", lambda path: (fetched.append(key), path.write_bytes(key.encode() * 5))[1])
 
-    under_way = tmp_path / "ff" / ".file.1234.tmp"  # by another process
+    under_way = tmp_path / "ff" / ".file.1234.tmp"  # of another process
     under_way.parent.mkdir()
     under_way.write_bytes(b"x" * 100)
     os.utime(under_way, (0, 0))
-    for time, key in enumerate(["aa", "bb", "aa", "cc"]):  # 10 bytes each
+    for time, key in enumerate(["aa", "bb", "aa", "cc"]):  # each has 10 bytes
         os.utime(get(key), (time, time))
     assert sorted(path.parent.name for path in tmp_path.glob("*/file")) == ["aa", "cc"]
     assert under_way.is_file()

@@ -1,4 +1,4 @@
-"""Captions travel from a source to whoever asks the prepared data for them."""
+"""Captions from the source to the prepared data."""
 
 import pytest
 
@@ -11,7 +11,7 @@ CONFIG = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
 
 @pytest.fixture
 def out(folder, tmp_path):
-    """Every other image of `ants` has captions; the last image of `bees` has one with odd characters."""
+    """Every other image of `ants` has captions; the last image of `bees` has one with unusual characters."""
     for i in (0, 2, 4, 6):
         (folder / "ants" / f"{i:03d}.txt").write_text(f"ant {i}\na small ant\n")
     (folder / "bees" / "003.txt").write_text("bee \u2028 \x85 \u00fc \U0001f41d\n")
@@ -54,5 +54,5 @@ def test_damaged_captions_are_named(out, change, sentence):
 
 
 def test_lone_surrogates_in_captions_are_replaced(tmp_path):
-    """JSON can hold them, and no file of ours, no tokenizer and no page could."""
+    """JSON can contain them, but UTF-8 files, tokenizers and pages cannot."""
     assert texts_of(b'["a \\ud800 b", "\\ud83d\\ude00"]', 0, tmp_path / "x") == ("a \ufffd b", "\U0001f600")

@@ -22,7 +22,7 @@ def out(folder, tmp_path, fakes):
 
 
 def test_duplicate_images_are_counted_without_mirrored_copies(tmp_path, capsys):
-    """Under other names, in other shards, and once in another class; one that differs in one pixel is another image."""
+    """Duplicates with other names, shards or classes count, but not an image that differs in one pixel."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), np.uint8)
     pixels[3] = pixels[6] = pixels[0]
     pixels[7] = pixels[1]
@@ -78,7 +78,7 @@ def test_a_model_with_other_outputs_is_found(out, fakes, monkeypatch):
 
 
 def test_stored_values_of_other_images_are_found(out):
-    """Whole files, right checksums: only encoding again tells."""
+    """Files and checksums are correct, so only encoding again reveals it."""
     a, b = (np.load(out / f"moments-0000{k}.npy") for k in (0, 1))
     np.save(out / "moments-00000.npy", b), np.save(out / "moments-00001.npy", a)
     moments, _ = check_models(out)
@@ -154,7 +154,7 @@ def test_an_old_manifest_without_forms_and_copies_still_opens(folder, tmp_path, 
     for shard in values["shards"]:
         shard.pop("flipped"), shard.pop("captions")
     path.write_text(json.dumps(values))
-    manifest = prepare(folder, tmp_path / "out", config)  # and is continued
+    manifest = prepare(folder, tmp_path / "out", config)  # preparing continues it
     assert (manifest.features["tiny"].form, manifest.originals) == ("fp16", range(11))
     assert all(not finding.trouble for finding in check_models(tmp_path / "out"))
 

@@ -10,7 +10,7 @@ from tests.oracles.data import noise_image
 
 @pytest.fixture
 def coco(tmp_path):
-    """Images 7, 3, 12 in an order that is not that of their ids; 12 has no caption."""
+    """Images 7, 3 and 12, not sorted by id; 12 has no caption."""
     (tmp_path / "val2014").mkdir()
     (tmp_path / "annotations").mkdir()
     for number in (3, 7, 12):

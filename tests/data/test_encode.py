@@ -20,11 +20,11 @@ from repa.encoders.loading import weights_for
 from tests.data.conftest import all_rows, content, pack, spoil
 
 SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
-FULL = SMALL.override(autoencoder="kl", features=("tiny",))  # the fakes answer to these names
+FULL = SMALL.override(autoencoder="kl", features=("tiny",))  # the fake models have these names
 
 
 class Killed(BaseException):
-    """What Ctrl-C and SIGTERM look like from inside."""
+    """Stands in for Ctrl-C and SIGTERM."""
 
 
 def killed_after(batches):
@@ -98,7 +98,7 @@ def test_a_killed_prepare_continues_to_identical_bytes(folder, tmp_path, fakes, 
     seen = []
     prepare(folder, tmp_path / "out", FULL, progress=lambda done, total, what: seen.append((done, total)))
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    finished = {1: 0, 2: 0, 3: 1, 4: 1, 6: 2, 7: 3}[batches]  # batches of 2 and 1 in each shard of 3
+    finished = {1: 0, 2: 0, 3: 1, 4: 1, 6: 2, 7: 3}[batches]  # batches of 2 and 1 per shard of 3
     assert fakes[1].calls - before == 7 - 2 * finished  # finished shards are not encoded again
     assert seen[0][0] == 3 * finished + 2
     assert seen[-1] == (11, 11)
@@ -106,7 +106,7 @@ def test_a_killed_prepare_continues_to_identical_bytes(folder, tmp_path, fakes, 
 
 @pytest.mark.parametrize("point", ["files.write_json", "manifest", "rmtree"])
 def test_a_kill_between_writes_loses_nothing(folder, tmp_path, fakes, monkeypatch, point):
-    """While records, the manifest, or the removal of the records are under way."""
+    """Killed while writing records or the manifest, or while removing the records."""
     prepare(folder, tmp_path / "whole", FULL)
 
     def die(*args, **options):
@@ -226,12 +226,12 @@ def test_features_can_be_added_later(folder, tmp_path, fakes, by):
         if by == "prepare":
             prepare(folder, tmp_path / "out", FULL, progress=progress)
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # the source is not needed
+            shutil.rmtree(folder, ignore_errors=True)  # the source is no longer needed
             add(tmp_path / "out", "features:tiny", progress=progress)
 
     with pytest.raises(Killed):
         again(killed_after(4))
-    assert not open_data(tmp_path / "out").features  # the old data stays usable
+    assert not open_data(tmp_path / "out").features  # the old data can still be opened
     calls = fakes[1].calls
     again()
     assert fakes[1].calls - calls == 5
@@ -239,7 +239,7 @@ def test_features_can_be_added_later(folder, tmp_path, fakes, by):
     assert {k: v for k, v in content(tmp_path / "out").items() if k in plain and k != "manifest.json"} == {
         k: v for k, v in plain.items() if k != "manifest.json"
     }
-    if by == "prepare":  # the first command still stands, and forgets nothing
+    if by == "prepare":  # the first command still works and keeps the features
         assert "tiny" in prepare(folder, tmp_path / "out", FULL.override(features=())).features
 
 
@@ -277,7 +277,7 @@ def test_bad_images_can_be_skipped_and_are_named(folder, tmp_path, fakes):
     spoil(folder / "ants" / "004.png")
     with pytest.raises(UserError, match="1 of the images 4 to 6"):
         prepare(folder, tmp_path / "out", FULL)
-    manifest = prepare(folder, tmp_path / "out", FULL.override(skip_bad=True))  # continues where it was refused
+    manifest = prepare(folder, tmp_path / "out", FULL.override(skip_bad=True))  # continues after the refusal
     assert manifest.skipped == ["ants/004.png"]
     assert (manifest.num_images, manifest.class_counts) == (10, (6, 4))
     data = open_data(tmp_path / "out")
@@ -360,13 +360,13 @@ def test_a_disk_that_fills_up_gives_an_error_and_work_can_continue(folder, tmp_p
 
 
 def test_processes_share_the_shards_without_communicating(folder, tmp_path, fakes):
-    """Process 1 of 2 is done long before process 0, whichever is last makes the manifest."""
+    """Process 1 of 2 finishes long before process 0; the last one writes the manifest."""
     prepare(folder, tmp_path / "whole", FULL)
     out, done = tmp_path / "out", []
     assert prepare(folder, out, FULL, rank=1, world=2, progress=lambda *report: done.append(report)) is None
     assert done[-1][:2] == (5, 5)  # shards 1 and 3
     assert sorted(p.name for p in out.glob("labels*")) == ["labels-00001.npy", "labels-00003.npy"]
-    assert prepare(folder, out, FULL, rank=1, world=2) is None  # again: nothing of its share is left
+    assert prepare(folder, out, FULL, rank=1, world=2) is None  # nothing of its share is left
     calls = fakes[1].calls
     manifest = prepare(folder, out, FULL, rank=0, world=2)
     assert fakes[1].calls - calls == 4
@@ -380,20 +380,20 @@ def test_shards_of_a_lost_process_are_made_by_the_next_run(folder, tmp_path, fak
     with pytest.raises(Killed):
         prepare(folder, tmp_path / "out", FULL, rank=1, world=3, progress=killed_after(1))
     calls = fakes[1].calls
-    prepare(folder, tmp_path / "out", FULL)  # alone now
-    assert fakes[1].calls - calls == 4  # shards 1 and 2, which 1 and 2 of 3 owed
+    prepare(folder, tmp_path / "out", FULL)  # a single process
+    assert fakes[1].calls - calls == 4  # the shards of processes 1 and 2 of 3
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_a_shard_locked_by_another_process_is_skipped(folder, tmp_path, fakes):
-    """The same command twice: a child holds shard 1 while this process runs through."""
+    """The same command runs twice: a child holds the lock of shard 1 while this process runs."""
     prepare(folder, tmp_path / "whole", FULL)
     out = tmp_path / "out"
     to_parent, from_child = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         taken = lock.take(record_path(out, 1, "base").with_suffix(".lock"))
-        assert taken is not None  # and kept: what is let go of gives its lock back
+        assert taken is not None  # a garbage-collected lock would be released
         os.write(from_child[1], b"x")
         os.read(to_parent[0], 1)
         os._exit(0)
@@ -401,17 +401,17 @@ def test_a_shard_locked_by_another_process_is_skipped(folder, tmp_path, fakes):
     try:
         assert prepare(folder, out, FULL) is None
         assert not (out / "images-00001.npy").exists()
-        assert (out / "features.tiny-00001.npy").exists()  # its other half was free
+        assert (out / "features.tiny-00001.npy").exists()  # the tokens of this shard were not locked
         assert (out / "images-00003.npy").exists()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    prepare(folder, out, FULL)  # a lock dies with its process
+    prepare(folder, out, FULL)  # the lock ended with its process
     assert content(out) == content(tmp_path / "whole")
 
 
 def test_shards_finished_while_models_load_are_not_made_again(folder, tmp_path, fakes, monkeypatch):
-    """The same command twice: the first finishes everything after the second has looked what is missing."""
+    """The same command runs twice: the first finishes after the second has listed missing shards."""
     out, real = tmp_path / "out", pipeline.load_model
 
     def slow(*arguments):
@@ -442,12 +442,12 @@ def test_concurrent_processes_with_different_weights_are_refused(folder, tmp_pat
 
 
 def test_two_processes_may_both_finish_the_folder(folder, tmp_path, fakes):
-    """Two processes may both find that all is done; the second finds the manifest of the first."""
+    """Two processes may both find all shards done; the second then finds the first one's manifest."""
     prepare(folder, tmp_path / "out", FULL, rank=0, world=2)
     before = content(tmp_path / "out")
     prepare(folder, tmp_path / "out", FULL, rank=1, world=2)
     whole = content(tmp_path / "out")
-    for name, data in before.items():  # as if the records were still there
+    for name, data in before.items():  # restore the records
         if name.startswith("parts/"):
             (tmp_path / "out" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "out" / name).write_bytes(data)
@@ -460,7 +460,7 @@ def test_the_number_of_workers_does_not_change_the_data(folder, tmp_path, fakes,
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL.override(num_workers=workers))
     a, b = content(tmp_path / "out"), content(tmp_path / "whole")
-    a.pop("manifest.json"), b.pop("manifest.json")  # holds the number of workers
+    a.pop("manifest.json"), b.pop("manifest.json")  # it records the number of workers
     assert a == b
     spoil(folder / "ants" / "003.png")
     with pytest.raises(UserError, match=r"The first: ants/003\.png is not"):

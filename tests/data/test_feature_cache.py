@@ -1,4 +1,4 @@
-"""Features by key: whole, bounded, shared by processes, of one encoder."""
+"""Features by key: intact, bounded, shared by processes, and of one encoder."""
 
 import hashlib
 import json
@@ -144,7 +144,7 @@ def _checksum(row):
 
 
 def _strangers_file(folder, entries, **header):
-    """A file that a stranger added to a cache of (4, 3) features, with the right checksums."""
+    """A foreign file with correct checksums in a cache of (4, 3) features."""
     facts = {"keys": json.dumps(["a"]), "checksums": json.dumps([_checksum(row) for row in entries]), **header}
     save_file({"features": entries}, folder / f"{'a' * 32}.safetensors", metadata=facts)
 

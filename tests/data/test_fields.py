@@ -1,4 +1,4 @@
-"""What shards may hold beside images and tokens in float16: other forms, flipped copies, captions; and fields that come and go."""
+"""Fields of shards: token forms, flipped copies and captions, and adding and removing fields."""
 
 import json
 
@@ -19,7 +19,7 @@ FULL = SMALL.override(autoencoder="kl", features=("tiny",))
 
 
 def tokens_of(data, name="tiny"):
-    """Stored tokens of all images, in full width."""
+    """Stored tokens of all images, at full width."""
     rows = {
         field: torch.from_numpy(all_rows(data, field)) for field in data.manifest.fields if field.endswith(f".{name}")
     }
@@ -29,7 +29,7 @@ def tokens_of(data, name="tiny"):
 
 @pytest.fixture
 def plain(folder, tmp_path, fakes):
-    """Prepared with everything in float16."""
+    """Data prepared with everything in float16."""
     prepare(folder, tmp_path / "plain", FULL)
     return open_data(tmp_path / "plain")
 
@@ -41,9 +41,8 @@ def test_int8_tokens_are_close_to_the_originals(folder, tmp_path, plain):
     assert manifest.fields["scale.tiny"] == ("float32", (4,))
     assert (facts.form, facts.dim, facts.grid, facts.basis) == ("int8", 3, 2, None)
     expected = tokens_of(plain)
-    np.testing.assert_allclose(
-        tokens_of(data), expected, atol=1 / 254 + 1e-3
-    )  # half a scale of at most 1 / 127, and float16
+    # half a scale of at most 1 / 127, and float16
+    np.testing.assert_allclose(tokens_of(data), expected, atol=1 / 254 + 1e-3)
     np.testing.assert_array_equal(all_rows(data, "pooled.tiny"), all_rows(plain, "pooled.tiny"))
 
 
@@ -53,7 +52,7 @@ def test_principal_coordinates_reproduce_the_tokens(folder, tmp_path, plain, for
     facts = manifest.features["tiny"]
     assert (facts.dim, facts.form, facts.basis.file, facts.basis.shape) == (3, form, "basis.tiny.npy", (3, 3))
     assert manifest.fields["features.tiny"][1] == (4, 2)
-    tokens = tokens_of(plain).reshape(-1, 3)  # 11 images are fewer than the sample: the directions are those of all
+    tokens = tokens_of(plain).reshape(-1, 3)  # with only 11 images, the directions are computed from all of them
     mean, directions = oracle.principal_directions(tokens, 2)
     expected = mean + (tokens - mean) @ directions.T @ directions
     np.testing.assert_allclose(tokens_of(open_data(tmp_path / "out")).reshape(-1, 3), expected, atol=5e-3)
@@ -61,7 +60,7 @@ def test_principal_coordinates_reproduce_the_tokens(folder, tmp_path, plain, for
 
 
 def test_principal_directions_use_images_from_the_whole_source(folder, tmp_path, fakes, monkeypatch):
-    """Of a source sorted by class the first images would be one class."""
+    """The first images of a source sorted by class would be of one class."""
     monkeypatch.setattr("repa.data.encoding.SAMPLE", 3)
     seen = []
     features = encoding.FeatureFields.features
@@ -112,7 +111,7 @@ def test_flipped_copies_follow_the_images_and_do_not_count(folder, tmp_path, pla
     np.testing.assert_array_equal(images[11:], images[:11, :, :, ::-1])
     np.testing.assert_array_equal(all_rows(data, "labels")[11:], all_rows(data, "labels")[:11])
     moments = all_rows(data, "moments")
-    np.testing.assert_array_equal(moments[11:], moments[:11, :, :, ::-1])  # the fakes are symmetric; real ones are not
+    np.testing.assert_array_equal(moments[11:], moments[:11, :, :, ::-1])  # exact because the fake models are symmetric
     cells = all_rows(data, "features.tiny").reshape(22, 2, 2, 3)
     np.testing.assert_array_equal(cells[11:], cells[:11, :, ::-1])
 
@@ -229,7 +228,7 @@ def test_a_killed_removal_is_continued(folder, tmp_path, plain, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("pathlib.Path.unlink", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
         remove(plain.folder, "features:tiny")
-    assert not open_data(plain.folder).features  # whole, with files that nobody needs
+    assert not open_data(plain.folder).features  # consistent, with files that are no longer needed
     remove(plain.folder, "features:tiny")
     assert content(plain.folder) == content(tmp_path / "out")
 
@@ -243,7 +242,7 @@ def test_records_of_an_encoder_with_a_similar_name_stay(folder, tmp_path, fakes)
 
 
 def test_an_encoder_that_cannot_be_loaded_can_be_removed_again(folder, tmp_path, fakes, monkeypatch):
-    """Its weights cannot be loaded: without it the folder is whole again."""
+    """When its weights cannot be loaded, removing it makes the folder complete again."""
     prepare(folder, tmp_path / "whole", FULL)
     prepare(folder, tmp_path / "out", FULL)
     both = FULL.override(features=("tiny", "dinov2-b"))
@@ -254,9 +253,8 @@ def test_an_encoder_that_cannot_be_loaded_can_be_removed_again(folder, tmp_path,
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"]
-)  # a CPU may only emulate bf16
+# bf16 is slow on CPUs that only emulate it.
+@pytest.mark.parametrize("precision", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_moments_in_half_precision_are_near_those_of_float32(folder, tmp_path, precision):
     """The error that docs/data.md states, for a network of the same kind with random weights."""
     from tests.autoencoders.folders import save_kl

@@ -1,4 +1,4 @@
-"""`prepare` decides nothing about labels in silence: what is told, what is refused, and by which choice it goes on."""
+"""How sources find labels: what is reported, what is refused, and which option resolves it."""
 
 import io
 import json
@@ -244,7 +244,7 @@ def test_replaced_images_change_the_identity(tmp_path):
 
 
 def test_colour_profiles_are_converted(tmp_path):
-    """Under a profile whose primaries are those of sRGB nothing changes; under another, colours do."""
+    """A profile with sRGB's primaries changes nothing; another one changes the colours."""
     flat = Image.new("RGB", (4, 4), (200, 30, 30))
 
     def saved(profile):
@@ -404,14 +404,14 @@ def test_unread_files_of_samples_are_counted_or_need_a_choice(tmp_path):
 @pytest.mark.parametrize(
     ("first", "second", "choice"),
     [
-        ({"0.json": b'{"caption": "x"}'}, {"1.json": b'{"class": 4}'}, "class"),  # the first sample alone says nothing
+        ({"0.json": b'{"caption": "x"}'}, {"1.json": b'{"class": 4}'}, "class"),  # only the second sample shows it
         ({"0.json": b'{"label": null, "class": 3}'}, {"1.json": b'{"label": null, "class": 4}'}, "class"),
         ({"0.cls.txt": b"3"}, {"1.cls.txt": b"4"}, r"cls\.txt"),
     ],
 )
 def test_a_label_like_key_in_any_sample_needs_a_choice(first, second, choice, tmp_path):
     tar(tmp_path / "a.tar", **{"0.png": png()}, **first, **{"1.png": png()}, **second)
-    for _ in range(2):  # the second time from the index in the cache
+    for _ in range(2):  # the second time the index is in the cache
         with pytest.raises(UserError, match=f"label={choice},"):
             open_source(tmp_path / "a.tar")
 
@@ -468,7 +468,7 @@ def test_captions_in_metadata_are_read(text, tmp_path):
 
 @pytest.mark.parametrize("file", ["labels.csv", "images/labels.csv"])
 def test_a_table_next_to_the_only_image_folder_is_read(file, tmp_path):
-    """The choice that the refusal names is taken: paths may start at the folder of the images."""
+    """The option named in the error works: paths may start at the image folder."""
     tree(tmp_path, "images/0.png", "images/1.png")
     (tmp_path / file).write_text("file_name,label\n0.png,a\n1.png,b\n")
     with pytest.raises(UserError, match=f"--labels {tmp_path / file}:label"):
@@ -496,7 +496,7 @@ def test_files_of_an_unpacked_webdataset_need_a_choice(ending, text, tmp_path):
         open_source(tmp_path / "x")
     subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "x.tar", "-C", tmp_path / "x", "."], check=True)
     assert classes(open_source(tmp_path / "x.tar")) == ["0", "1"]
-    if ending == "json":  # a zip is read in place, and tar packs a folder
+    if ending == "json":  # a zip must be unpacked before tar can pack it
         archive = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path / "x")
         with pytest.raises(UserError, match="unpack it to FOLDER, then pack it with .* -C FOLDER"):
             open_source(archive)

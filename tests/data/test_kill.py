@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: the next run ends with the same bytes, and repeats at most a shard."""
+"""SIGKILL at random times: the next run produces the same bytes and repeats at most one shard."""
 
 import mmap
 import os
@@ -22,10 +22,10 @@ PACKED = CONFIG.override(feature_forms=("pca2-int8",), num_workers=1)
 
 
 def killed(folder, out, config, encoder, after: float) -> tuple[int, bool]:
-    """Prepare in a child that is killed after some seconds; returns its calls of the encoder, and whether it was in time."""
+    """Prepare in a child that is killed after `seconds`; returns its encoder calls, and whether it finished in time."""
     shared = mmap.mmap(-1, 8)
     child = os.fork()
-    if child == 0:  # nothing of the test may run in here
+    if child == 0:  # the child must not return into the test
         count = type(encoder).__call__
 
         def counting(self, *args):
@@ -43,7 +43,7 @@ def killed(folder, out, config, encoder, after: float) -> tuple[int, bool]:
 
 @pytest.mark.parametrize("processes", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_concurrent_equal_commands_make_one_data_set(folder, tmp_path, fakes, processes):
-    """They take shards in turn, meet in no other way, and one of them makes the manifest."""
+    """They coordinate only by locking shards, and one of them writes the manifest."""
     encoder = fakes[1]
     prepare(folder, tmp_path / "whole", PACKED.override(num_workers=0))
     shared = mmap.mmap(-1, 8 * processes)
@@ -62,7 +62,7 @@ def test_concurrent_equal_commands_make_one_data_set(folder, tmp_path, fakes, pr
     assert all(os.waitpid(child, 0)[1] == 0 for child in children)
     calls, finished = zip(*struct.iter_unpack("ii", shared[:]), strict=True)
     assert any(finished)
-    # every image once for the tokens, by whomever, and once for the directions, by the first
+    # every image once for the tokens, in any process, and once for the directions, in the first
     assert 2 * IN_ALL <= sum(calls) <= 2 * IN_ALL + processes * (IN_A_SHARD + ENCODED)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
@@ -77,7 +77,7 @@ def test_concurrent_equal_commands_make_one_data_set(folder, tmp_path, fakes, pr
     ],
 )
 def test_kills_at_random_times_lose_at_most_a_shard(folder, tmp_path, fakes, tries, config):
-    """Each folder is killed twice; a kill costs the shard that was written, and the next one's batches encoded ahead."""
+    """Each folder is killed twice; a kill loses the shard being written and batches encoded ahead for the next."""
     encoder = fakes[1]
     prepare(folder, tmp_path / "warm", config)
     encoder.calls, begin = 0, time.perf_counter()
@@ -94,4 +94,4 @@ def test_kills_at_random_times_lose_at_most_a_shard(folder, tmp_path, fakes, tri
         assert content(out) == whole
         if config is CONFIG:
             assert calls == IN_ALL <= spent + encoder.calls <= IN_ALL + 2 * (IN_A_SHARD + ENCODED + 1)
-    assert cut_short  # some kills hit work under way; how many depends on the load of the machine
+    assert cut_short  # some kills interrupted work; how many depends on the machine's load

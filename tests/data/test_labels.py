@@ -17,7 +17,7 @@ NAMES = ["00000/img0.png", "00000/img1.png", "00001/img2.png"]
 
 @pytest.fixture
 def edm(tmp_path) -> Path:
-    """Images whose folders are no classes."""
+    """Images in folders that are not classes."""
     root = tmp_path / "data"
     for i, name in enumerate(NAMES):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

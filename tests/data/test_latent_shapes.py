@@ -1,4 +1,4 @@
-"""From images to samples with latents of other shapes: channels, factors and resolutions come from the autoencoder alone."""
+"""From images to samples with other latent shapes: channels, factor and resolution come from the autoencoder."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ CASES = {  # spec, tiny stand-in, its settings, resolution, expected (channels, 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
 def case(request, image_folder, tmp_path_factory):
-    """Data prepared with one of them: spec, folder of its weights, data, resolution, expected shape."""
+    """Data prepared with one of these: spec, weight folder, data, resolution, expected shape."""
     spec, save, settings, resolution, shape = request.param
     root = tmp_path_factory.mktemp("shapes")
     weights = save(root / "weights", **settings)
@@ -77,7 +77,7 @@ def test_a_run_trains_and_samples_at_that_shape(case, tmp_path):
 
 
 def test_a_faster_decoder_previews_a_run(image_folder, tmp_path):
-    """A fast decoder stands where the run's autoencoder stood; the latents that it gets are the run's own."""
+    """A fast decoder replaces the run's autoencoder and receives the same latents."""
     weights = save_kl(tmp_path / "kl", latent_channels=4, shift_factor=0.3)
     config = PrepareConfig(resolution=32, autoencoder="sd-vae-ft-mse", autoencoder_weights=str(weights))
     prepare(str(image_folder), tmp_path / "data", config)

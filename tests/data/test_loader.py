@@ -56,7 +56,7 @@ def test_every_epoch_visits_every_image_once(data):
 
 
 def test_the_order_is_the_documented_one(data):
-    """Batches that straddle epochs, and one that is larger than three of them."""
+    """Including batches that span two epochs, and one larger than three epochs."""
     permutations = [permute(np.arange(11), 11, fold(5, "epoch", e)) for e in range(12)]
     for batch_size in (4, 11, 36):
         loader = Loader(data, batch_size=batch_size, seed=5)
@@ -65,7 +65,7 @@ def test_the_order_is_the_documented_one(data):
 
 
 def test_every_image_is_equally_likely_to_come_first():
-    """Every image comes first about equally often over epochs and seeds."""
+    """Over epochs and seeds, every image comes first about equally often."""
 
     class Numbers:
         num_images, has_images, has_moments, features, stream, small_labels = 5, False, False, {}, None, None
@@ -97,7 +97,8 @@ def test_rows_of_all_fields_belong_to_the_same_images(data):
     batch, indices = loader.batch(4), loader.indices(4)
     assert batch.labels.dtype == torch.int64
     assert batch.images.dtype == torch.uint8
-    assert batch.moments.dtype == batch.features["tiny"].patches.dtype == torch.float16  # Alignment computes in float32
+    # the alignment converts them to float32
+    assert batch.moments.dtype == batch.features["tiny"].patches.dtype == torch.float16
     assert batch.labels.tolist() == [0 if i < 7 else 1 for i in indices]
     np.testing.assert_array_equal(batch.images, data.gather("images", indices))
     red = batch.images[:, 0].float().mean((1, 2)) / 255
@@ -161,7 +162,7 @@ def test_invalid_input_is_refused(data, folder, tmp_path):
 
 
 def test_cifar_10_has_its_known_mean(tmp_path):
-    """Real data, where it is at hand: $REPA_TEST_DATA or ../shared/data."""
+    """Needs real data in $REPA_TEST_DATA or ../shared/data."""
     root = Path(os.environ.get("REPA_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
     path = root / "cifar10-test.zip"
     if not path.is_file():
@@ -170,13 +171,12 @@ def test_cifar_10_has_its_known_mean(tmp_path):
     data = open_data(tmp_path / "out")
     assert data.manifest.class_counts == (1000,) * 10
     assert data.class_names[:3] == ("airplane", "automobile", "bird")
-    assert data.gather("images", np.arange(10_000)).mean() == pytest.approx(
-        121.5, abs=1
-    )  # known mean of CIFAR-10: 0.4765
+    # known mean of CIFAR-10: 0.4765
+    assert data.gather("images", np.arange(10_000)).mean() == pytest.approx(121.5, abs=1)
 
 
 class TestStored:
-    """Data written by the test itself: tokens in every form, and more rows than memory should notice."""
+    """Data written by the test: tokens in every form, and many rows."""
 
     DIM, GRID = 6, 2
 
@@ -185,7 +185,7 @@ class TestStored:
 
     @pytest.fixture
     def stored(self, tmp_path):
-        """`dino-b` in float16 with pooled features, `mae-l` in int8, `tiny` in int8 coordinates of a basis."""
+        """`dino-b` in float16 with pooled features, `mae-l` in int8, `tiny` as int8 coordinates in a basis."""
         basis = np.linalg.qr(np.random.default_rng(9).normal(size=(self.DIM, self.DIM)))[0].astype(np.float32)
         basis = np.concatenate([np.full((1, self.DIM), 0.25, np.float32), basis])
         folder = tmp_path / "stored"
@@ -252,9 +252,9 @@ class TestStored:
         assert "pooled.dino-b" not in asked
 
     def test_ten_million_rows_need_no_more_memory_than_a_few(self, tmp_path):
-        """Sparse files; an index of 8 bytes a row would be 76 MiB. The moments of 10 million images are read by 40 batches."""
+        """With sparse files; an index of 8 bytes per row would take 76 MiB. The test reads 40 batches."""
         loader = Loader(sparse_data(tmp_path / "big", 10_000_000), batch_size=64, seed=0)
-        list(itertools.islice(loader.iterate(), 4))  # buffers, threads
+        list(itertools.islice(loader.iterate(), 4))  # allocates buffers and threads
         before = resident()
         stream = loader.iterate(10_000_000 // 64 - 20)  # over the end of an epoch
         batches = list(itertools.islice(stream, 40))
@@ -266,12 +266,12 @@ class TestStored:
 
 
 def resident() -> int:
-    """Bytes of this process in memory, mapped files included."""
+    """Resident bytes of this process, including mapped files."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class TestLabels:
-    """Labels of the whole data set are held in memory, in as few bytes as their number allows."""
+    """Labels of the whole data set are kept in memory, in the smallest integer type that fits."""
 
     def test_labels_take_one_byte_per_image(self, tmp_path, monkeypatch):
         write_data(tmp_path / "data", (5, 3, 0, 6))
@@ -295,7 +295,7 @@ class TestLabels:
         assert data.small_labels is None
         assert torch.equal(Loader(data, batch_size=7, seed=1).batch(1).labels, batch.labels)
 
-    @pytest.mark.parametrize("wrong", [-1, 3, 2, 256])  # 256 is 0 in one byte
+    @pytest.mark.parametrize("wrong", [-1, 3, 2, 256])  # 256 would be 0 in one byte
     def test_changed_labels_are_found_at_the_start(self, tmp_path, wrong):
         write_data(tmp_path / "data", (5, 9))
         path = tmp_path / "data" / "labels-00001.npy"

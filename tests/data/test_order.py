@@ -1,4 +1,4 @@
-"""The order of images: permutations computed place by place."""
+"""The order of images: permutations computed position by position."""
 
 import itertools
 import math
@@ -9,11 +9,11 @@ import pytest
 from repa.base.rng import fold
 from repa.data.order import GlobalShuffle, WindowShuffle, permute
 
-SIZES = (3, 4, 5, 0, 1, 7, 2, 4, 6)  # images in shards; one shard has lost all of its images
+SIZES = (3, 4, 5, 0, 1, 7, 2, 4, 6)  # images per shard; one shard has none left
 
 
 def chi_squared(counts, expected) -> float:
-    """Standard score of Pearson's statistic: its mean is the number of cells - 1, its variance twice that."""
+    """Standard score of Pearson's statistic, whose mean is the number of cells - 1 and whose variance is twice that."""
     freedom = counts.size - 1
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
 
@@ -33,7 +33,7 @@ def test_a_position_does_not_depend_on_the_others_requested():
 
 @pytest.mark.parametrize("num", [4, 7])
 def test_every_pair_of_images_is_equally_likely_at_any_two_positions(num):
-    """Over keys; asymmetric in the places, and for sets so small that a Feistel network of few rounds fails."""
+    """Counted over keys, for ordered pairs, and for sets so small that a Feistel network of few rounds would fail."""
     trials = 1500
     orders = [permute(np.arange(num), num, fold(0, key)) for key in range(trials)]
     for first, second in ((0, 1), (num // 2, num - 1)):
@@ -51,15 +51,15 @@ def test_a_large_set_is_well_mixed():
     cells = np.bincount(np.arange(num) * 40 // num * 50 + order * 50 // num, minlength=2000)  # (place, image)
     assert abs(chi_squared(cells, num / 2000)) < 4
     uniform = order / num
-    for lag in (1, 2, 64, 1024):  # neighbours, and places that differ in one bit, are unrelated
+    for lag in (1, 2, 64, 1024):  # neighbours and positions that differ in one bit are unrelated
         assert abs(np.corrcoef(uniform[:-lag], uniform[lag:])[0, 1]) * math.sqrt(num) < 4
     assert abs(np.corrcoef(np.arange(num), uniform)[0, 1]) * math.sqrt(num) < 4
     other = permute(np.arange(num), num, 12)
-    assert (order == other).sum() < 10  # one agreement is expected of two independent permutations
+    assert (order == other).sum() < 10  # two independent permutations agree at one position on average
 
 
 def test_the_order_never_changes_between_versions():
-    """A run that continues must see the order that it began with: changing this breaks runs in progress."""
+    """A resumed run must see the order it started with, so changing the order breaks running trainings."""
     assert GlobalShuffle(1_281_167, seed=0).rows(3, np.array([0, 1, 1_281_166])).tolist() == [9456, 998109, 407031]
     assert WindowShuffle(SIZES, seed=0, window=2).rows(1, np.arange(6)).tolist() == [20, 21, 0, 3, 2, 5]
 
@@ -88,7 +88,7 @@ def test_windows_visit_every_image_once_an_epoch(window):
 
 
 def test_a_window_holds_whole_shards_and_mixes_them():
-    """With windows of 3 of the 9 shards: the images of each third of the shards come before those of the next."""
+    """With windows of 3 of the 9 shards, all images of one window come before those of the next."""
     mixed = 0
     for epoch in range(20):
         order = WindowShuffle(SIZES, seed=1, window=3)

@@ -9,7 +9,7 @@ from tests.oracles import packing as oracle
 
 
 def tokens_of(num=6, grid=3, dim=40, seed=0):
-    """Correlated tokens with a mean, one of them with a peak as in trained vision transformers, one of zeros."""
+    """Correlated tokens with a mean: one has a peak, as in trained vision transformers, and one is zero."""
     stream = torch.Generator().manual_seed(seed)
     mixing = torch.randn(dim, dim, generator=stream) * torch.arange(1, dim + 1) ** -0.7
     tokens = torch.randn(num, grid * grid, dim, generator=stream) @ mixing.T + 0.3
@@ -28,9 +28,8 @@ def test_int8_has_one_scale_per_token_and_rounds():
         for t in range(9):
             codes, scale = oracle.int8_token(tokens[n, t].numpy())
             assert rows["scale"][n, t].item() == pytest.approx(scale, rel=1e-6)
-            assert (
-                np.abs(rows["features"][n, t].numpy().astype(int) - codes).max() <= 1
-            )  # float32 may round a tie otherwise
+            # float32 may round ties differently
+            assert np.abs(rows["features"][n, t].numpy().astype(int) - codes).max() <= 1
             assert (back[n, t] - tokens[n, t]).abs().max() <= scale / 2 * 1.001
             if scale:
                 cosine = oracle.cosine(back[n, t].numpy(), tokens[n, t].numpy())
@@ -41,12 +40,12 @@ def test_int8_has_one_scale_per_token_and_rounds():
 def test_int8_uses_its_whole_range_and_keeps_tiny_tokens():
     rows = pack(tokens_of() * 1e-4, "int8")
     peaks = rows["features"].abs().amax(-1)
-    assert (peaks == 127).sum() == peaks.numel() - 1  # all but the token of zeros
+    assert (peaks == 127).sum() == peaks.numel() - 1  # all except the zero token
     assert rows["features"].min() >= -127
 
 
 def test_int8_keeps_the_documented_cosine():
-    """Gaussian tokens of 768 numbers, whose peak is about 3.5 rms: the docs say 0.9997 up to a peak of 6."""
+    """Gaussian tokens of width 768 have peaks of about 3.5 rms; the docs promise 0.9997 up to peaks of 6."""
     tokens = torch.randn(2, 64, 768, generator=torch.Generator().manual_seed(1))
     assert (tokens.abs().amax(-1) < 6 * tokens.square().mean(-1).sqrt()).all()
     rows = pack(tokens, "int8")
@@ -59,7 +58,8 @@ def test_the_basis_equals_that_of_an_svd():
     mean, directions = oracle.principal_directions(tokens.flatten(0, 1).numpy(), 7)
     assert (basis.dtype, basis.shape) == (np.float32, (8, 40))
     np.testing.assert_allclose(basis[0], mean, atol=1e-5)
-    np.testing.assert_allclose(np.abs((basis[1:] * directions).sum(1)), 1, atol=1e-5)  # a direction has two signs
+    # the sign of a direction is arbitrary
+    np.testing.assert_allclose(np.abs((basis[1:] * directions).sum(1)), 1, atol=1e-5)
     np.testing.assert_allclose(basis[1:] @ basis[1:].T, np.eye(7), atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_all_directions_restore_the_tokens_and_few_project_them():
     mean, directions = oracle.principal_directions(tokens.flatten(0, 1).numpy(), 4)
     expected = mean + (tokens.numpy() - mean) @ directions.T @ directions
     np.testing.assert_allclose(back, expected, rtol=2e-3, atol=2e-2)
-    assert back.shape == tokens.shape  # the width that an alignment sees does not change
+    assert back.shape == tokens.shape  # the alignment sees the full width
 
 
 def test_int8_coordinates_are_within_half_a_step():
@@ -84,7 +84,7 @@ def test_int8_coordinates_are_within_half_a_step():
     assert rows["features"].shape == (6, 9, 10)
     exact = unpack(pack(tokens, "pca10", basis)["features"].float(), basis=basis)
     error = (unpack(**rows, basis=basis) - exact).norm(dim=-1)
-    assert (error <= rows["scale"] / 2 * 10**0.5 * 1.001 + 0.1).all()  # orthonormal directions keep lengths
+    assert (error <= rows["scale"] / 2 * 10**0.5 * 1.001 + 0.1).all()  # orthonormal directions preserve norms
 
 
 def test_autocast_does_not_affect_packing():

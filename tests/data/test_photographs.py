@@ -16,7 +16,7 @@ def pixels(index, resolution=16, seed=0):
 
 
 def test_all_photographs_are_in_the_package(monkeypatch):
-    """They load with the network cut off, in colour, square, and together fit in 2 MB."""
+    """They load without network, are in colour and square, and take less than 2 MB."""
     monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("went to the network"))
     load_photographs.cache_clear()
     loaded = load_photographs().values()
@@ -71,7 +71,7 @@ def test_changed_photographs_have_another_identity(monkeypatch):
 
 
 def test_size_position_and_mirroring_of_crops_follow_their_distributions(monkeypatch):
-    """The boxes that Pillow is asked for: uniform sides, inside the photograph, half of them mirrored."""
+    """The boxes passed to Pillow have uniform sides inside the photograph, and half of the crops are mirrored."""
     boxes, mirrored = [], []
     resize = Image.Image.resize
 
@@ -92,7 +92,7 @@ def test_size_position_and_mirroring_of_crops_follow_their_distributions(monkeyp
         "left": left / (256 - (right - left)),
         "top": top / (256 - (right - left)),
     }
-    for name, place in uniform.items():  # each on [0, 1]
+    for name, place in uniform.items():  # each is uniform on [0, 1]
         assert abs(np.sort(place) - (np.arange(400) + 0.5) / 400).max() < 0.08, name  # Kolmogorov-Smirnov, p = 0.01
     assert 160 < len(mirrored) < 240
     assert set(mirrored) == {Image.Transpose.FLIP_LEFT_RIGHT}

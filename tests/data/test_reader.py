@@ -1,4 +1,4 @@
-"""Rows by position: what is read at once, and what happens to files that change under us."""
+"""Rows by position: how reads are merged, and what happens when files change meanwhile."""
 
 import gc
 import os
@@ -22,7 +22,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Sizes of all reads."""
+    """The sizes of all reads."""
     sizes, real = [], os.preadv
 
     def preadv(handle, buffers, position):
@@ -44,7 +44,7 @@ def test_consecutive_rows_are_one_read(data, reads):
     data.gather("moments", range(14))
     assert sorted(reads) == [3 * size, 5 * size, 6 * size]
     reads.clear()
-    data.gather("moments", [9, 10, 2, 11])  # 9, 10 are neighbours in file and result; 11 is not in the result
+    data.gather("moments", [9, 10, 2, 11])  # 9 and 10 are neighbours in the file and in the result, 11 only in the file
     assert sorted(reads) == [size, size, 2 * size]
 
 
@@ -97,10 +97,10 @@ def test_files_evicted_from_the_cache_are_closed(data, monkeypatch):
 @pytest.mark.parametrize(
     ("soft", "hard", "num", "raised", "kept"),
     [
-        (1024, 4096, 300, 1024, 300),  # there is room
+        (1024, 4096, 300, 1024, 300),  # the limit allows it
         (1024, 4096, 2000, 2500, 2000),
         (1024, resource.RLIM_INFINITY, 2000, 2500, 2000),
-        (1024, 2000, 3000, 2000, 1500),  # as many as there may be
+        (1024, 2000, 3000, 2000, 1500),  # limited by the maximum
         (256, 256, 3000, 256, 64),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 2000, resource.RLIM_INFINITY, 2000),
         (1024, 1 << 20, 10**6, 60_500, 60_000),

@@ -1,4 +1,4 @@
-"""The folders of REPA's own preprocessing: paired by number, everything else refused."""
+"""The folder layout of REPA's own preprocessing: files are paired by number, everything else is refused."""
 
 import json
 import pickle
@@ -66,7 +66,7 @@ def test_labels_none_ignores_existing_labels(layout):
 
 
 def test_images_and_moments_are_paired_by_number(layout):
-    """Image 1 and the moments of 3 are gone: as many files on both sides, and by position the wrong pairs."""
+    """Without image 1 and moments 3 both sides have equally many files, and pairing by position would be wrong."""
     (layout / "images/00000/img00000001.png").unlink()
     (layout / "vae-sd" / latent(3)).unlink()
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_files_with_unexpected_names_are_refused(layout):
 
 
 def block_moments(image: np.ndarray) -> np.ndarray:
-    """What the tests' autoencoder makes of (H, W, 3): means of 4 x 4 blocks of red and green, deviations of 1/2."""
+    """The fake autoencoder's moments of (H, W, 3): means of 4 x 4 blocks of red and green, deviations of 1/2."""
     side = image.shape[0] // 4
     mean = np.zeros((2, side, side))
     for c in range(2):
@@ -159,7 +159,7 @@ def block_moments(image: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def made(layout, fakes) -> Path:
-    """Moments as the tests' autoencoder makes them, except a third of a percent: they can be told from its own."""
+    """The fake autoencoder's moments, changed by a third of a percent so that they differ from recomputed ones."""
     for index in range(NUM):
         np.save(layout / "vae-sd" / latent(index), 1.003 * block_moments(np.asarray(noise_image(index, SIDE, SIDE))))
     return layout
@@ -172,8 +172,8 @@ def test_stored_moments_are_kept_in_half_precision(made, tmp_path):
     rows = np.arange(NUM)
     stored = np.stack([np.load(made / "vae-sd" / latent(index)) for index in range(NUM)])
     moments = data.gather("moments", rows).astype(np.float64)
-    assert (abs(moments - stored) <= abs(stored) * 2.0**-11 + 2.0**-25).all()  # the rounding of float16
-    assert (moments != stored / 1.003).mean() > 0.5  # they were not made anew
+    assert (abs(moments - stored) <= abs(stored) * 2.0**-11 + 2.0**-25).all()  # float16 rounding
+    assert (moments != stored / 1.003).mean() > 0.5  # they were not computed again
     assert data.gather("labels", rows).tolist() == [0, 1, 2, 0, 1]
     images = np.stack([np.asarray(noise_image(index, SIDE, SIDE)) for index in range(NUM)])
     np.testing.assert_array_equal(data.gather("images", rows), images.transpose(0, 3, 1, 2))

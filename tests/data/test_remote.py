@@ -1,4 +1,4 @@
-"""Data that lies behind a URL: fetched, checked, cached within bounds, in an order that suits it."""
+"""Data at a URL: fetched, verified, cached within a limit, and read in a suitable order."""
 
 import itertools
 import json
@@ -50,12 +50,12 @@ def upload(folder: Path, memory) -> None:
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """Names of the files that are fetched."""
+    """The names of fetched files."""
     names, real = [], fsspec.implementations.memory.MemoryFileSystem.get_file
 
     def get_file(self, place, *arguments, **options):
         names.append(place.rpartition("/")[2])
-        time.sleep(0.01)  # so that others come while it is under way
+        time.sleep(0.01)  # gives other readers time to ask for it
         return real(self, place, *arguments, **options)
 
     monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", get_file)
@@ -76,11 +76,11 @@ def test_rows_match_the_local_folder(folder, store, protocol):
 
 def test_only_files_that_are_read_are_fetched_and_only_once(store, fetched):
     data = open_data("memory://data")
-    assert fetched == []  # the manifest is read as a whole
+    assert fetched == []  # the manifest is read without the cache
     data.gather("moments", [0, 4])
     data.gather("moments", [1, 9])
     assert fetched == ["moments-00000.npy", "moments-00003.npy"]
-    open_data("memory://data").gather("moments", [2])  # of another process
+    open_data("memory://data").gather("moments", [2])  # stands for another process
     assert len(fetched) == 2
 
 
@@ -126,17 +126,16 @@ def test_the_cache_stays_within_its_limit_and_drops_the_least_recently_used(stor
     monkeypatch.setattr(os, "utime", lambda path, real=os.utime: real(path, (0, next(clock))))
     for shard in (0, 1, 3):
         data.gather("moments", [starts[shard]])
-    open_data("memory://data").gather("moments", [starts[0]])  # used again
+    open_data("memory://data").gather("moments", [starts[0]])  # use it again
     data.gather("moments", [starts[4]])
     assert cached() == ["moments-00000.npy", "moments-00003.npy", "moments-00004.npy"]
-    np.testing.assert_array_equal(
-        data.gather("moments", [starts[1]])[0], moments(int(starts[1]))
-    )  # open: still readable
+    # still readable because it is open
+    np.testing.assert_array_equal(data.gather("moments", [starts[1]])[0], moments(int(starts[1])))
     assert fetched.count("moments-00001.npy") == 1
 
 
 def test_a_copy_evicted_by_another_process_is_fetched_again(tmp_path, monkeypatch):
-    """Keys that begin with other digits have another lock."""
+    """Keys with other leading digits have another lock."""
     cache, fetched = remote.FileCache(tmp_path, limit=100), []
 
     def fetch(path):
@@ -168,7 +167,7 @@ def test_requests_to_a_flaky_store_are_retried(store, monkeypatch):
 
 
 def test_shards_are_requested_ahead_only_once(store, fetched, monkeypatch):
-    """All shards are in the first window, so that every step wants the same."""
+    """All shards are in the first window, so every step needs the same shards."""
     asked, path = [], remote.RemoteFiles.path
 
     def watched(self, record):
@@ -205,7 +204,7 @@ def test_batches_are_the_same_for_any_number_of_processes_and_from_any_step(stor
 
 
 def test_only_needed_fields_of_the_next_window_are_fetched_ahead(store, fetched, monkeypatch):
-    """With windows of 2 of 6 shards: when a batch of the first is there, the second is on its way, the third is not."""
+    """With windows of 2 of 6 shards, the first batch starts fetching the second window but not the third."""
     monkeypatch.setattr("repa.data.order.WindowShuffle.__init__.__defaults__", (2,))
     monkeypatch.setattr("repa.data.loader.DEPTH", 1)
     data = open_data("memory://data")
@@ -241,7 +240,8 @@ def test_invalid_input_is_refused(store, tmp_path, monkeypatch):
 
 def test_a_hostile_manifest_cannot_write_elsewhere(store, tmp_path):
     manifest = json.loads(store.cat("/data/manifest.json"))
-    text = json.dumps({name: value for name, value in manifest.items() if name != files.SEAL})  # as a stranger would
+    # like a foreign manifest
+    text = json.dumps({name: value for name, value in manifest.items() if name != files.SEAL})
     checksum = text.split('"sha256": "')[1][:64]
     store.pipe("/data/manifest.json", text.replace(checksum, "../../../escaped").encode())
     data = open_data("memory://data")
@@ -258,7 +258,7 @@ def test_a_changed_manifest_is_named_by_its_url(store):
 
 
 def test_a_run_on_a_url_differs_only_in_the_order_of_images(data_folder, tmp_path):
-    """The same rows under the same names; only which batch they come in differs."""
+    """Rows have the same names and values but come in other batches."""
     here, there = open_data(data_folder), open_data(f"file://{data_folder}")
     assert there.summary() == here.summary()
     assert there.stream is not None

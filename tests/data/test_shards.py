@@ -33,7 +33,7 @@ def test_arrays_are_plain_npy_files(tmp_path):
     with ShardWriter(tmp_path, 12) as writer:
         for start in range(0, 7, 3):
             writer.append({"moments": rows[start : start + 3], "labels": np.arange(start, min(start + 3, 7))})
-            assert not list(tmp_path.glob("*.npy"))  # nothing before the end
+            assert not list(tmp_path.glob("*.npy"))  # files appear only at the end
     record = writer.records()["moments"]
     assert (record.file, record.dtype, record.shape) == ("moments-00012.npy", "float16", (7, 2, 3))
     np.testing.assert_array_equal(np.load(tmp_path / "moments-00012.npy"), rows)
@@ -43,7 +43,7 @@ def test_arrays_are_plain_npy_files(tmp_path):
 
 @pytest.mark.parametrize("expected", [0, 6, 7, 8])
 def test_checksums_are_correct_when_an_image_is_left_out(tmp_path, expected):
-    """An image that is left out changes the header, which was hashed before."""
+    """Leaving out an image changes the header, which has already been hashed."""
     with ShardWriter(tmp_path, 0, expected=expected) as writer:
         for start in range(0, 7, 3):
             writer.append({"labels": np.arange(start, min(start + 3, 7))})
@@ -99,7 +99,7 @@ def test_gather_opens_only_what_it_needs_and_few_at_a_time(out, monkeypatch):
 
 
 def test_gather_does_not_read_whole_shards(tmp_path):
-    """3 rows of an array of 32 MiB cost 3 rows of memory."""
+    """Reading 3 rows of an array of 32 MiB takes the memory of 3 rows."""
     (tmp_path / "pictures").mkdir()
     from tests.oracles.data import noise_image
 
@@ -141,7 +141,7 @@ def test_changed_bytes_are_found_by_check(out):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    opened = open_data(out)  # the size is right
+    opened = open_data(out)  # the size is still correct
     with pytest.raises(
         UserError, match=r"1 of \d+ files in .* do not match their checksums \(images-00002\.npy\): delete them and run"
     ):

@@ -1,4 +1,4 @@
-"""What holds for every kind of source."""
+"""Properties of every kind of source."""
 
 import io
 import os
@@ -67,7 +67,7 @@ def test_sources_work_in_threads_after_pickling_and_after_a_fork(kind, tmp_path)
     assert [np.asarray(again.decode(i)).tobytes() for i in (4, 0)] == [first[4], first[0]]
     assert [again.captions(i) for i in range(5)] == [source.captions(i) for i in range(5)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # forking with threads
+        warnings.simplefilter("ignore")  # about forking with threads
         child = os.fork()
     if child == 0:
         same = [np.asarray(source.decode(i)).tobytes() for i in (3, 1)] == [first[3], first[1]]
@@ -84,8 +84,8 @@ def test_the_identity_changes_only_with_labels_and_images(kind, tmp_path):
     first = make(kind, before, items).identity
     again = make(kind, later, items)
     assert again.identity["sha256"] == first["sha256"]
-    assert ("one class" in again.labels_from) == (kind == "npy")  # for the inventory: they are the source's own labels
-    width = 12 if kind in ARRAYS else 13  # of files the sizes in bytes count
+    assert ("one class" in again.labels_from) == (kind == "npy")  # only this source has no labels
+    width = 12 if kind in ARRAYS else 13  # for image files the size in bytes must change
     changed = [items[0]._replace(data=png(noise_image(99, width, 12))), *items[1:]]
     assert make(kind, other, changed).identity["sha256"] != first["sha256"]
     unlabelled = open_source(KINDS[kind](tmp_path, items), labels="none")
@@ -103,11 +103,11 @@ def _saved(image: Image.Image, format: str, **options) -> bytes:
 
 def _turned() -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # to be rotated by 90 degrees
     return _saved(noise_image(0, 20, 12), "JPEG", exif=exif)
 
 
-ODD = {  # what arrives as RGB of which size
+ODD = {  # images and their size as RGB
     "CMYK": (_saved(noise_image(0, 12, 12).convert("CMYK"), "JPEG"), "jpg", (12, 12)),
     "16 bit": (_saved(Image.fromarray(np.full((12, 12), 40_000, np.uint16)), "PNG"), "png", (12, 12)),
     "animated": (
@@ -131,7 +131,7 @@ def test_unusual_images_are_read(kind, odd, tmp_path):
 
 
 def _huge() -> bytes:
-    """A PNG that announces 20,000 x 20,000 pixels."""
+    """A PNG whose header announces 20,000 x 20,000 pixels."""
     data = bytearray(png(noise_image(0, 12, 12)))
     data[16:24] = (20_000).to_bytes(4, "big") * 2
     import zlib

@@ -88,7 +88,7 @@ def test_links_that_multiply_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_too_deeply_nested_folders_are_refused(kind, tmp_path):
-    path = "/".join(["data"] * 102) + "/1.png"  # a folder called data is not a class, so all of them would be looked at
+    path = "/".join(["data"] * 102) + "/1.png"  # folders called data are not classes, so all levels would be searched
     (tmp_path / "s" / path).parent.mkdir(parents=True)
     noise_image(0).save(tmp_path / "s" / path)
     if kind == "zip":
@@ -122,7 +122,7 @@ def test_a_zip_can_be_read_after_a_fork_and_after_pickling(folder, tmp_path):
     assert pickle.loads(pickle.dumps(source)).read(path, "") == source.read(path, "") == (folder / path).read_bytes()
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # forking with threads, which this child does not use
+        warnings.simplefilter("ignore")  # about forking with threads, which this child does not use
         child = os.fork()
     if child == 0:
         os.write(writing, source.read(last, "")[:64])
@@ -214,7 +214,7 @@ def test_zip_bombs_are_refused_by_their_declared_size(tmp_path):
 
 
 def test_zip_bombs_that_understate_their_size_are_stopped(tmp_path):
-    """The archive says 100 bytes but would unpack to 8 MiB: no more than 100 are ever made."""
+    """The archive declares 100 bytes but contains 8 MiB; at most 100 are unpacked."""
     with zipfile.ZipFile(tmp_path / "liar.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/liar.png", bytes(8 << 20))
     data = bytearray((tmp_path / "liar.zip").read_bytes())
@@ -265,7 +265,7 @@ def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
         pytest.skip("this file system wants UTF-8")
     noise_image(0).save(tmp_path / os.fsdecode(b"caf\xe9") / "1.png")
     source = open_source(tmp_path)
-    assert source.class_names == ["caf\\udce9"]  # written out, as a manifest is UTF-8
+    assert source.class_names == ["caf\\udce9"]  # escaped, because a manifest is UTF-8
     assert source.image(0, 8).size == (8, 8)
 
 
@@ -310,12 +310,12 @@ def test_a_caption_that_is_not_text_is_left_out(folder):
     source = open_source(folder)
     assert source.has_captions
     assert source.captions(1) == ()
-    assert source.captions(0) == ()  # its bytes are no text, which is no reason to lose the image
+    assert source.captions(0) == ()  # an undecodable caption does not affect the image
     assert source.left_out["texts without an image"] == 1
 
 
 class Shapes(contract.Source):
-    """What a user would write: images that a program draws."""
+    """A user's source: images drawn by a program."""
 
     def __init__(self, num, level):
         self.labels, self.class_names, self.labels_from = np.arange(num) % 2, ["dark", "bright"], "the levels"
@@ -357,7 +357,7 @@ def test_a_private_source_is_given_by_dotted_name_or_as_an_object(tmp_path):
 def test_a_private_source_is_trusted_only_when_typed_as_the_source(tmp_path, monkeypatch):
     with trust.command(["prepare", f"{__name__}.shapes", "DATA"]):
         assert len(open_source(f"{__name__}.shapes")) == 4
-    (tmp_path / f"{__name__}.shapes").mkdir()  # a folder of a stranger may have any name
+    (tmp_path / f"{__name__}.shapes").mkdir()  # a foreign folder may have any name
     monkeypatch.chdir(tmp_path)
     with trust.command(["check", f"{__name__}.shapes"]), pytest.raises(UserError, match="--trust tests"):
         trust.require_trusted("source", f"{__name__}.shapes")

@@ -1,4 +1,4 @@
-"""Parquet files and the data sets of `datasets`: columns, splits, damage."""
+"""Parquet files and Hugging Face data sets: columns, splits, damage."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def test_plain_columns_are_read(tmp_path):
 
 
 def test_an_audio_column_is_not_taken_for_the_image(tmp_path):
-    """Its cells have the type of images: only what `datasets` writes beside it tells them apart."""
+    """Its cells have the type of images; only the features recorded by `datasets` distinguish them."""
     features = datasets.Features({"sound": datasets.Audio(decode=False), "picture": datasets.Image(decode=False)})
     cells = {name: [{"bytes": data, "path": None} for data in BYTES] for name in features}
     table = pyarrow.table(cells, features.arrow_schema)
@@ -63,8 +63,8 @@ def test_only_the_requested_row_groups_are_read(tmp_path, monkeypatch):
     for index in (0, 1, 0, 2, 1):
         source.decode(index)
     assert read == [(0, ["image"]), (1, ["image"])]  # rows 0 and 1, then row 2
-    source.decode(3)  # the other file
-    source.decode(2)  # given up meanwhile
+    source.decode(3)  # from the other file
+    source.decode(2)  # dropped meanwhile
     assert read[2:] == [(0, ["image"]), (1, ["image"])]
     assert [source.name(i) for i in range(5)] == [
         *(f"part-0.parquet[{i}]" for i in range(3)), *(f"part-1.parquet[{i}]" for i in range(2))
@@ -129,7 +129,7 @@ def test_damage_inside_a_file_is_named_when_it_is_read(tmp_path):
     path = tmp_path / "p.parquet"
     parquet.write_table(pyarrow.table({"image": BYTES}), path)
     data = bytearray(path.read_bytes())
-    data[4:40] = b"\xff" * 36  # the header of the first page
+    data[4:40] = b"\xff" * 36  # overwrites the header of the first page
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"p\.parquet cannot be read as a parquet file: "):
         open_source(path).decode(0)
@@ -212,7 +212,7 @@ def test_a_saved_split_is_chosen(tmp_path):
 
 @pytest.mark.parametrize("kind", ["cut short", "no arrow", "offsets outside", "offsets backwards"])
 def test_damaged_arrow_files_are_refused_before_reading(tmp_path, kind):
-    """Arrow follows offsets without a look: one that leads out of its file would end the process."""
+    """Arrow does not check offsets, and one that points outside the file would crash the process."""
     table, path = pyarrow.table({"image": [b"x" * 60, b"x" * 60]}), tmp_path / "a.arrow"
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
@@ -230,7 +230,7 @@ def test_damaged_arrow_files_are_refused_before_reading(tmp_path, kind):
 
 
 def test_image_files_next_to_the_table_are_read(tmp_path):
-    """A data set made by `imagefolder` holds paths."""
+    """A data set made by `imagefolder` contains paths."""
     import datasets
 
     (tmp_path / "a.png").write_bytes(BYTES[0])

@@ -1,4 +1,4 @@
-"""Tokens of captions: written by `prepare`, read back by the image they belong to."""
+"""Text tokens of captions, written by `prepare` and read per image."""
 
 import json
 
@@ -27,7 +27,7 @@ def source(folder):
 
 
 def tokens_of(text):
-    """(S, E), (S,) as the encoder gives them."""
+    """Tokens (S, E) and mask (S,) from the encoder."""
     found = load_text_encoder(TINY)([text])
     return found.tokens[0], found.mask[0]
 
@@ -38,7 +38,7 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     assert manifest.text.fields["text"] == ({"fp16": "float16", "int8": "int8"}[form], (5, 8))
     assert [bool(shard.text) for shard in manifest.shards] == [True] * 4 + [False] * 4
     data = open_data(tmp_path / "out")
-    indices = np.array([21, 2, 0, 13, 4, 1])  # the second half are flipped copies
+    indices = np.array([21, 2, 0, 13, 4, 1])  # indices from 11 on are flipped copies
     for key in range(3):
         text = data.texts.gather(indices, [key] * 6).text()
         for row, index in enumerate(indices):
@@ -52,13 +52,13 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
     assert 0 <= finding.error < 2 * tolerance
     assert finding.trouble == ""
-    monkeypatch.setattr(words, "POSITION", 3.0)  # another network under the same name
+    monkeypatch.setattr(words, "POSITION", 3.0)  # simulates other weights under the same name
     (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
     assert "differs" in finding.trouble
 
 
 def interrupt_at_the_third_shard(monkeypatch):
-    """A list that grows with each shard that is written from now on, the third of which is interrupted."""
+    """A list that records every shard written from now on; the third is interrupted."""
     real, calls = pipeline.write_shard, []
 
     def stops(*arguments, **options):
@@ -81,8 +81,8 @@ def test_text_tokens_are_added_later_resumed_and_removed(source, tmp_path, monke
     calls = interrupt_at_the_third_shard(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         add(out, f"text:{TINY}")
-    assert open_data(out).text is None  # the old manifest holds until all is there
-    assert add(out, f"text:{TINY}", rank=0, world=2) is None  # not its share alone
+    assert open_data(out).text is None  # the old manifest is valid until everything is written
+    assert add(out, f"text:{TINY}", rank=0, world=2) is None  # a single process's share does not finish it
     assert add(out, "text").text.num_tokens == 5
     assert len(calls) == 3 + 2  # two shards were finished before
     assert content(out) == content(tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""Tar shards: their index, what is refused, and shards that lie elsewhere."""
+"""Tar shards: their index, what is refused, and remote shards."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def tar(path: Path, **members: bytes | str) -> str:
-    """A shard of members; __ in a keyword is a slash, _ a dot."""
+    """A shard with these members; in keywords __ stands for a slash and _ for a dot."""
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
             name = name.replace("__", "/").replace("_", ".")
@@ -38,13 +38,13 @@ PNG = pictures()[0].data
 
 
 def test_rows_keep_the_order_of_the_shards(tmp_path):
-    """Shards are read in order: samples are not sorted by name, and names may come again in another shard."""
+    """Samples are not sorted by name, and names may repeat in another shard."""
     (tmp_path / "shards").mkdir()
     tar(tmp_path / "shards" / "s2.tar", z_png=PNG, a_png=PNG)
     tar(tmp_path / "shards" / "s1.tar", z_png=PNG)
     source = open_source(str(tmp_path / "shards" / "s{2,1}.tar"))
     assert [source.name(i) for i in range(3)] == ["z in s2.tar", "a in s2.tar", "z in s1.tar"]
-    assert open_source(tmp_path / "shards").name(0) == "z in s1.tar"  # a folder of shards, sorted
+    assert open_source(tmp_path / "shards").name(0) == "z in s1.tar"  # shards of a folder are sorted
 
 
 def test_numbers_are_labels_and_missing_labels_are_named(tmp_path):
@@ -171,7 +171,7 @@ def test_truncated_shards_are_refused(tmp_path, keep):
 
 
 def test_damaged_headers_and_joined_archives_are_refused(tmp_path):
-    """Python's tarfile would stop there and say nothing."""
+    """Python's tarfile would silently stop there."""
     good = Path(tar(tmp_path / "g.tar", a_png=PNG, b_png=PNG)).read_bytes()
     second = 512 + -(-len(PNG) // 512) * 512
     (tmp_path / "d.tar").write_bytes(good[: second + 10] + b"\xff" + good[second + 11 :])
@@ -208,7 +208,7 @@ def test_braces_expand_to_files(tmp_path):
 
 
 def test_cached_shards_stay_within_the_limit(tmp_path, cache, monkeypatch):
-    """Three shards elsewhere and room for one: each is fetched when its rows are read, and the older ones go."""
+    """With three remote shards and room for one, each is fetched when it is read, and older ones are removed."""
     runs = tmp_path / "runs"
     for i, item in enumerate(pictures(3)):
         write_shard(tmp_path / f"away-{i}.tar", [item], first=i)
@@ -217,14 +217,14 @@ def test_cached_shards_stay_within_the_limit(tmp_path, cache, monkeypatch):
     shards = [f"pipe:echo {i} >> {runs}; cat {tmp_path}/away-{i}.tar" for i in range(3)]
     assert set(shards) < set(expand(spec))
     source = fetching_source(shards, cache=size * 1.5 / 2**30)
-    assert runs.read_text().split() == ["0", "1", "2"]  # for the index
+    assert runs.read_text().split() == ["0", "1", "2"]  # fetched for the index
     copies = list((cache / "shards").glob("*/shard"))
     assert len(copies) == 1
     for _ in range(3):
         np.testing.assert_array_equal(np.asarray(source.decode(0)), pixels(pictures())[0])
-    assert runs.read_text().split() == ["0", "1", "2", "0"]  # and once for its three reads
+    assert runs.read_text().split() == ["0", "1", "2", "0"]  # fetched once for three reads
     assert fetching_source(shards, cache=1).identity == source.identity
-    assert runs.read_text().split() == ["0", "1", "2", "0"]  # the indices are kept
+    assert runs.read_text().split() == ["0", "1", "2", "0"]  # the indexes are cached
     again = pickle.loads(pickle.dumps(source))
     assert again.decode(2).size == (12, 12)
 
@@ -236,7 +236,7 @@ def fetching_source(shards, **settings):
 
 
 def test_two_processes_fetch_a_shard_once(tmp_path, cache):
-    """Two processes want one shard: the command runs once."""
+    """When two processes need one shard, the command runs once."""
     write_shard(tmp_path / "away.tar", pictures())
     url = f"pipe:echo x >> {tmp_path}/runs; sleep 0.2; cat {tmp_path}/away.tar"
     children = []
@@ -288,7 +288,7 @@ def test_a_full_disk_is_reported(tmp_path, monkeypatch):
 
 
 def test_archives_of_gnu_tar_are_read(tmp_path):
-    """Written by another program: GNU tar, with long names."""
+    """Archives with long names, written by GNU tar."""
     name = "x" * 150
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / f"{name}.png").write_bytes(PNG)
@@ -300,7 +300,7 @@ def test_archives_of_gnu_tar_are_read(tmp_path):
 
 
 def test_shards_next_to_image_folders_are_refused(tmp_path, folder):
-    """Either would be left out without a word."""
+    """Otherwise one of the two would be silently ignored."""
     tar(folder / "old.tar", a_png=PNG)
     with pytest.raises(
         UserError, match=r"holds both shards \(old\.tar\) and (ants|bees): give the shards as .*/\*\.tar"

@@ -1,4 +1,4 @@
-"""Improved DDPM against published constants, a loop oracle, and Gaussians whose reverse chain is known exactly."""
+"""Improved DDPM against published constants, literal loops, and Gaussians with a known reverse chain."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ PROCESS = ImprovedDDPM()
 
 
 def in_timesteps(network):
-    """A network of timesteps k as one of our t, innermost, so that guidance intervals keep their meaning."""
+    """Wrap a network of timesteps k as a network of our t, below guidance, so that intervals keep their meaning."""
     return lambda x, t, *rest: network(x, PROCESS.network_time(t), *rest)
 
 
@@ -66,7 +66,7 @@ def test_q_sample_matches_its_formula():
 def test_losses_equal_literal_loops():
     t = [0, 1, 2, 417, 999, 0]
     x, eps, output = noise(6, 2, 2, 2), noise(6, 2, 2, 2, seed=1), noise(6, 4, 2, 2, seed=2)
-    x[5] *= 3  # some elements beyond +-0.999, where the bins are open
+    x[5] *= 3  # puts some elements beyond +-0.999, where the bins are open
     output[5, :2] = eps[5] + 0.1 * output[5, :2]
     mse, vb = PROCESS.hybrid_losses(output, x, eps, torch.tensor(t))
     expected_mse, expected_vb = oracle.losses(output.numpy(), x.numpy(), eps.numpy(), t)
@@ -109,11 +109,11 @@ def test_vp_is_the_continuous_limit_of_ddpm():
     np.testing.assert_allclose(PATHS.build("vp")(t).alpha.numpy() ** 2, alpha_bar, rtol=0.1)
     received = []
     in_timesteps(lambda x, k: received.append(k.item()) or x)(torch.zeros(1), torch.tensor([0.50055]))
-    assert received == pytest.approx([499.55], abs=1e-3)  # between timesteps nothing is rounded
+    assert received == pytest.approx([499.55], abs=1e-3)  # times between timesteps are not rounded
 
 
 def exact_noise(mean, std, v):
-    """[E[noise | x_t]; v] for data N(mean, std^2), as a network of timesteps."""
+    """[E[noise | x_t]; v] of data N(mean, std^2), as a network of timesteps."""
     bars = torch.tensor(PROCESS.alpha_bar)
 
     def predict(x, k, *labels):
@@ -129,7 +129,7 @@ def denoiser(predict):
 
 
 def test_ancestral_sampling_of_unit_gaussian_data_is_exact_with_the_upper_variance():
-    """Data N(1.5, 1) keeps unit variance along the chain, whose reverse steps then have variance beta: v = 1."""
+    """For data N(1.5, 1) every step has unit variance, and the reverse steps have variance beta: v = 1."""
     draws = torch.Generator().manual_seed(3)
     samples = SAMPLERS.build("ddpm")(
         denoiser(exact_noise(1.5, 1.0, 1.0)),
@@ -142,7 +142,7 @@ def test_ancestral_sampling_of_unit_gaussian_data_is_exact_with_the_upper_varian
 
 
 def test_ancestral_sampling_of_one_point_is_exact():
-    """Data at one point has reverse variance beta~, v = -1; x_t is N(sqrt(alpha_bar) m, 1 - alpha_bar) at each k."""
+    """Data at one point m has reverse variance beta~ (v = -1), and x_t is N(sqrt(alpha_bar) m, 1 - alpha_bar)."""
     seen = {}
     exact = exact_noise(1.5, 0.0, -1.0)
 
@@ -173,7 +173,7 @@ def test_ddim_maps_gaussians_affinely_and_needs_no_noise():
         raise AssertionError
 
     bar = PROCESS.alpha_bar[PROCESS.respaced(200, integer_stride=True).timesteps[-1]]
-    scale = 0.5 / (bar * 0.25 + 1 - bar) ** 0.5  # the probability flow from where the chain starts
+    scale = 0.5 / (bar * 0.25 + 1 - bar) ** 0.5  # the probability flow from the start of the chain
     exact = 1.5 + scale * (x - bar**0.5 * 1.5)
     errors = [
         float((SAMPLERS.build("ddim")(denoiser(exact_noise(1.5, 0.5, 0.0)), x, steps, no_noise) - exact).abs().max())
@@ -196,7 +196,7 @@ def test_ddim_with_eta_one_is_ancestral_with_the_lower_variance():
 
 
 def test_guidance_follows_dit_with_an_interval_in_our_time():
-    """First channel guided, the second and both variance channels conditional; nothing doubled at noisy times."""
+    """Only the first channel is guided, and at noisy times the batch is not doubled."""
     rows = {}
 
     def network(x, k, labels):
@@ -228,7 +228,7 @@ def test_invalid_input_is_refused():
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_every_step_reports_its_prediction_of_the_data(name):
-    """A network that answers x_t: the guess is (x_t - sigma x_t) / alpha."""
+    """For a network that returns x_t, the predicted data is (x_t - sigma x_t) / alpha."""
     steps = []
     denoiser = Denoiser(lambda x, t: torch.cat([x, x], 1), PROCESS.path, "noise", dtype=torch.float64)
     SAMPLERS.build(name)(denoiser, noise(2, 1, 1, 1), 5, torch.zeros_like, steps.append)

@@ -11,7 +11,7 @@ LINEAR = PATHS.build("linear")
 
 
 class Spy:
-    """Answers a fixed tensor and remembers what it was asked."""
+    """Returns a fixed tensor and records its inputs."""
 
     def __init__(self, answer):
         self.answer, self.seen = answer, []
@@ -56,7 +56,7 @@ def test_any_form_of_time_reaches_the_network_as_float32_per_sample(t):
     assert torch.equal(seen_t, torch.full((3,), 0.7))
     assert seen_x.dtype == seen_t.dtype == torch.float32
     assert data.dtype == torch.float64
-    torch.testing.assert_close(data, x, rtol=1e-15, atol=0)  # v = 0: the coefficients and state stayed float64
+    torch.testing.assert_close(data, x, rtol=1e-15, atol=0)  # v = 0, so state and coefficients stayed float64
 
 
 def test_low_precision_input_leaves_the_time_alone():

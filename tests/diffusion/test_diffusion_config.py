@@ -1,4 +1,4 @@
-"""Settings of the diffusion room: what they accept, what they say, and that they do not need torch."""
+"""Diffusion settings: accepted values, errors, and no import of torch."""
 
 import subprocess
 import sys

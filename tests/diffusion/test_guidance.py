@@ -1,4 +1,4 @@
-"""Guidance: what is mixed, when, on which channels and parts, in which order, and what the network is asked."""
+"""Guidance: which predictions are mixed, when, on which channels and parts, and in which order."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ VALUES = {"conditional": LABELS, "null": 10.0, "weak": 3.0, "routed": 7.0, "head
 
 
 class Network:
-    """Answers value * (channel + 1), so that every mix can be told from every other; remembers what it was asked."""
+    """Returns value * (channel + 1), so that all mixtures differ, and records which predictions were requested."""
 
     def __init__(self, out_channels=4, dtype=torch.float32, **values):
         self.out_channels, self.dtype, self.values, self.asked = out_channels, dtype, VALUES | values, []
@@ -71,7 +71,7 @@ def test_scale_one_needs_no_extra_pass_and_scale_zero_is_unconditional():
 
 
 def test_internal_guidance_is_applied_to_each_branch_before_cfg():
-    """As the released code of internal guidance: v of each branch first, then the difference between the branches."""
+    """As in the released code, the velocity of each branch is guided first, then cfg mixes the branches."""
     network = Network()
     out = of(network, "internal:head=8,scale=1.4", "cfg:scale=1.35,high=0.7")(X, 0.5)
     null = 9 + 1.4 * (10 - 9)
@@ -113,9 +113,10 @@ def test_each_part_of_a_state_has_its_own_guidance(streams, scale):
 
 
 def test_internal_guidance_does_not_change_a_guided_stream():
-    """Heads predict the latents alone: after cfg, the vector of a stream has the scale of cfg and no other."""
+    """Heads predict only the latents, so the vector of a stream is guided by cfg alone."""
     layout = Layout({"x": (2, 1, 2), "class": (3,)})
-    values = {"conditional": (2.0, 2.0), "null": (10.0, 10.0), "head@8": (3.0, 2.0)}  # of the latents, of the stream
+    # values for the latents and for the stream
+    values = {"conditional": (2.0, 2.0), "null": (10.0, 10.0), "head@8": (3.0, 2.0)}
 
     def network(x_t, t, names):
         return {name: layout.pack({"x": torch.full((2, 2, 1, 2), values[name][0]), "class": torch.full((2, 3), values[name][1])})
@@ -142,7 +143,7 @@ def test_half_precision_outputs_are_mixed_in_float32():
 
 
 def test_the_guidance_interval_is_decided_with_the_samplers_float():
-    """0.1 in float32 lies above 0.1: decided in float32, the closed end would be lost."""
+    """0.1 in float32 is greater than 0.1, so a decision in float32 would lose the closed end."""
     network = Network()
     Denoiser(of(network, "cfg:scale=2,high=0.7"), PATHS.build("linear")).velocity(X.double(), 0.7)
     assert torch.tensor(0.1, dtype=torch.float32).item() > 0.1

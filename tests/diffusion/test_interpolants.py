@@ -39,7 +39,7 @@ def test_vp_sigma_has_no_cancellation_in_float32_near_data():
     t = torch.tensor([1e-7, 1e-5, 1e-3])
     single, double = PATHS.build("vp")(t), PATHS.build("vp")(t.double())
     torch.testing.assert_close(single.sigma.double(), double.sigma, rtol=1e-6, atol=0)
-    assert single.d_sigma[0] == pytest.approx(0.5 * math.sqrt(0.1 / 1e-5), rel=0.01)  # held at its value at 1e-5
+    assert single.d_sigma[0] == pytest.approx(0.5 * math.sqrt(0.1 / 1e-5), rel=0.01)  # clamped to its value at 1e-5
 
 
 def test_vp_uses_the_given_betas():
@@ -60,7 +60,8 @@ def test_coefficients_are_at_least_float32(name):
 @pytest.mark.parametrize("name", PATHS.names())
 def test_interpolate_uses_each_samples_own_time(name):
     torch.manual_seed(0)
-    x, noise = torch.randn(3, 2, 3, 3), torch.randn(3, 2, 3, 3)  # as many samples as rows: a wrong broadcast would pass
+    # as many samples as rows, so that wrong broadcasting would not raise
+    x, noise = torch.randn(3, 2, 3, 3), torch.randn(3, 2, 3, 3)
     t = torch.tensor([0.2, 0.5, 0.9])
     x_t, velocity = interpolate(PATHS.build(name), x, noise, t)
     for n in range(3):

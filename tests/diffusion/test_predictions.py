@@ -1,4 +1,4 @@
-"""Conversions: every kind into every other, at the ends of the path too, and against the paper's printed formula."""
+"""Conversions between all kinds of prediction, also at the ends of the path, and the paper's formula."""
 
 from itertools import permutations
 
@@ -10,11 +10,11 @@ from repa.diffusion import PATHS, PREDICTIONS, convert, interpolate, target
 from repa.diffusion.predictions import ALPHA_MIN, CONVERSIONS
 from tests.oracles.interpolants import score_of_paper
 
-INNER = [0.003, 0.04, 0.3, 0.5, 0.8, 0.99]  # neither alpha nor sigma is held here
+INNER = [0.003, 0.04, 0.3, 0.5, 0.8, 0.99]  # neither alpha nor sigma is clamped here
 
 
 def four_kinds(name, times):
-    """The path at each time, x_t, and the four kinds computed from data and noise by definition."""
+    """The path at each time, x_t, and the four kinds of prediction by definition."""
     torch.manual_seed(1)
     t = torch.tensor(times, dtype=torch.float64)
     x, noise = torch.randn(2, len(times), 3, 2, 2, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Flow matching and improved DDPM behind one contract; the path of the discrete process, and sampling along it."""
+"""Flow matching and improved DDPM as processes: paths, losses, and sampling."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_the_path_equals_the_discrete_process_at_every_timestep():
     np.testing.assert_allclose(c.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-9)
     np.testing.assert_allclose(c.sigma.numpy() ** 2, [0.0, *(1 - bar for bar in BARS)], rtol=3e-6)
     half = DDPM.path(torch.arange(1001) / 1000)
-    np.testing.assert_allclose(half.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-5)  # in float32 too
+    np.testing.assert_allclose(half.alpha.numpy() ** 2, [1.0, *BARS], rtol=1e-5)  # also in float32
 
 
 def test_the_path_is_smooth_and_its_derivatives_match():
@@ -36,7 +36,7 @@ def test_the_path_is_smooth_and_its_derivatives_match():
     assert (c.sigma.diff() > 0).all()
     k = torch.arange(1, 1000, dtype=torch.float64) / 1000
     before, after = DDPM.path(k - 1e-9), DDPM.path(k + 1e-9)
-    torch.testing.assert_close(before.d_alpha, after.d_alpha, rtol=1e-4, atol=1e-6)  # no kinks at the timesteps
+    torch.testing.assert_close(before.d_alpha, after.d_alpha, rtol=1e-4, atol=1e-6)  # continuous at the timesteps
 
 
 def test_training_times_are_exact_timesteps():
@@ -46,7 +46,7 @@ def test_training_times_are_exact_timesteps():
     counts = torch.bincount(k.long(), minlength=1000)
     assert torch.equal(k, k.round())
     assert len(counts) == 1000
-    assert 50 < counts.min() <= counts.max() < 160  # 100 each
+    assert 50 < counts.min() <= counts.max() < 160  # 100 are expected
     torch.testing.assert_close(t, (k + 1) / 1000)
     assert DDPM.network_time(torch.tensor([0.0, 0.0004, 0.5, 1.0])).tolist() == [0, 0, 499, 999]
 
@@ -90,7 +90,7 @@ def test_flow_matching_passes_t_and_compares_with_the_target(prediction):
 
 
 def trained_on(mean, std):
-    """[E[noise | x_t]; v] of data N(mean, std^2), which knows the trained timesteps only."""
+    """[E[noise | x_t]; v] of data N(mean, std^2), defined only at the trained timesteps."""
 
     def predict(x, k):
         assert torch.equal(k, k.round())
@@ -104,7 +104,7 @@ def trained_on(mean, std):
 
 @pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
 def test_flow_samplers_solve_the_probability_flow_of_a_network_of_timesteps(sampler, order):
-    """For data N(m, s^2) the flow is affine: x_0 = m + s (x_1 - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
+    """For data N(m, s^2) the flow is x_0 = m + s (x_1 - alpha m) / sqrt(alpha^2 s^2 + sigma^2)."""
     x, bar = normal(50, 1, 1, 1), BARS[-1]
     exact = 1.5 + 0.5 * (x - bar**0.5 * 1.5) / (bar * 0.25 + 1 - bar) ** 0.5
     errors = [
@@ -116,7 +116,7 @@ def test_flow_samplers_solve_the_probability_flow_of_a_network_of_timesteps(samp
 
 def test_the_sde_ends_in_the_data():
     draws = torch.Generator().manual_seed(3)
-    samples = SAMPLERS.build("euler_maruyama:last=0.008")(  # a grid of timesteps: (1 - 0.008) / 248 = 0.004
+    samples = SAMPLERS.build("euler_maruyama:last=0.008")(  # the grid consists of timesteps: (1 - 0.008) / 248 = 0.004
         trained_on(1.5, 0.5), normal(20000, 1, 1, 1), 249,
         lambda like: torch.randn(like.shape, generator=draws, dtype=like.dtype),
     )  # fmt: skip
@@ -165,7 +165,7 @@ def test_losses_of_noise_and_score_equal_those_of_sit(path, prediction, weight):
 
 
 def test_a_score_is_learned_at_every_time():
-    """A network that answers unit noise loses 1 + sigma^2; the error of the score itself would be thousands, from t near 0."""
+    """A network that returns unit noise has loss 1 + sigma^2; the score's own error near t = 0 would be thousands."""
     flow = build_process(DiffusionConfig(prediction="score"))
     stream = torch.Generator().manual_seed(0)
     t = flow.draw_times(4096, stream, torch.device("cpu"))
@@ -214,7 +214,7 @@ def test_data_prediction_with_a_velocity_loss_equals_that_of_jit():
     process = build_process(DiffusionConfig(prediction="data", loss_weight="velocity"))
     found = process.losses(predicted, x, noise, t)["denoising"]
     assert found.tolist() == pytest.approx(golden["expected"]["per_sample"], rel=1e-9)
-    # and so does a sampler: the velocity (x_t - data) / max(t, 0.05)
+    # samplers use the same velocity (x_t - data) / max(t, 0.05)
     denoiser = Denoiser(
         lambda x_t, t: predicted, process.path, "data", dtype=torch.float64, sigma_min=process.sigma_min
     )
@@ -237,7 +237,7 @@ def test_contrastive_flow_matching_equals_the_released_code():
 
 
 def test_contrastive_flow_matching_can_be_weighted_by_time():
-    """SR-DiT's linear weight is t. Its code multiplies vectors by a broadcast of all times; here each has its own."""
+    """SR-DiT's linear weight is t. Its code broadcasts all times over all images; here each image has its own."""
     golden = load("cfm_uniform")
     t = torch.tensor(golden["t"], dtype=torch.float64)
     process = build_process(DiffusionConfig(contrastive=0.05, contrastive_times="linear"))
@@ -253,7 +253,7 @@ def test_the_cosine_loss_of_velocities_equals_lightningdits():
     golden = load("velocity_cosine")
     predicted, velocity = of_golden(golden, "v_hat", "v")
     process = build_process(DiffusionConfig(velocity_cosine=1.0))
-    zero = torch.zeros_like(velocity)  # noise - data, with data 0
+    zero = torch.zeros_like(velocity)  # noise - data with data = 0
     found = process.losses(predicted, zero, velocity, torch.tensor([0.3, 0.6]))["velocity_cosine"]
     assert float(found.mean()) == pytest.approx(golden["expected"], rel=1e-9)
 

@@ -1,4 +1,4 @@
-"""Samplers against literal loops of the reference, against closed forms of Gaussian data, and their exact cost."""
+"""Samplers against literal loops of the reference and closed forms for Gaussian data, and their number of calls."""
 
 import math
 import sys
@@ -35,14 +35,14 @@ def gaussian(name, predict=None):
 
 
 def wiggly(x, t, labels):
-    """A made-up network in float64: nonlinear in x, sensitive to time and label."""
+    """An artificial float64 network: nonlinear in x, and dependent on time and label."""
     shape = (-1, 1, 1, 1)
     return torch.sin(2 * x + 3 * t.double().reshape(shape)) + (0.3 * labels.double()).reshape(shape) * x
 
 
 def wiggly_numpy(x, t, conditional):
     label = np.array([1.0, 4.0] if conditional else [7.0, 7.0]).reshape(-1, 1, 1, 1)
-    return np.sin(2 * x + 3 * float(np.float32(t))) + 0.3 * label * x  # networks see float32 times
+    return np.sin(2 * x + 3 * float(np.float32(t))) + 0.3 * label * x  # networks receive float32 times
 
 
 def noise(*shape, seed=0):
@@ -83,7 +83,7 @@ def test_euler_maruyama_equals_a_literal_loop(scale, low, high):
     got = SAMPLERS.build("euler_maruyama")(wiggly_denoiser(scale, (low, high)), x, 10, lambda like: next(stream))
     expected = oracle.euler_maruyama(wiggly_numpy, x.numpy(), 10, draws.numpy(), scale=scale, low=low, high=high)
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-11, atol=1e-11)
-    assert next(stream, None) is None  # nine draws: none in the last step
+    assert next(stream, None) is None  # nine draws, none in the last step
 
 
 def sine(t):
@@ -106,7 +106,7 @@ def test_euler_maruyama_supports_every_diffusion_on_the_trigonometric_path(diffu
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
 def test_order_of_convergence_on_gaussian_data(sampler, order, path):
     x = noise(5, 1, 1, 1)
-    exact = MEAN + STD * x  # the probability flow of a Gaussian is affine and these paths end in N(0, 1)
+    exact = MEAN + STD * x  # these paths end in N(0, 1), and the flow of a Gaussian is affine
     errors = [float((SAMPLERS.build(sampler)(gaussian(path), x, steps) - exact).abs().max()) for steps in (32, 64, 128)]
     for coarse, fine in pairwise(errors):
         assert coarse / fine == pytest.approx(2**order, rel=0.12)
@@ -122,7 +122,7 @@ def test_the_sde_reaches_the_datas_mean_and_variance_whatever_its_diffusion(path
     assert float(samples.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(samples.std()) == pytest.approx(STD, abs=0.02)
     correlation = float(torch.corrcoef(torch.stack([samples.flatten(), x.flatten()]))[0, 1])
-    assert correlation < 0.9  # the ODE would give 1: noise really was injected
+    assert correlation < 0.9  # an ODE would give 1, so noise was injected
 
 
 @pytest.mark.parametrize("path", ["linear", "trigonometric"])
@@ -183,7 +183,7 @@ def test_time_points_equal_those_of_the_reference():
     SAMPLERS.build("heun:shift=3.0")(gaussian("linear", predict), noise(1, 1, 1, 1), 2)
     assert seen == [1, 0.75, 0.75]
     seen.clear()
-    shifted = Denoiser(predict, PATHS.build("linear"), dtype=torch.float64, shift=3.0)  # as the network was trained
+    shifted = Denoiser(predict, PATHS.build("linear"), dtype=torch.float64, shift=3.0)  # the same shift as in training
     for spec in ("euler", "euler_maruyama:last=0.5", "euler:shift=1"):
         SAMPLERS.build(spec)(shifted, noise(1, 1, 1, 1), 2)
     assert seen == [1, 0.75, 1, 0.75, 1, 0.5]
@@ -200,7 +200,7 @@ def test_every_step_reports_the_state_and_the_predicted_data(spec):
     if spec != "dopri5":
         assert [step.index for step in steps] == list(range(6))
         assert [step.done for step in steps] == pytest.approx([(i + 1) / 6 for i in range(6)])
-    for step in steps:  # E[x | x_t] of the Gaussian, in closed form
+    for step in steps:  # E[x | x_t] of the Gaussian in closed form
         alpha, sigma = 1 - step.t, step.t
         expected = MEAN + alpha * STD**2 / ((alpha * STD) ** 2 + sigma**2) * (step.x - alpha * MEAN)
         torch.testing.assert_close(step.data, expected)
@@ -279,4 +279,4 @@ def test_samplers_of_text_conditioned_networks_equal_the_released_code(name):
     draws = noises()
     denoiser = gaussian("linear", guided(evaluate, [GUIDANCES.build("cfg:scale=2")]))
     found = SAMPLERS.build(name)(denoiser, x, golden["steps"], lambda like: next(draws))
-    check(found, golden["expected"][name], 1e-7)  # networks are given float32 times
+    check(found, golden["expected"][name], 1e-7)  # networks receive float32 times

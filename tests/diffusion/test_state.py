@@ -1,4 +1,4 @@
-"""One tensor for samplers, parts for networks."""
+"""States are one tensor for samplers and named parts for networks."""
 
 import pytest
 import torch

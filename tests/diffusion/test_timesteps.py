@@ -67,7 +67,7 @@ def test_times_depend_only_on_the_generator():
 def test_the_shift_moves_times_towards_noise_and_keeps_the_ends():
     t = torch.tensor([0.0, 0.5, 1.0])
     torch.testing.assert_close(time_shift(t, 3.0), torch.tensor([0.0, 0.75, 1.0]))
-    # shifting multiplies the noise-to-signal ratio of the linear path
+    # the shift multiplies the noise-to-signal ratio of the linear path
     log_ratio = torch.logit(time_shift(draw("logit_normal"), 2.0).double())
     assert float(log_ratio.mean()) == pytest.approx(math.log(2), abs=0.02)
 
@@ -77,7 +77,7 @@ def test_shifts_equal_those_of_the_released_code():
     t = torch.tensor(golden["expected"]["t"], dtype=torch.float64)
     for shift, expected in golden["expected"]["values"].items():
         assert time_shift(t, float(shift)).tolist() == pytest.approx(expected, rel=1e-9)
-        from_data = (1 - t) / ((1 - t) + t * float(shift))  # as LightningDiT writes it, t = 1 at the data
+        from_data = (1 - t) / ((1 - t) + t * float(shift))  # LightningDiT's formula, where t = 1 is data
         assert (1 - from_data).tolist() == pytest.approx(expected, rel=1e-9)
     for name, shape in {"rae_dinov2b_s": (768, 16, 16), "raev2_dinov3l_s": (1024, 16, 16), "srdit_invae_s": (32, 16, 16),
                         "sdvae_f8d4_s": (4, 32, 32)}.items():  # fmt: skip
@@ -92,7 +92,7 @@ def test_one_setting_shifts_training_times_and_sampling_grids():
     plain = build_process(DiffusionConfig(timesteps="logit_normal"))
     times, unshifted = (p.draw_times(50, torch.Generator().manual_seed(0), cpu) for p in (process, plain))
     assert torch.equal(times, time_shift(unshifted, 2.0))
-    assert DiffusionConfig(shift="auto").for_latents((3, 8, 8)).shift == 1  # below 1 is never meant
+    assert DiffusionConfig(shift="auto").for_latents((3, 8, 8)).shift == 1  # auto never shifts below 1
     with pytest.raises(UserError, match="shape of the latents"):
         build_process(DiffusionConfig(shift="auto"))
 

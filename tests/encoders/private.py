@@ -1,4 +1,4 @@
-"""An encoder that a user would write: the mean colour of each patch."""
+"""A user's encoder: the mean colour of each patch."""
 
 import torch
 from torch.nn import functional as F
@@ -24,14 +24,14 @@ def load_wrong(name, weights):
 
 
 class Map(Colours):
-    """Gives a map where tokens are due."""
+    """Wrongly returns a map instead of tokens."""
 
     def extract(self, pixels, grid):
         return Features(F.adaptive_avg_pool2d(pixels, grid), None)
 
 
 class Summary(Colours):
-    """Leaves a class token in front of the patches."""
+    """Wrongly keeps a class token before the patches."""
 
     def extract(self, pixels, grid):
         patches = super().extract(pixels, grid).patches

@@ -1,4 +1,4 @@
-"""The promises of every encoder, on the small one."""
+"""The contract of all encoders, tested on the small one."""
 
 import hashlib
 import os
@@ -114,7 +114,7 @@ def test_a_missing_weight_path_is_named(tmp_path):
 
 
 def test_a_tilde_in_the_weight_path_is_expanded(tmp_path, monkeypatch):
-    """A shell leaves the ~ of dinov2-b=~/folder as it is."""
+    """A shell does not expand the ~ in dinov2-b=~/folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=str(tmp_path / "nowhere")):
         load_encoder("tiny", weights="~/nowhere")
@@ -128,7 +128,7 @@ def test_a_private_encoder_loads_by_dotted_name(tiny):
 
 @pytest.mark.parametrize(("function", "given"), [("load_map", "(2, 3, 4, 4)"), ("load_summary", "(2, 17, 3)")])
 def test_a_private_encoder_must_give_one_token_per_position(function, given):
-    """A map or a class token would be resampled as if it were a grid."""
+    """A map or a class token would otherwise be resampled as part of the grid."""
     encoder = load_encoder(f"tests.encoders.private.{function}")
     with pytest.raises(UserError) as error:
         encoder(noise_images(2, 8), 4)

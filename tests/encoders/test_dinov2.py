@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("name", list(MODELS))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict:
-    """Random checkpoints; everything that starts at 0 or 1 is moved, so that nothing can be left out unseen."""
+    """Random checkpoints; weights initialised to 0 or 1 are changed, so that leaving one out shows."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     folders = {}
@@ -72,7 +72,7 @@ def test_tokens_equal_transformers_at_the_native_grid(folders, name):
 
 @both
 def test_another_grid_resamples_image_and_positions_as_the_reference_does(folders, name):
-    """Image: normalised, then bicubic without antialias. Positions: bicubic with antialias, by size, once."""
+    """The image is normalised, then resized bicubically without antialias; positions with antialias, by size, once."""
     encoder, grid = load_encoder(name, weights=folders[name]), 3
     images = noise_images(64)
     model = type(encoder.net).from_pretrained(folders[name]).eval()
@@ -146,7 +146,7 @@ def test_a_missing_network_connection_gives_a_one_line_error(monkeypatch, tmp_pa
 
 
 def test_a_cached_checkpoint_needs_no_network(folders, monkeypatch, tmp_path):
-    """The layout of the hub's cache: models--OWNER--NAME, refs/main names the snapshot."""
+    """The hub's cache has folders models--OWNER--NAME, where refs/main names the snapshot."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--facebook--dinov2-base"

@@ -1,4 +1,4 @@
-"""`lite0`: the published network names what photographs show; what is not its file, or is missing, is refused."""
+"""`lite0`: the published network classifies photographs; other files and missing ones are refused."""
 
 import importlib.util
 import os
@@ -18,7 +18,7 @@ from repa.encoders.lite import PACKAGE, LiteEncoder, LiteNet, load_lite
 BESIDE = Path(__file__).parents[2].parent / "shared" / "data" / "imagenet-sample"
 SOURCE = Path(os.environ.get("REPA_TEST_DATA") or BESIDE)
 
-SHOWN = {  # photograph inside the package -> ImageNet's class
+SHOWN = {  # packaged photograph -> ImageNet class
     "goldfish": 1, "parrot": 90, "dog": 207, "hot air balloon": 417, "space shuttle": 812, "car": 817,
     "coffee": 967,
 }  # fmt: skip
@@ -31,7 +31,7 @@ def lite() -> LiteEncoder:
 
 
 def classes(lite: LiteEncoder, images: torch.Tensor) -> list[int]:
-    """uint8 (N, 3, 224, 224) -> the class that the network names."""
+    """uint8 (N, 3, 224, 224) -> predicted classes."""
     with torch.inference_mode():
         pixels = lite.prepare(images.float() / 255, 224)
         return lite.net.classify(lite.net(pixels)).argmax(1).tolist()
@@ -44,7 +44,7 @@ def test_it_classifies_the_packaged_photographs(lite):
 
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"no photographs in {SOURCE}")
 def test_it_reaches_its_published_accuracy_on_imagenet(lite):
-    """One photograph for every tenth class, in the order of the classes: the published top-1 accuracy is 75 %."""
+    """On one photograph of every tenth class; the published top-1 accuracy is 75 %."""
     paths = sorted(SOURCE.rglob("*.jpg"))
     if len(paths) != 100:
         pytest.skip("not the sample of every tenth class")
@@ -62,13 +62,13 @@ def test_tokens_and_pooled_features_have_their_shapes(lite, side, grid):
 
 
 def test_padding_follows_tensorflow():
-    """At stride 2, an impulse at the last row and column is seen by the last position alone, with kernel weight (0, 0) unused."""
+    """At stride 2, an impulse in the last row and column reaches only the last position."""
     net = LiteNet().eval()
     for conv, kernel in ((net.stem, 3), (net.blocks[3].layers[1], 5)):
         channels = conv.conv.in_channels
         conv.norm, conv.relu = torch.nn.Identity(), False
         weight = torch.zeros_like(conv.conv.weight)
-        before = (kernel - 2) // 2  # rows of padding above: (total padding of kernel - stride) / 2, rounded down
+        before = (kernel - 2) // 2  # padding above: half of the total padding kernel - stride, rounded down
         weight[:, 0, before, before] = 1
         conv.conv.weight.data = weight
         images = torch.arange(64.0).view(1, 1, 8, 8).expand(1, channels, 8, 8)

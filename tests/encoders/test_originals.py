@@ -1,4 +1,4 @@
-"""DINO, MoCo v3, MAE and I-JEPA from tiny random files in the original projects' own formats, against loops in float64."""
+"""DINO, MoCo v3, MAE and I-JEPA from tiny random files in their original formats, against float64 loops."""
 
 import argparse
 import pickle
@@ -28,7 +28,7 @@ every = pytest.mark.parametrize("name", list(WIDTH))
 
 
 def random_state(name: str, seed: int = 0, depth: int = 2) -> dict[str, torch.Tensor]:
-    """timm's names; nothing is left at 0 or 1."""
+    """A state dict with timm's names, in which no weight is 0 or 1."""
     width, patch, class_rows = WIDTH[name], PATCH[name], int(name != "ijepa-h")
     shapes = {"cls_token": (1, 1, width)} if class_rows else {}
     shapes |= {"pos_embed": (1, class_rows + NATIVE**2, width), "patch_embed.proj.weight": (width, 3, patch, patch)}
@@ -51,7 +51,7 @@ def prefixed(prefix: str, state: dict) -> dict:
 
 
 def checkpoint(name: str, state: dict) -> dict:
-    """What each project puts into its file, with other networks beside the encoder where it has some."""
+    """The content of each project's file, including networks other than the encoder."""
     other, arguments = random_state(name, seed=1), argparse.Namespace(lr=0.1)
     if name == "mocov3-b":
         head = {"head.0.weight": torch.ones(2, 2), "head.1.running_mean": torch.ones(2)}
@@ -92,7 +92,7 @@ def normalised(images: torch.Tensor) -> np.ndarray:
 @every
 @pytest.mark.parametrize(("grid", "side"), [(NATIVE, None), (5, None), (3, 50)])
 def test_tokens_equal_the_loops(given, name, grid, side):
-    """At the native grid, at another with the image in its size (224 positions at 256 pixels), and with both resized."""
+    """At the native grid, at a larger grid with the image at its size, and with both resized."""
     path, state = given[name]
     encoder, side = load_encoder(name, weights=path), side or grid * PATCH[name]
     assert (encoder.dim, encoder.patch_size, encoder.name) == (WIDTH[name], PATCH[name], name)

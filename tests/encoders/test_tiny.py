@@ -1,4 +1,4 @@
-"""The two networks inside the package: small enough, whole, in row-major order, and worth aligning to."""
+"""The two packaged networks: size, integrity, token order, and quality of their features."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def encoders() -> dict:
 
 @pytest.fixture(scope="module")
 def crops() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two 32-pixel crops, 8 pixels apart, of each of 8 places in four photographs."""
+    """Pairs of 32-pixel crops, 8 pixels apart, at 8 places in each of four photographs."""
     first, second = [], []
     for name in ("astronaut", "cat", "coffee", "space shuttle"):
         image = to_tensor(load_photographs()[name].resize((96, 96)))
@@ -61,7 +61,7 @@ def test_features_have_the_documented_shapes(encoders, name, patch_size, dim, gr
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("row", "column"), [(0, 1), (1, 0), (1, 1)])
 def test_tokens_are_row_major(encoders, crops, name, row, column):
-    """Another picture in one quadrant moves the tokens of that quadrant most."""
+    """Replacing one quadrant of the image changes the tokens of that quadrant most."""
     encoder, images = encoders[name], crops[0]
     changed = images.clone()
     rows, columns = slice(row * 16, row * 16 + 16), slice(column * 16, column * 16 + 16)
@@ -73,7 +73,7 @@ def test_tokens_are_row_major(encoders, crops, name, row, column):
 
 
 def test_large_images_are_downsampled_with_antialiasing(encoders):
-    """A fine checkerboard looks grey from afar; without antialias it would come out as some other pattern."""
+    """A fine checkerboard must become grey; without antialiasing it would become another pattern."""
     board = (torch.arange(128)[:, None] + torch.arange(128)) % 2 * 255
     board = board.to(torch.uint8).expand(1, 3, 128, 128)
     pixels = encoders["tiny"].prepare(board.float() / 255, 32)
@@ -99,7 +99,7 @@ def test_the_classifiers_features_move_with_corruption(encoders, crops):
 
 
 def test_overlapping_crops_have_similar_tokens_at_the_same_place(encoders, crops):
-    """Crops are 8 pixels apart, two tokens of four pixels: token (r, c + 2) of the first is (r, c) of the second."""
+    """The crops are 8 pixels, or two tokens, apart: token (r, c + 2) of the first is (r, c) of the second."""
     a, b = (encoders["tiny"](batch, 8).patches.unflatten(1, (8, 8)) for batch in crops)
     same = torch.cosine_similarity(a[:, :, 2:], b[:, :, :-2], dim=-1).mean()
     mirrored = torch.cosine_similarity(a[:, :, 2:], b[:, :, :-2].flip(2), dim=-1).mean()

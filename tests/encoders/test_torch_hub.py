@@ -1,4 +1,4 @@
-"""The files that REPA's users have: torch.hub's DINOv2, OpenAI's CLIP (TorchScript), MoCo v3 small. Tiny, random, against loops."""
+"""Tiny random files in the formats of torch.hub's DINOv2, OpenAI's CLIP (TorchScript) and MoCo v3, against loops."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def filled(shapes: dict[str, tuple], seed: int = 0) -> dict[str, Tensor]:
 
 
 def dinov2(name: str, width: int = WIDTH) -> dict[str, Tensor]:
-    """Names and shapes of facebookresearch/dinov2's files; the giant has gated MLPs."""
+    """A state dict with names and shapes of facebookresearch/dinov2; the giant has gated MLPs."""
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + NATIVE**2, width), "mask_token": (1, width)}
     if "-reg-" in name:
         shapes["register_tokens"] = (1, 4, width)
@@ -113,7 +113,7 @@ class Tower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Modules, names and half precision of OpenAI's archive; forward only touches the tensors, so that a trace keeps them."""
+    """Modules, names and half precision of OpenAI's archive; forward uses all tensors, so that tracing keeps them."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Clip(nn.Module):
 
 
 def timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's names as the oracle wants them, typed out."""
+    """Rename OpenAI's tensors to the names of the literal transformer."""
     w = {key.removeprefix("visual."): value.float() for key, value in state.items()}
     named = {
         "cls_token": w["class_embedding"][None, None], "pos_embed": w["positional_embedding"][None],
@@ -162,7 +162,7 @@ def test_clip_files_of_openai_give_the_loops_tokens(form, grid, side, tmp_path, 
         torch.jit.save(torch.jit.trace(net, torch.ones(1).half(), check_trace=False), path)
     else:
         torch.save(net.state_dict(), path)
-    monkeypatch.setattr(torch.jit, "load", None)  # it would compile the code of the archive
+    monkeypatch.setattr(torch.jit, "load", None)  # loading would compile the archive's code
     encoder = load_encoder("clip-l", weights=path)
     assert (encoder.dim, encoder.patch_size) == (WIDTH, PATCH)
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""The tool that trained the two networks: what it shipped is what it trained, and its losses mean what they say."""
+"""The tool that trained the two networks: folding keeps their output, and the losses match their definitions."""
 
 import importlib
 import math
@@ -24,7 +24,7 @@ def tool():
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_folding_keeps_the_network(tool, name):
-    """Normalisation with statistics far from (0, 1) disappears into the convolutions up to fp16 rounding."""
+    """Normalisation with statistics far from (0, 1) is folded into the convolutions up to fp16 rounding."""
     torch.manual_seed(0)
     net = ConvNet(SHAPES[name])
     tool.add_norm(net)
@@ -53,7 +53,7 @@ def test_unfolding_and_folding_again_keeps_the_network(tool):
 
 
 def test_agree_across_is_cross_entropy_over_images(tool):
-    """Tokens of an image are alike here, so that the places drawn do not matter; an image that the other view misses is left out."""
+    """All tokens of an image are equal, so the drawn positions do not matter; images without overlap are left out."""
     generator = torch.Generator().manual_seed(0)
     here, there = (F.normalize(torch.randn(4, 1, 5, generator=generator), dim=2).expand(4, 6, 5) for _ in range(2))
     seen = torch.rand(4, 6, generator=generator) < 0.5
@@ -90,7 +90,7 @@ def test_crop_boxes_stay_inside_the_image(tool):
 
 
 def test_agree_by_place_uses_the_crop_boxes(tool):
-    """Tokens that encode their place in the image agree through the right boxes, and not through a box shifted in x."""
+    """Tokens that encode their image position agree with the right boxes, but not with a box shifted in x."""
     torch.manual_seed(0)
     boxes = [tool.random_boxes(32, 0.4) for _ in range(2)]
 

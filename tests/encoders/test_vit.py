@@ -1,4 +1,4 @@
-"""Every family from a tiny random checkpoint as the hub has it, whole models with text towers and decoders included."""
+"""Every family from a tiny random checkpoint in the hub's format, including text towers and decoders."""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ every = pytest.mark.parametrize("name", list(PATCH))
 
 
 def make(name: str) -> torch.nn.Module:
-    """A model as the hub's repository holds it; layer norms of DINO, MAE and I-JEPA with the hub's eps."""
+    """A model as in the hub's repository; layer norms of DINO, MAE and I-JEPA have the hub's eps."""
     size = SMALL | {"patch_size": PATCH[name], "image_size": NATIVE * PATCH[name]}
     t = transformers
     if name == "clip-l":
@@ -46,7 +46,7 @@ def make(name: str) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict:
-    """name -> (folder, model); everything that starts at 0 or 1 is moved, so that nothing can be left out unseen."""
+    """name -> (folder, model); weights initialised to 0 or 1 are changed, so that leaving one out shows."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     made = {}
@@ -65,7 +65,7 @@ def noise_images(side: int, n: int = 2) -> torch.Tensor:
 
 
 def prepared(name: str, images: torch.Tensor, side: int) -> torch.Tensor:
-    """CLIP and SigLIP resize first; all by the bicubic loops, without antialias."""
+    """The encoder's input, resized by bicubic loops without antialias; CLIP and SigLIP resize before normalising."""
     mean, std = (np.array(values)[:, None, None] for values in COLOURS.get(name, IMAGENET))
     pixels = images.numpy() / 255
     if name in COLOURS:
@@ -78,7 +78,7 @@ def prepared(name: str, images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def expected_tokens(name: str, model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What transformers gives for the whole sequence, class and register tokens included; MAE's put back in order."""
+    """transformers' output for the whole sequence with class and register tokens; MAE's shuffled tokens are sorted."""
     with torch.no_grad():
         if name == "clip-l":
             return model.vision_model(pixels).last_hidden_state
@@ -115,7 +115,7 @@ def test_tokens_equal_transformers_at_the_native_grid(made, name):
 
 
 def test_mae_leaves_the_last_norm_out(made):
-    """What transformers returns has norm statistics; REPA's targets do not."""
+    """The output of transformers is normalised, but REPA's targets are not."""
     folder, model = made["mae-l"]
     patches = load_encoder("mae-l", weights=folder)(noise_images(64), NATIVE).patches
     assert (patches.std(-1, unbiased=False) - 1).abs().max() > 0.1
@@ -134,7 +134,7 @@ def test_clip_has_neither_last_norm_nor_projection(made):
 
 @every
 def test_another_grid_resamples_image_and_positions_as_the_reference_does(made, name):
-    """Image bicubic without antialias; positions bicubic with antialias, by size, once. DINOv3 rotates by the grid."""
+    """The image is resized bicubically without antialias, positions with it, once. DINOv3 rotates by the grid."""
     folder, model = made[name]
     grid, images = 3, noise_images(61)
     side = grid * PATCH[name]
@@ -147,7 +147,7 @@ def test_another_grid_resamples_image_and_positions_as_the_reference_does(made, 
 
 
 def make_at(name: str, model: torch.nn.Module, grid: int) -> torch.nn.Module:
-    """A model whose native grid is `grid`, with the weights of `model` and its positions resampled by the loops."""
+    """A model with native grid `grid`: the weights of `model`, with positions resampled by the loops."""
     config = type(model.config).from_dict(json.loads(model.config.to_json_string()))
     for part in (config, getattr(config, "vision_config", config)):
         part.image_size = grid * PATCH[name]
@@ -166,7 +166,7 @@ def make_at(name: str, model: torch.nn.Module, grid: int) -> torch.nn.Module:
 
 @every
 def test_resolutions_256_and_512_give_the_expected_grids(made, name):
-    """16 x 16 and 32 x 32 tokens, and back; patch 14 sees 224 and 448 pixels, patch 16 the image as it is."""
+    """16 x 16 and 32 x 32 tokens; patch 14 resizes to 224 and 448 pixels, patch 16 keeps the image size."""
     encoder = load_encoder(name, weights=made[name][0])
     seen = []
     encoder.net.register_forward_pre_hook(
@@ -203,7 +203,7 @@ def test_the_encoder_is_frozen_and_deterministic(made, name):
 
 @pytest.mark.parametrize("name", ["dino-b", "clip-l"])
 def test_requesting_attention_does_not_change_later_features(made, name):
-    """Attention is computed by another kernel, which rounds otherwise."""
+    """Attention logits need another kernel with different rounding."""
     encoder, images = load_encoder(name, weights=made[name][0]), noise_images(64)
     kernel, before = encoder.net.config._attn_implementation, encoder(images, 4)
     assert set(encoder(images, 4, (1, 2)).attention) == {1, 2}
@@ -223,7 +223,7 @@ def test_half_precision_works_at_every_grid(made, name):
 
 @pytest.mark.parametrize("name", ["dino-b", "mocov3-l", "mae-l", "ijepa-h"])
 def test_layer_norms_use_the_eps_of_training(made, name):
-    """The hub's configurations say 1e-12, the projects' code 1e-6."""
+    """The hub's configurations have 1e-12, the projects' code has 1e-6."""
     encoder = load_encoder(name, weights=made[name][0])
     assert json.loads((made[name][0] / "config.json").read_text())["layer_norm_eps"] == 1e-12
     assert {module.eps for module in encoder.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}

@@ -1,4 +1,4 @@
-"""A stand-in for Inception that is fast: 6 features, 4 spatial ones, 5 logits, all linear in the colours of an image."""
+"""A fast stand-in for Inception: 6 features, 4 spatial features and 5 logits, all linear in the image's colours."""
 
 import torch
 from torch import nn

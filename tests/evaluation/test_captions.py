@@ -1,4 +1,4 @@
-"""Agreement of images and prompts: by words learned from a reference, and by CLIP against transformers itself."""
+"""Agreement of images and prompts: by words learned from a reference, and by CLIP compared with transformers."""
 
 import json
 
@@ -20,7 +20,7 @@ COLOURS, PLACES = ("red", "green", "blue"), ("left", "right")
 
 def test_agreement_counts_prompts_that_fit_worse():
     scores = torch.tensor([[3.0, 1, 2], [0, 0, 5], [1, 2, 3]])
-    # of the two others: all worse; one tied and one better; the one better, the other worse
+    # the two other prompts: both worse; one tied and one better; one better and one worse
     own, shuffled = agreement(lambda rows: scores[rows], torch.tensor([0, 1, 1]))
     assert own == pytest.approx((1 + 0.25 + 0.5) / 3)
     assert shuffled == pytest.approx((0 + 0.25 + 0) / 3)  # of prompts 1, 1, 0
@@ -29,7 +29,7 @@ def test_agreement_counts_prompts_that_fit_worse():
 
 
 def features_of(words, stream):
-    """A direction for each word, with noise."""
+    """A direction per word, with noise."""
     basis = torch.eye(8)
     rows = [basis[COLOURS.index(c)] + basis[3 + PLACES.index(p)] for c, p in words]
     return torch.stack(rows) + 0.05 * torch.randn(len(rows), 8, generator=stream)
@@ -44,7 +44,7 @@ def test_words_are_learned_from_a_captioned_reference():
     measure = CaptionAgreement(features_of(words, stream), captions, prompts)
     assert measure.vocabulary == ["blue", "green", "left", "red", "right"]  # not "a", "ball", "on", "the"
     seen = features_of(samples, stream)
-    for start in (30, 0):  # in any order, as several processes would
+    for start in (30, 0):  # in any order, as with several processes
         measure.update(torch.arange(start, start + 30), torch.empty(0), seen[start : start + 30])
     found = measure.result()
     assert found["caption_agreement"] == 1

@@ -1,4 +1,4 @@
-"""What real images would have: the distance of as many of the reference's own images, where it says that."""
+"""The distance that real images would have, estimated from the reference's own images."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Distances mean what they say: nothing from the images to themselves, more the worse the samples are."""
+"""Distances are zero for identical images and grow with corruption; references, metrics and errors."""
 
 import importlib
 import json
@@ -68,7 +68,7 @@ def test_images_have_distance_zero_to_themselves(data, extractor, images):
     assert found.keys() == set(ALL)
     assert found["fd"] < 1e-5
     assert (found["precision"], found["recall"]) == (1.0, 1.0)
-    assert found["kd"] < 0  # unbiased: a set against itself is below 0
+    assert found["kd"] < 0  # unbiased, so a set against itself is below 0
 
 
 def test_distances_grow_with_corruption(data, extractor, images):
@@ -91,7 +91,7 @@ def test_the_covariance_is_computed_only_when_needed(data, extractor, images, mo
 
 
 def test_precision_and_recall_are_not_swapped(data, extractor, images):
-    """One class of two: every sample is like a real image, but half of the real ones are like no sample."""
+    """With one class of two, every sample resembles a real image, but half of the real images resemble no sample."""
     one_class = images[torch.from_numpy(data.labels) == 0]
     found = evaluate([one_class], extractor, reference_of(data, extractor, "tiny-classifier"), ("precision", "recall"))
     assert found["precision"] == 1.0
@@ -112,10 +112,10 @@ def test_streaming_equals_computing_on_all_features(size, data, extractor, image
     real = features.double().numpy()
     fake = pooled(samples, extractor).double().numpy()
     wanted = oracle.frechet(real.mean(0), np.cov(real.T), fake.mean(0), np.cov(fake.T))
-    assert found["fd"] == pytest.approx(wanted, rel=1e-3)  # the oracle roots an asymmetric product of low rank
+    assert found["fd"] == pytest.approx(wanted, rel=1e-3)  # the oracle takes the root of an asymmetric low-rank product
     assert found["precision"] == pytest.approx(oracle.share_within(fake, real, 3))
     assert found["recall"] == pytest.approx(oracle.share_within(real, fake, 3))
-    # subsets of all 33 samples, against 33 of the 40 real images each time
+    # every subset has all 33 samples and 33 of the 40 real images
     assert found["kd"] == pytest.approx(oracle.kernel_distance(real, fake, 3), rel=0.1)
 
 
@@ -142,14 +142,14 @@ def test_a_file_of_samples_is_measured(data, images, tmp_path):
 
 
 def test_half_precision_features_are_recorded_and_need_such_a_reference(data, images, tmp_path):
-    """Kept references are of one arithmetic; a reference file of another one is refused."""
+    """Cached references are kept per precision; a reference file of another precision is refused."""
     config = EvaluateConfig(features="tiny-classifier", metrics=("fd",), features_precision="bf16", batch_size=16)
     exact = config.override(features_precision="fp32")
     whole = save(tmp_path / "whole.npz", images)
     itself, path = evaluate_file(whole, data.folder, config, device=CPU), save(tmp_path / "s.npz", noisy(images, 20))
     half, fp32 = (evaluate_file(path, data.folder, c, device=CPU) for c in (config, exact))
     assert (half["arithmetic"]["features"], fp32["arithmetic"]["features"]) == ("bfloat16", "float32")
-    assert itself["metrics"]["fd"] < 1e-5  # the reference was computed in bf16 too
+    assert itself["metrics"]["fd"] < 1e-5  # the reference was also computed in bf16
     assert 0 < abs(half["metrics"]["fd"] / fp32["metrics"]["fd"] - 1) < 0.01
     assert len(half["warnings"]) == len(fp32["warnings"]) + 1
     own = ReferenceConfig(features="tiny-classifier", features_precision="bf16")
@@ -217,7 +217,7 @@ class TestReference:
         second = reference_of(copy, extractor, "tiny-classifier")
         assert torch.equal(second.subset, first.subset)
         torch.testing.assert_close(second.statistics.covariance, first.statistics.covariance)
-        open_data(copy.folder).check()  # the data beside it is still whole data
+        open_data(copy.folder).check()  # the data is still valid
 
     def test_every_encoder_has_a_reference(self, copy, extractor):
         assert reference_of(copy, extractor, "tiny-classifier").subset.shape == (40, 128)

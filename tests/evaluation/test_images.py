@@ -1,4 +1,4 @@
-"""Reading an .npz of samples: what is in it comes out in order; what is wrong with it is said."""
+"""Reading samples from an .npz or a folder: order, formats and damage."""
 
 import io
 import pickle
@@ -20,7 +20,7 @@ def pixels(num=7, height=6, width=4):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("size", [1, 3, 7, 100])
 def test_batches_are_the_images_in_order(save, size, tmp_path):
-    save(tmp_path / "s.npz", arr_0=pixels(), arr_1=np.arange(7))  # labels beside them, as ADM's files have
+    save(tmp_path / "s.npz", arr_0=pixels(), arr_1=np.arange(7))  # with labels, as in ADM's files
     file = open_images(tmp_path / "s.npz")
     assert (file.num, file.height, file.width) == (7, 6, 4)
     indices, batches = zip(*file.batches(size), strict=True)
@@ -38,7 +38,7 @@ def test_fortran_order_is_read(save, tmp_path):
 
 
 def test_samples_need_no_labels(tmp_path):
-    """Loose and in folders, splits, folders in folders: what `prepare` asks about is nothing to a measurement."""
+    """Loose images, split folders and nested folders, which `prepare` would ask about, are all measured."""
     places = ["0.png", "more/1.png", "train/2.png", "test/a/3.png", "test/b/c/4.png"]
     for place, image in zip(places, pixels(), strict=False):
         path = tmp_path / "samples" / place

@@ -1,4 +1,4 @@
-"""References of the ADM evaluator and our own are the same to a sample."""
+"""Reference files of the ADM evaluator and of repa give the same figures."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def numbers(x):
 
 
 def adm_file(path, extractor, images, *leave_out, statistics_of=None):
-    """mu, sigma, mu_s, sigma_s as ADM's evaluator computes them, and the images as it stores them."""
+    """A file with mu, sigma, mu_s, sigma_s and images, as ADM's evaluator computes and stores them."""
     seen = extractor(images if statistics_of is None else statistics_of)
     arrays = {"arr_0": images.permute(0, 2, 3, 1).numpy()}
     for end, x in (("", seen.pooled), ("_s", seen.spatial)):
@@ -141,7 +141,7 @@ def test_statistics_of_other_features_are_refused(tmp_path, real, samples):
         measured(path, samples, ("fid",), extractor)
     with_images = adm_file(tmp_path / "images.npz", small_inception(), samples)
     found = measured(with_images, samples, ("fd",), EncoderExtractor(load_encoder("tiny-classifier")))
-    assert found["fd"] < 1e-5  # against its own images in the encoder's features
+    assert found["fd"] < 1e-5  # the file's own images in the encoder's features
 
 
 def test_damaged_and_unexpected_files_are_refused(tmp_path, samples):

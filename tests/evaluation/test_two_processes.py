@@ -1,4 +1,4 @@
-"""Two processes that share the images give the figures of one."""
+"""Two processes that share the images give the same figures as one."""
 
 import json
 
@@ -20,7 +20,7 @@ ALL = ("fid", "sfid", "inception_score", "kid", "precision", "recall")
 
 
 def figures(data, samples):
-    manifold.BLOCK = 7  # several blocks for each process
+    manifold.BLOCK = 7  # gives each process several blocks
     RunningScore.__init__.__defaults__ = (10,)
     extractor = small_inception()
     reference = compute_reference(DataImages(open_data(data)), extractor, batch_size=7)
@@ -46,7 +46,7 @@ def test_two_processes_give_the_figures_of_one(data_folder, tmp_path, monkeypatc
     noise = np.random.default_rng(0).normal(0, 25, pixels.shape)
     np.savez(tmp_path / "s.npz", arr_0=np.clip(pixels + noise, 0, 255).astype(np.uint8))
     arguments = (str(data_folder), str(tmp_path / "s.npz"))
-    mp.start_processes(on, args=(str(tmp_path), *arguments), nprocs=2, start_method="fork")  # spares their imports
+    mp.start_processes(on, args=(str(tmp_path), *arguments), nprocs=2, start_method="fork")  # saves imports
     alone = figures(*arguments)
     for rank in (0, 1):
         together = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -1,7 +1,8 @@
-"""Values that the released code of other methods gave in float64 on patterned inputs.
+"""Values computed by the released code of other methods in float64 on patterned inputs.
 
-An input is a formula, {"shape", "a", "b", "c", "o"}: o + c sin(a i + b), i the flat index in C order. An output is a number, or
-statistics of a tensor. `source` in each file names the code and its commit; nothing of that code is here.
+An input is a formula {"shape", "a", "b", "c", "o"}: o + c sin(a i + b) with the flat index i in C order. An output is a
+number or statistics of a tensor. `source` in each file names the code and its commit; none of that code is included
+here.
 """
 
 import json
@@ -18,14 +19,14 @@ def load(name: str) -> dict[str, Any]:
 
 
 def tensor(formula: dict[str, Any]) -> Tensor:
-    """The patterned input, float64."""
+    """The patterned input in float64."""
     shape = formula["shape"]
     index = torch.arange(int(torch.tensor(shape).prod()), dtype=torch.float64)
     return (formula["o"] + formula["c"] * torch.sin(formula["a"] * index + formula["b"])).reshape(shape)
 
 
 def fill(parameters: list[Tensor], scale: float = 0.3) -> None:
-    """Give parameter number k the values scale * sin(0.37 i + 0.5 k + 0.1)."""
+    """Set parameter number k to scale * sin(0.37 i + 0.5 k + 0.1)."""
     for k, p in enumerate(parameters):
         index = torch.arange(p.numel(), dtype=torch.float64)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Commands run inside the test's process, and what came of them."""
+"""Run commands inside the test's process and return their outcome."""
 
 import contextlib
 import io
@@ -7,15 +7,15 @@ import traceback
 
 from repa.cli import main
 
-LONGEST = 60  # seconds of one command: longer is a hang
+LONGEST = 60  # seconds; a longer command counts as a hang
 
 
 class Late(BaseException):
-    """A command that does not end."""
+    """A command took too long."""
 
 
 def outcome(argv: list[str]) -> tuple[object, str]:
-    """(exit code, or how it broke) of a command, and what it said."""
+    """A command's exit code, or how it failed, and its output."""
     said = io.StringIO()
 
     def late(*_):

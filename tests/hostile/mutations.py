@@ -1,4 +1,4 @@
-"""Files of a run or of data, changed as chance or malice would: every change is a function of its number."""
+"""Random or malicious changes of files; each change is determined by its number."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ HOSTILE = (
 
 
 def leaves(value: Any, path: tuple = ()) -> list[tuple]:
-    """The paths of everything inside plain values, branches included."""
+    """The paths of all leaves and branches in plain values."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = [path] if path else []
     for key, item in items:
@@ -29,7 +29,7 @@ def leaves(value: Any, path: tuple = ()) -> list[tuple]:
 
 
 def mutated_tree(values: Any, number: int) -> Any:
-    """Plain values with one to three places replaced, removed, doubled or renamed."""
+    """Plain values with one to three entries replaced, removed, duplicated or renamed."""
     draw = random.Random(number)
     values = copy.deepcopy(values)
     for _ in range(draw.choice((1, 1, 2, 3))):
@@ -55,7 +55,7 @@ def mutated_tree(values: Any, number: int) -> Any:
 
 
 def mutated_bytes(data: bytes, number: int) -> bytes:
-    """Bytes that were flipped, cut, doubled, replaced or made to nest; never the same as before."""
+    """Flip, truncate, duplicate, replace or nest bytes; the result always differs from the input."""
     draw = random.Random(number)
     place = draw.randrange(len(data)) if data else 0
     what = draw.randrange(9)
@@ -81,7 +81,7 @@ def mutated_bytes(data: bytes, number: int) -> bytes:
 
 
 def mutated_header(data: bytes, draw: random.Random) -> bytes:
-    """Another number in the head of a file: a length, a shape, an offset."""
+    """Change a number in the header of a file: a length, a shape or an offset."""
     numbers = list(re.finditer(rb"\d+", data[:4096]))
     if not numbers or data[8:9] not in b'{"\x76':
         return draw.choice((2**63 - 1, 2**40, 0, 7)).to_bytes(8, "little") + data[8:]
@@ -92,7 +92,7 @@ def mutated_header(data: bytes, draw: random.Random) -> bytes:
 
 
 def mutate_file(path: Path, number: int) -> None:
-    """Change a file in place: YAML and JSON mostly as trees, anything also as bytes."""
+    """Change a file in place: YAML and JSON mostly as trees, other files as bytes."""
     data = path.read_bytes()
     if path.suffix == ".yaml" and number % 4:
         changed = yaml.safe_dump(
@@ -101,7 +101,7 @@ def mutate_file(path: Path, number: int) -> None:
     elif path.suffix == ".json" and number % 4:
         tree = json.loads(data)
         if number % 3 and isinstance(tree, dict):
-            tree.pop(SEAL, None)  # as who changes a file on purpose would
+            tree.pop(SEAL, None)  # like someone who changes the file on purpose
         changed = json.dumps(mutated_tree(tree, number)).encode()
     else:
         changed = mutated_bytes(data, number)

@@ -1,6 +1,6 @@
-"""Full, read-only, limited and failing disks under every verb that writes: a sentence and exit code 2, never a traceback.
+"""Full, read-only, limited and failing disks give a one-line error and exit code 2 with every command that writes.
 
-The short form runs in `make test`; all of it, with its counts printed:
+A short form runs in `make test`; this runs everything and prints counts:
 
     pytest -m slow -s tests/hostile/test_disks.py
 """
@@ -23,7 +23,7 @@ import pytest
 from tests.hostile.commands import outcome
 
 SMALL = ["--num-images", "3", "--steps", "1"]
-# verb -> its arguments below the folder that is full, read-only or failing; "run", "data" and "exported" lie in it
+# verb -> its arguments in the folder that is full, read-only or failing, which contains "run", "data" and "exported"
 VERBS: dict[str, Callable[[Path], list[str]]] = {
     "prepare": lambda d: ["prepare", str(d / "images"), str(d / "o"), "--resolution", "16", "--features", "tiny", "--num-workers", "0"],
     "prepare more": lambda d: ["prepare", str(d / "plain"), "--only", "features:tiny", "--num-workers", "0"],
@@ -46,7 +46,7 @@ VERBS: dict[str, Callable[[Path], list[str]]] = {
 
 @pytest.fixture(scope="module")
 def whole(tiny_config, image_folder, data_folder, tmp_path_factory) -> Path:
-    """All that the verbs read."""
+    """Everything that the commands read."""
     root = tmp_path_factory.mktemp("disk") / "whole"
     root.mkdir()
     shutil.copytree(image_folder, root / "images")
@@ -66,7 +66,7 @@ def whole(tiny_config, image_folder, data_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def mount(tmp_path) -> Iterator[Callable[..., bool]]:
-    """Mount a small file system at a folder; False where that is not allowed. It goes when the test ends."""
+    """Mount a small file system until the test ends; False where mounting is not permitted."""
     mounted = []
 
     def put(folder: Path, *options: str) -> bool:
@@ -102,7 +102,7 @@ def check(counts: Counter, wrong: list[str], what: str, code: object, said: str)
 
 
 def full_disks(whole: Path, folder: Path, lefts: list[int], verbs: list[str]) -> tuple[Counter, list[str]]:
-    """Every verb on a disk with so many bytes left."""
+    """Run every verb on a disk with `room` bytes left."""
     counts, wrong = Counter(), []
     for verb in verbs:
         for left in lefts:
@@ -116,7 +116,7 @@ def full_disks(whole: Path, folder: Path, lefts: list[int], verbs: list[str]) ->
 
 
 def limited_files(whole: Path, folder: Path, limits: list[int], verbs: list[str]) -> tuple[Counter, list[str]]:
-    """Every verb where no file may be larger than a limit: EFBIG from whatever writes, in C and Rust too."""
+    """Run every verb with a file size limit, so that all writers, also in C and Rust, get EFBIG."""
     counts, wrong = Counter(), []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for verb in verbs:
@@ -132,7 +132,7 @@ def limited_files(whole: Path, folder: Path, limits: list[int], verbs: list[str]
 
 
 class Failing:
-    """Counts what writes below a folder, and lets one such call fail."""
+    """Counts writing calls below a folder and makes one of them fail."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
         self.folder, self.calls, self.fail_at, self.number = str(folder), 0, -1, errno.EIO
@@ -179,7 +179,7 @@ NUMBERS = (
 
 
 def failing_calls(whole: Path, folder: Path, verbs: list[str], each: int) -> tuple[Counter, list[str]]:
-    """Every verb with its first, second, ... writing call failing; `each` takes every so many of them."""
+    """Run every verb with its first, second, ... writing call failing; `each` tests only every so many calls."""
     counts, wrong = Counter(), []
     for verb in verbs:
         number = 0
@@ -245,7 +245,7 @@ def test_unwritable_paths_are_refused_before_any_work(place, whole):
             code, said = outcome(words)
             assert code == 2, (verb, said)
             lines = said.splitlines()
-            assert len(lines) == 1, (verb, said)  # said before any work
+            assert len(lines) == 1, (verb, said)  # reported before any work
             assert lines[0].startswith(f"repa: {place}"), (verb, said)
             assert "cannot be written: " in lines[0], (verb, said)
 

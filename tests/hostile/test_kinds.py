@@ -1,4 +1,4 @@
-"""One input of each kind that once was a traceback, a hang or worse."""
+"""Inputs that once caused a traceback, a hang or worse."""
 
 import io
 import json
@@ -86,7 +86,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(pictures, random_
     assert "\x1b" not in outcome(["show", str(run)])[1]
 
 
-EVIL = "a\nlabels  from nowhere\tb\u202e|<i>"  # a class
+EVIL = "a\nlabels  from nowhere\tb\u202e|<i>"  # a class name
 
 
 def named_by_folders(folder):

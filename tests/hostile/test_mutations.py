@@ -1,6 +1,6 @@
-"""A thousand changed configurations, manifests, checkpoints and shards: no traceback, and nothing taken that has a checksum.
+"""A thousand changed configurations, manifests, checkpoints and shards give no traceback, and checksums find changes.
 
-The short form runs in `make test`; all of it, with its counts printed:
+A short form runs in `make test`; this runs everything and prints counts:
 
     pytest -m slow -s tests/hostile/test_mutations.py
 """
@@ -33,7 +33,7 @@ SMALL, TEXT = ["--resolution", "8", "--num-workers", "0"], "tiny-text:tokens=4,w
 
 
 def annotated(folder: Path) -> None:
-    """Three images and COCO's annotations of them."""
+    """Three images with COCO annotations."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "val").mkdir()
     for number in range(3):
@@ -46,9 +46,9 @@ def annotated(folder: Path) -> None:
 
 
 def read_cache(folder: Path) -> tuple[object, str]:
-    """As `outcome`, of a program that reads a cache of features; 1 for entries that are not those that were stored."""
+    """Like `outcome`, for a program that reads a feature cache; 1 for entries that differ from the stored ones."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of damaged files, whose entries would be computed again
+        with warnings.catch_warnings(action="ignore"):  # about damaged files, whose entries would be computed again
             return int(not torch.equal(FeatureCache.open(folder, ENCODER)[KEYS], ENTRIES)), ""
     except UserError as error:
         return 2, f"repa: {escaped(str(error))}"
@@ -58,7 +58,7 @@ def read_cache(folder: Path) -> tuple[object, str]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_config, data_folder, tmp_path_factory) -> Path:
-    """A folder with data, a run that can be continued, its recipe, and all that a command writes into a run."""
+    """A folder with data, a resumable run, its recipe, and everything that commands write into a run."""
     root = tmp_path_factory.mktemp("whole")
     shutil.copytree(data_folder, root / "data")
     (root / "recipe.yaml").write_text(
@@ -86,7 +86,7 @@ def whole(tiny_config, data_folder, tmp_path_factory) -> Path:
 
 
 def commands(kind: str, root: Path, number: int) -> list[str]:
-    """A command that reads the changed file."""
+    """The command that reads the changed file."""
     run, data, out = str(root / "run"), str(root / "data"), root / "out"
     small = ["--num-images", "1", "--steps", "1"]
     choices = {
@@ -113,7 +113,7 @@ def commands(kind: str, root: Path, number: int) -> list[str]:
     return choices[kind][number % len(choices[kind])]
 
 
-# kind -> files that are changed, as patterns below the folder
+# kind -> patterns of the files to change
 FILES = {
     "configuration": ("run/config.yaml", "run/data.json", "recipe.yaml", "run/metrics.jsonl", "run/config.yaml", "run/config.yaml"),
     "manifest": ("data/manifest.json",),
@@ -135,7 +135,7 @@ def changed(whole: Path, root: Path, kind: str, number: int) -> Path:
 
 
 def tried(whole: Path, root: Path, kind: str, number: int) -> tuple[object, str, bool]:
-    """(outcome, what was said, whether a checksum should have refused it)."""
+    """(outcome, output, whether a checksum should have found the change)."""
     path = changed(whole, root, kind, number)
     run, data = str(root / "run"), str(root / "data")
     same = path.read_bytes() == (whole / path.relative_to(root)).read_bytes()
@@ -190,7 +190,8 @@ def attack(whole: Path, root: Path, kind: str, numbers: range) -> tuple[Counter,
             wrong.append(f"{kind} {number}: {'taken' if silent else code}\n{said[-3000:]}")
         elif code == 2:
             lines = [line for line in said.splitlines() if line.startswith("repa: ")]
-            if "all checksums match" not in said and len(lines) != 1:  # which begins the findings of `repa check`
+            # `repa check` prints its findings after this line
+            if "all checksums match" not in said and len(lines) != 1:
                 wrong.append(f"{kind} {number}: {len(lines)} sentences\n{said[-2000:]}")
         if "\x1b" in said or "\u202e" in said:
             wrong.append(f"{kind} {number}: control characters were printed\n{said[-2000:]!r}")
@@ -201,7 +202,7 @@ def attack(whole: Path, root: Path, kind: str, numbers: range) -> tuple[Counter,
 def test_changed_files_give_one_line_errors(kind, whole, tmp_path):
     counts, wrong = attack(whole, tmp_path / "x", kind, range(SHORT))
     assert not wrong, "\n".join(wrong[:3])
-    assert counts[2] >= 2, counts  # most changes are noticed
+    assert counts[2] >= 2, counts  # most changes are found
 
 
 @pytest.mark.slow

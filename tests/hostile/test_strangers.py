@@ -1,4 +1,4 @@
-"""What strangers call images, archives and tables: taken as a person would take it, or refused in one sentence that says why."""
+"""Unusual images, archives and tables are read as a person would read them, or refused with a reason."""
 
 import io
 import json
@@ -66,7 +66,7 @@ PICTURES = {
 def test_images_have_the_colours_that_viewers_show(kind):
     data, wanted = PICTURES[kind]
     found = np.asarray(decode_image(data, "x.jpg")).reshape(-1, 3).mean(0)
-    assert np.abs(found - wanted).max() <= 2  # JPEG and WebP round
+    assert np.abs(found - wanted).max() <= 2  # lossy JPEG and WebP
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_the_error_about_a_broken_image_gives_the_reason(data, why):
 
 
 def packed(path, *entries, **options):
-    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:  # of a name given twice
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(path, "w") as archive:  # about the duplicate name
         for name, data in entries:
             with archive.open(name, "w", **options) as file:
                 file.write(data)

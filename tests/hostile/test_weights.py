@@ -1,4 +1,4 @@
-"""Folders of weights whose descriptions lie: no traceback, no network built before it fits its weights, no update that does not fit."""
+"""Weight folders with wrong descriptions: no traceback, and no network is built before it fits its weights."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from repa.models.lora import merged_weights
 from tests.hostile.commands import outcome
 from tests.hostile.mutations import HOSTILE
 
-# beside what any field may hold: what a builder would begin to build, and never end
+# besides arbitrary values: sizes that would be built without end
 ENDLESS = {
     "depth": 2**31,
     "latent_size": 2**31,
@@ -42,12 +42,12 @@ def loads(folder, config) -> bool:
 
 
 def test_the_description_of_an_exported_network_is_checked_before_it_is_built(exported):
-    config = read_json(exported / "config.json")  # without its seal
+    config = read_json(exported / "config.json")  # without the seal
     for name in config["model"]:
         for value in HOSTILE[::3] if name not in ENDLESS else (*HOSTILE[::3], ENDLESS[name]):
             changed = copy.deepcopy(config)
             changed["model"][name] = value
-            loads(exported, changed)  # a sentence or a network: anything else fails the test
+            loads(exported, changed)  # an error or a network; any other exception fails the test
     for name, value in [*ENDLESS.items(), *(("route", route) for route in ROUTES)]:
         assert not loads(exported, {**config, "model": {**config["model"], name: value}}), name
     for model in HOSTILE:

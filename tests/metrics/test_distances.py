@@ -38,7 +38,7 @@ def test_identical_statistics_have_distance_zero():
 
 
 def test_fewer_samples_than_dimensions_give_the_exact_distance():
-    """Covariances of rank 4 in 16 dimensions that share no direction: the root's trace vanishes exactly."""
+    """Covariances of rank 4 in 16 dimensions without a common direction have a root with trace exactly zero."""
     a, b = np.zeros((16, 16)), np.zeros((16, 16))
     a[:4, :4], b[8:12, 8:12] = gaussian(4, 9, 1)[1], gaussian(4, 9, 2)[1]
     rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(16, 16)))[0]
@@ -63,7 +63,7 @@ def test_invalid_input_is_refused():
 
 
 def test_it_agrees_with_the_reference_evaluator_to_four_digits():
-    """float32 means, the root of an asymmetric product: on features as many and as spread as an encoder's."""
+    """It uses float32 means and the root of an asymmetric product; tested on features as large as an encoder's."""
     g = np.random.default_rng(0)
     mix = g.normal(size=(64, 64)) * np.linspace(1, 0.02, 64)
     x = np.maximum(g.normal(size=(3000, 64)) @ mix, 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The network of the FID: its table of parameters, its parts by loops, its whole beside torch-fidelity's."""
+"""The FID's network: parameters, parts against loops, and the whole against torch-fidelity."""
 
 import io
 import pickle
@@ -67,8 +67,11 @@ def weights():
 
 
 def test_the_network_equals_torch_fidelitys(weights):
-    """Sums over the outputs of torch-fidelity 0.4.0's network with these weights, whose resize and outputs ours equal to the bit
-    on the machine where they were written down; the sine makes them depend on the order."""
+    """The expected sums were recorded from torch-fidelity 0.4.0 with these weights.
+
+    On the machine of the recording, resized images and outputs were equal to the bit. The sine makes the sums depend on
+    the order.
+    """
     net = InceptionV3()
     net.load_state_dict(weights)
     seen = {}
@@ -91,7 +94,7 @@ SIDES = {
     "Mixed_6c": (768, 17, 17), "Mixed_6e": (768, 17, 17), "Mixed_7a": (1280, 8, 8), "Mixed_7b": (2048, 8, 8),
     "Mixed_7c": (2048, 8, 8),
 }  # fmt: skip
-GOLDEN = {  # sum, sum of products with sin(0), sin(1), ...
+GOLDEN = {  # the sum, and the sum of products with sin(0), sin(1), ...
     "pooled": (4016.2365226, 40.8242631),
     "spatial": (1987.0087439, -26.3256051),
     "logits": (-116.1960771, 18.7977887),
@@ -100,13 +103,13 @@ GOLDEN = {  # sum, sum of products with sin(0), sin(1), ...
 
 @pytest.mark.slow
 def test_memory_layouts_agree_and_half_precision_is_close(weights):
-    """bf16 rounds convolutions; the resize, the mean and the logits stay float32, and so does everything in float32."""
+    """bf16 affects only convolutions; resizing, mean and logits stay in float32."""
     net = InceptionV3()
     net.load_state_dict(weights)
     images = torch.randint(256, (1, 3, 75, 75), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     dtypes = []
     net.Mixed_5b.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):  # the caller's, which does not matter
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's autocast is ignored
         exact = net(images)
     half = net(images, "bf16")
     last = net.to(memory_format=torch.channels_last)(images)
@@ -142,7 +145,7 @@ def file(weights, tmp_path_factory):
 
 
 class TestWeights:
-    """Where the file is looked for, and what is refused."""
+    """Where the file is searched, and what is refused."""
 
     @pytest.fixture
     def homes(self, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ def test_every_block_size_gives_the_loops_result(k, block, monkeypatch):
 
 
 def test_precision_is_about_samples_and_recall_about_the_reference():
-    """Samples on one of two modes: all of them are real, half of the real ones are reached."""
+    """With samples on one of two modes, all samples are realistic but only half of the real ones are covered."""
     mode = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
     both = torch.cat([mode, mode + 100])
     assert precision_recall(reference=both, samples=mode + 1e-3) == pytest.approx((1.0, 0.5))
@@ -52,15 +52,15 @@ def test_invalid_input_is_refused():
 
 
 def test_a_set_against_itself_is_one_despite_duplicates():
-    """Four copies of each: the third neighbour is at distance 0, which rounding must not push out of reach."""
+    """With four copies of each, the third neighbour has distance 0, which must not exceed the radius by rounding."""
     x = torch.randn(25, 1000, generator=torch.Generator().manual_seed(0)).repeat(4, 1) + 3
     assert precision_recall(x, x.flip(0)) == (1.0, 1.0)
-    for num in range(4, 25):  # products of other shapes, rounded in another order
+    for num in range(4, 25):  # products of other shapes round differently
         assert precision_recall(x, x[:num]).precision == 1.0
 
 
 def test_an_image_is_not_its_own_neighbour():
-    """Pairs of equal features: with k = 1 the twin is in reach, with k = 2 the next pair is."""
+    """With pairs of equal features, k = 1 reaches the duplicate and k = 2 the next pair."""
     x = torch.tensor([[0.0], [0.0], [10.0], [10.0]])
     assert precision_recall(x, torch.tensor([[1.0], [2.0], [100.0]]), k=1).precision == 0
     assert precision_recall(x, torch.tensor([[1.0], [-9.0], [100.0]]), k=2).precision == pytest.approx(2 / 3)
@@ -94,7 +94,7 @@ def test_non_finite_features_are_refused(bad):
 class TestHalf:
     @pytest.mark.parametrize("block", [7, 10_000])
     def test_float16_rounding_follows_the_reference_evaluator(self, block, monkeypatch):
-        """Features so close that rounding decides: float32 gives other shares."""
+        """The features are so close that rounding matters and float32 gives other results."""
         monkeypatch.setattr(manifold, "ADM_BLOCK", block)
         g = torch.Generator().manual_seed(0)
         reference = 4 + 0.05 * torch.randn(40, 32, generator=g)

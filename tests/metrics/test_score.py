@@ -21,7 +21,7 @@ def test_the_inception_score_equals_the_loops(splits):
 
 @pytest.mark.parametrize("batch", [1, 5, 23])
 def test_the_order_of_the_stream_does_not_change_the_splits(batch):
-    """Splits of 10, 10 and the last 3, whatever comes first."""
+    """The splits have 10, 10 and 3 images in every order."""
     logits = 3 * torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
     parts = logits.double().softmax(1).split(10)
     expected = sum(oracle.inception_score(part.tolist(), 1) for part in parts) / 3

@@ -72,7 +72,7 @@ def test_invalid_input_is_refused():
 def reduce_on(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     uneven = of(features()[[slice(0, 13), slice(13, 50)][rank]])
-    empty = of(features()[: [50, 0][rank]])  # the second process has seen nothing
+    empty = of(features()[: [50, 0][rank]])  # the second process has no features
     for name, statistics in {"uneven": uneven, "empty": empty}.items():
         statistics.reduce()
         torch.save(vars(statistics), f"{folder}/{name}{rank}.pt")
@@ -80,7 +80,7 @@ def reduce_on(rank, folder):
 
 
 def test_reduce_gives_every_process_the_whole(tmp_path):
-    mp.start_processes(reduce_on, args=(str(tmp_path),), nprocs=2, start_method="fork")  # spares their imports
+    mp.start_processes(reduce_on, args=(str(tmp_path),), nprocs=2, start_method="fork")  # saves imports
     for name in ("uneven0", "uneven1", "empty0", "empty1"):
         statistics = Statistics()
         vars(statistics).update(torch.load(tmp_path / f"{name}.pt"))

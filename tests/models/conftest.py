@@ -6,7 +6,7 @@ from repa.models import DiT
 
 @pytest.fixture
 def random_dit():
-    """A tiny DiT none of whose parameters is zero, so that nothing hides behind the zero initialisation."""
+    """A tiny DiT without zero parameters, because the zero initialisation would hide errors."""
 
     def build(seed=0, **arguments):
         latent = {"latent_size": 6, "latent_channels": 3, "patch_size": 2, "num_classes": 5}

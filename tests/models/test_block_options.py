@@ -1,4 +1,4 @@
-"""What blocks can be made of: RMSNorm, SwiGLU, norms of queries and keys, biases, rotary positions."""
+"""Options of blocks: RMSNorm, SwiGLU, normalised queries and keys, biases, rotary positions."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def inputs(n=3):
 
 
 def literal(model, state, t, condition):
-    """The first block of a network with all options, one image and one token at a time, float64."""
+    """The first block of a network with all options in float64, one image and one token at a time."""
     x = (model.x_embedder(state["x"]) + model.pos_embed).double()
     c = torch.nn.functional.silu(model.t_embedder(t) + model.y_embedder(condition.labels)).double()
     block = model.blocks[0].double()
@@ -87,13 +87,13 @@ def test_rotary_logits_depend_only_on_the_distance():
 def test_prefix_tokens_are_not_rotated():
     cos, sin = Rotation(8, (2, 3))(front=2)
     assert cos.shape == sin.shape == (8, 8)
-    assert torch.equal(cos[:3], torch.ones(3, 8))  # the two in front, and row 0, column 0
+    assert torch.equal(cos[:3], torch.ones(3, 8))  # two prefix tokens, and row 0, column 0
     assert not sin[:3].any()
 
 
 def test_rotary_positions_can_be_stretched():
     plain, stretched = Rotation(8, (5, 5)), Rotation(8, (5, 5), extent=16.0)
-    assert torch.equal(stretched.cos[1], Rotation(8, (5, 5), extent=4.0).cos[4])  # 16 / 4 = 4 places apart
+    assert torch.equal(stretched.cos[1], Rotation(8, (5, 5), extent=4.0).cos[4])  # both are at coordinate 4
     assert torch.equal(plain.cos, Rotation(8, (5, 5), extent=4.0).cos)
 
 
@@ -102,7 +102,7 @@ def test_rotary_positions_can_be_stretched():
     [("SiT-XL/2", {}, 675), ("SiT-XL/1", {"norm": "rms", "mlp": "swiglu", "rotary": True, "latent_channels": 32}, 675)],
 )
 def test_parameter_counts_match_the_papers(name, options, millions):
-    """DiT-XL/2, and LightningDiT-XL/1 on VA-VAE."""
+    """DiT-XL/2, and LightningDiT-XL/1 on VA-VAE latents."""
     with torch.device("meta"):
         model = build_model(name, latent_size=16, num_classes=1000, **options)
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions

@@ -25,7 +25,7 @@ PAPERS = {
 
 
 def ddt(**arguments):
-    """A DDT of arguments that are its own, its options' or its blocks'."""
+    """A DDT; keyword arguments may belong to the network, its options or its blocks."""
     options = {name: arguments.pop(name) for name in DDTOptions.__dataclass_fields__ if name in arguments}
     blocks = {name: arguments.pop(name) for name in BlockOptions._fields if name in arguments}
     return DDT(DDTOptions(**options), BlockOptions(**{"norm": "rms", "mlp": "swiglu", **blocks}), **arguments)
@@ -34,7 +34,7 @@ def ddt(**arguments):
 def network(paper="rae", **changes):
     torch.manual_seed(0)
     model = ddt(**{"latent_size": (4, 6), **SIZES, **PAPERS[paper], **changes})
-    for parameter in model.parameters():  # the zeros of adaLN-Zero hide every mistake behind them
+    for parameter in model.parameters():  # the zeros of adaLN-Zero would hide errors
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -100,7 +100,7 @@ def test_the_head_can_reuse_an_earlier_encoding():
         (
             {"latent_size": 16, "patch_size": 1, "depth": 30, "head_depth": 2, "latent_channels": 768}
             | PAPERS["rae"] | {"head_dim": 2048, "head_heads": 16},
-            838,  # the paper counts the fixed positions too: 839
+            838,  # the paper also counts the fixed positions: 839
         ),
     ],
 )  # fmt: skip
@@ -131,7 +131,7 @@ def test_invalid_input_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("paper", PAPERS)
 def test_it_compiles_in_one_graph(paper):
-    """Traced whole, forward and backward, as the objective does it; what the kernels become is tests/training/test_compile.py's."""
+    """Forward and backward are traced as in training; tests/training/test_compile.py covers the default backend."""
     model = network(paper)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     state, t, condition = inputs()

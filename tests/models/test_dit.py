@@ -23,7 +23,7 @@ def test_forward_equals_the_literal_network(random_dit, arguments):
     x_t, t, labels = inputs()
     tolerance = 2e-6
     if arguments.get("learn_sigma"):
-        t, tolerance = torch.tensor([0.0, 37.0]), 1e-3  # timesteps of DDPM magnify the rounding of the frequencies
+        t, tolerance = torch.tensor([0.0, 37.0]), 1e-3  # DDPM's timesteps amplify rounding of the frequencies
     out = call(model, x_t.double(), t.double(), labels, taps=(1, 3))
     prediction, hidden = oracle.forward(model.state_dict(), x_t, t, labels, num_heads=2)
     assert out.prediction.abs().max() > 0.1
@@ -31,7 +31,7 @@ def test_forward_equals_the_literal_network(random_dit, arguments):
     assert sorted(out.hidden) == [1, 3]
     for depth in (1, 3):
         torch.testing.assert_close(out.hidden[depth], hidden[depth], rtol=1e-4, atol=tolerance)
-        assert not torch.allclose(hidden[depth], hidden[2], atol=0.1)  # the neighbouring block would not pass
+        assert not torch.allclose(hidden[depth], hidden[2], atol=0.1)  # the neighbouring block differs
 
 
 def test_float32_and_bfloat16_autocast_stay_near_the_literal_network(random_dit):
@@ -41,13 +41,13 @@ def test_float32_and_bfloat16_autocast_stay_near_the_literal_network(random_dit)
     torch.testing.assert_close(call(model, x_t, t, labels).prediction, prediction.float(), rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
         out = call(model, x_t, t, labels, taps=(3,))
-    assert out.hidden[3].dtype == torch.float32  # the residual stream keeps full precision
+    assert out.hidden[3].dtype == torch.float32  # the residual stream stays in float32
     error = (out.hidden[3] - hidden[3]).norm() / hidden[3].norm()
     assert error < 0.02
 
 
 def test_small_modulations_survive_autocast(random_dit):
-    """1 + 0.001 is 1 in bfloat16: the modulation must be applied before the rounding."""
+    """1 + 0.001 is 1 in bfloat16, so the modulation must be applied before rounding."""
     model = random_dit(depth=1)
     silu_c = torch.zeros(2, 24)
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(2))
@@ -64,7 +64,7 @@ def test_small_modulations_survive_autocast(random_dit):
 
 
 def test_time_keeps_full_precision_in_every_dtype(random_dit):
-    """Neighbouring DDPM timesteps stay apart when the model is cast or runs under autocast."""
+    """Neighbouring DDPM timesteps stay distinct when the model is cast or runs under autocast."""
     embed = random_dit().t_embedder
     t = torch.tensor([997.0, 998.0])
     exact = embed(t)
@@ -100,7 +100,7 @@ def test_initialisation_has_the_published_spreads():
         assert state[name].std().item() == pytest.approx(0.02, rel=0.03)
     fans = {"blocks.0.attn.qkv": (128, 384), "blocks.1.mlp.fc2": (512, 128), "x_embedder.proj": (4 * 2 * 2, 128)}
     for name, (fan_in, fan_out) in fans.items():
-        bound = (6 / (fan_in + fan_out)) ** 0.5  # Glorot: uniform in +-bound
+        bound = (6 / (fan_in + fan_out)) ** 0.5  # Glorot: uniform within +-bound
         weight = state[f"{name}.weight"]
         assert bound * 0.98 < weight.abs().max().item() <= bound
         assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
@@ -120,7 +120,7 @@ def test_parameter_counts_match_the_reference(name, trainable, positions):
     assert model.pos_embed.numel() == positions
     assert "pos_embed" in model.state_dict()
     assert "t_embedder.frequencies" not in model.state_dict()
-    projectors = 6  # weights and biases of three linear layers, which the reference counts into its 138 tensors
+    projectors = 6  # weights and biases of three linear layers, which the reference includes in its 138 tensors
     if name == "SiT-B/2":
         assert len(model.state_dict()) == 138 - projectors
 
@@ -204,7 +204,7 @@ def test_recomputed_activations_give_the_same_bits(random_dit, precision, monkey
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert len(calls) == 3 + 2 * 3  # the second model ran each of its three blocks twice
+    assert len(calls) == 3 + 2 * 3  # the second model runs each of its three blocks twice
     with torch.no_grad():
         call(model, x_t, t, labels)
     assert len(calls) == 9 + 3

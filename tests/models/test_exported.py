@@ -1,4 +1,4 @@
-"""Folders of exported networks, and diffusers' DiTTransformer2DModel: the same outputs as the network that was exported."""
+"""Exported folders, and diffusers' DiTTransformer2DModel, give the same outputs as the exported network."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_an_exported_network_computes_the_same(exported):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool, None])
 def test_weights_that_are_not_finite_floats_are_refused(dtype, exported):
-    """Loading would convert integers, drop imaginary parts and keep NaN."""
+    """Loading them would convert integers, drop imaginary parts and keep NaN."""
     folder, name = exported[0], "blocks.0.attn.qkv.weight"
     state = load_file(folder / "model.safetensors")
     state[name] = torch.full_like(state[name], torch.nan) if dtype is None else state[name].to(dtype)
@@ -89,21 +89,22 @@ def test_diffusers_computes_the_same(learn_sigma, t, random_dit, tmp_path):
         plain = theirs(x_t, timestep=t, class_labels=labels).sample
         exact = exact_times(theirs)(x_t, timestep=t, class_labels=labels).sample
     found = exact if learn_sigma else plain
-    tolerance = 1e-4 * expected.abs().max()  # float32 in another order; at timestep 999 also of the sinusoid's angle
+    # float32 in another order of operations; at timestep 999 also in the sinusoid's angle
+    tolerance = 1e-4 * expected.abs().max()
     assert (found - expected).abs().max() < tolerance
-    if t.max() > 0.5:  # neither way can be had by forgetting the frequencies
+    if t.max() > 0.5:  # the frequencies must have been converted
         assert ((plain if learn_sigma else exact) - expected).abs().max() > 10 * tolerance
 
 
 def test_norms_exported_to_diffusers_have_our_epsilon(random_dit):
-    """On tokens so small that it decides the result."""
+    """On tokens so small that epsilon dominates the norm."""
     from diffusers import DiTTransformer2DModel
 
     ours = random_dit()
     ours.x_embedder.proj.weight.data *= 1e-3
     ours.x_embedder.proj.bias.data.zero_()
     ours.pos_embed.zero_()
-    for block in ours.blocks:  # the gates keep the tokens small
+    for block in ours.blocks:  # small gates keep the tokens small
         block.adaLN_modulation[1].weight.data *= 1e-3
         block.adaLN_modulation[1].bias.data *= 1e-3
     config, state = to_diffusers(ours.state_dict(), 2, unit_times=True)
@@ -121,7 +122,7 @@ def test_norms_exported_to_diffusers_have_our_epsilon(random_dit):
 
 
 def test_time_frequencies_convert_to_diffusers():
-    """[cos, sin] of 10000^(-k/128) t from those of 10000^(-k/127) t, for all t in [0, 1], with weights no larger."""
+    """[cos, sin] of 10000^(-k/128) t are linear in those of 10000^(-k/127) t for t in [0, 1], without large weights."""
     weight = torch.randn(5, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     t = torch.linspace(0, 1, 101, dtype=torch.float64)[:, None]
 

@@ -1,4 +1,4 @@
-"""Networks beside the values that their released code gave: 1e-6, since the times there are embedded in float32."""
+"""Networks against values of their released code, to 1e-6, because it embeds times in float32."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ TOLERANCE = 1e-6
 
 
 def fill(module, case, renamed=lambda name: name, absent=()):
-    """Give the parameters that the case names its values, and check that it names them all."""
+    """Set the parameters that the case names, and check that it names all of them."""
     parameters, filled = dict(module.named_parameters()), set()
     for k, name, shape in case["weights"]["names"]:
         ours = renamed(name)
@@ -100,7 +100,7 @@ def test_jit_equals_the_released_network():
 
 
 def test_the_adapter_equals_pixelrepas_released_one():
-    """As the projector of a term: the prediction, and the released loss, which is 1 - cosine."""
+    """Used as the projector of a term: the prediction, and the released loss, which is 1 - cosine."""
     case, model = jit()
     x, t, condition = inputs(case)
     hidden = model({"x": x}, t, condition, (Tap(1),)).taps[Tap(1)]
@@ -118,8 +118,8 @@ def test_the_adapter_equals_pixelrepas_released_one():
 
 
 def permuted(tensor, heads, dim=0):
-    """Queries or keys whose pairs of channels are (column, row) by turns, as in DDT, in our order: rows first, then columns."""
-    pairs = tensor.unflatten(dim, (heads, -1, 2, 2))  # of each head: which frequency, column or row, the two of a pair
+    """Reorder query or key channels from DDT's alternating (column, row) pairs to ours: rows first, then columns."""
+    pairs = tensor.unflatten(dim, (heads, -1, 2, 2))  # per head: frequency, column or row, the two of a pair
     return pairs.movedim(dim + 2, dim + 1).flip(dim + 1).flatten(dim, dim + 3)
 
 

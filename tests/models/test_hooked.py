@@ -10,7 +10,7 @@ from repa.models import Condition, Hooked, ModelConfig, Tap, build
 
 
 class Tokens(nn.Module):
-    """A token in front of the grid, and tuples."""
+    """Adds a token before the grid and returns a tuple."""
 
     def forward(self, x):
         return torch.cat([x[:, :1] * 2, x[:, 1:] + 1], dim=1), "more"
@@ -98,7 +98,7 @@ def test_invalid_blocks_and_outputs_are_refused():
 
 
 def small(config):
-    """Named by its dotted name below."""
+    """A network that a test below names by its dotted name."""
     return Net()
 
 
@@ -120,7 +120,7 @@ def test_the_hooked_backbone_finds_blocks_by_name():
 
 
 class Inside(nn.Module):
-    """A network within another, as one of diffusers is whose arguments have other names: the inner one tells its width."""
+    """A network inside a wrapper with other argument names; the inner network defines the width."""
 
     def __init__(self):
         super().__init__()

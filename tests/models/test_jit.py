@@ -11,7 +11,7 @@ SIZES = {"hidden_dim": 16, "depth": 3, "num_heads": 2, "bottleneck": 6, "class_t
 def network(**changes):
     torch.manual_seed(0)
     model = JiT(**{"latent_size": (8, 12), "patch_size": 4, "num_classes": 3, **SIZES, **changes})
-    for parameter in model.parameters():  # the zeros of adaLN-Zero hide every mistake behind them
+    for parameter in model.parameters():  # the zeros of adaLN-Zero would hide errors
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -56,7 +56,7 @@ def test_taps_contain_only_grid_tokens(class_tokens):
     q, k = attention.qkv(seen[0]).reshape(3, -1, 3, 2, 8)[:, :, :2].unbind(2)  # (N, S + T, h, d)
     q, k = attention.q_norm(q), attention.k_norm(k)
     places = [(0, 0)] * class_tokens + [(row, column) for row in range(2) for column in range(3)]
-    rates = [1.0, 0.01]  # two pairs of channels by row, two by column
+    rates = [1.0, 0.01]  # two channel pairs for the row, two for the column
     for each in (q, k):
         for token, (row, column) in enumerate(places):
             for pair in range(4):
@@ -91,7 +91,7 @@ def test_the_network_compiles_in_one_graph():
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),  # table 9 of arXiv 2511.13720; of the patches of 32, at 512 pixels
+    ("name", "millions"),  # table 9 of arXiv 2511.13720; patches of 32 are at 512 pixels
     [("JiT-B/16", 131), ("JiT-L/16", 459), ("JiT-H/16", 953), ("JiT-B/32", 133), ("JiT-L/32", 462), ("JiT-H/32", 956)],
 )
 def test_parameter_counts_match_the_paper(name, millions):

@@ -1,4 +1,4 @@
-"""Norm and modulation with a backward of their own: against autograd in float64, and the Triton kernel in its interpreter."""
+"""The fused norm and modulation: gradients against float64 autograd, and the Triton kernel in its interpreter."""
 
 import importlib.util
 import os
@@ -45,7 +45,7 @@ def test_the_pytorch_version_has_the_gradients_of_autograd(dtype, rtol):
 
 
 def test_the_operator_passes_pytorchs_operator_checks():
-    """Fake tensors, no hidden mutation: what torch.compile relies on."""
+    """torch.compile relies on fake tensors and on no hidden mutation."""
     inputs, gradient = tensors(torch.float32)
     x, _, scale = (t.detach() for t in inputs)
     _, mean, rstd = torch.native_layer_norm(x, (24,), None, None, EPS)
@@ -114,7 +114,7 @@ print("equal")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_equals_the_pytorch_version():
-    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    """In a separate process, because Triton selects its interpreter at import."""
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(repa.__file__).parents[1]), *sys.path]),

@@ -1,4 +1,4 @@
-"""The networks of 512 pixels are those of 256 with more positions, whatever the latents' channels (the paper at 512 x 512)."""
+"""Networks for 512 pixels equal those for 256 with more positions, for any number of latent channels."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_512_pixels_change_only_the_positions():
     [(8, 4, 512, 1024), (8, 16, 256, 256), (8, 16, 512, 1024), (32, 32, 512, 64), (32, 32, 256, 16)],
 )
 def test_predictions_of_a_patch_appear_at_the_same_place(factor, channels, pixels, tokens):
-    """A network whose head returns its token's content: what a patch holds is predicted there and nowhere else."""
+    """With a head that returns its token, changing a patch changes the prediction only there."""
     side = pixels // factor
     torch.manual_seed(0)
     model = build_model(

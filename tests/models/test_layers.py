@@ -79,7 +79,7 @@ def test_an_overlapping_patch_sees_neighbouring_pixels():
 
 @pytest.mark.parametrize("embed", [PatchEmbedding(3, 8, 2), BottleneckEmbedding(3, 5, 8, 2)])
 def test_tokens_are_contiguous_in_memory(embed):
-    """The stream between the blocks has their layout, and a norm of any other layout copies it."""
+    """A norm copies its input when the residual stream has another memory layout."""
     found = embed(torch.randn(2, 3, 6, 4))
     assert found.shape == (2, 6, 8)
     assert found.is_contiguous()
@@ -87,7 +87,7 @@ def test_tokens_are_contiguous_in_memory(embed):
 
 
 class Copies(TorchDispatchMode):
-    """Counts what copies at least `size` numbers."""
+    """Counts copies of at least `size` numbers."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -110,7 +110,7 @@ def test_gradients_of_queries_keys_and_values_are_written_once():
     assert all(torch.equal(a, b) for a, b in zip(found, slow, strict=True))
     with Copies(qkv.numel()) as copies:
         (gradient,) = torch.autograd.grad(found, qkv, gradients)
-        rows = gradient.flatten(0, 1)  # as the product's backward takes them
+        rows = gradient.flatten(0, 1)  # in the layout that the product's backward needs
     assert rows.is_contiguous()
     assert torch.equal(gradient, wanted)
     assert copies.found == {"stack": 1}
@@ -118,7 +118,7 @@ def test_gradients_of_queries_keys_and_values_are_written_once():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_bfloat16_attention_on_a_cpu_matches_the_formula(masked):
-    """Its two products against the formula in float64, forward and backward, to bfloat16's rounding."""
+    """Forward and backward match the float64 formula up to bfloat16 rounding."""
     stream = torch.Generator().manual_seed(0)
     qkv = torch.randn(3, 6, 3 * 24, generator=stream).bfloat16().requires_grad_()
     mask = torch.rand(3, 6, 6, generator=stream) < 0.7
@@ -141,7 +141,7 @@ def test_bfloat16_attention_on_a_cpu_matches_the_formula(masked):
 def test_the_compiled_gelu_for_cpus_matches_the_eager_one():
     torch._dynamo.reset()
     x = torch.linspace(-12, 12, 241, dtype=torch.float64, requires_grad=True)
-    compiled = torch.compile(gelu, backend="eager", fullgraph=True)  # traces as every backend does
+    compiled = torch.compile(gelu, backend="eager", fullgraph=True)  # traces like every backend
     y, wanted = compiled(x), F.gelu(x, approximate="tanh")
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), x)[0] for out in (y, wanted)), rtol=1e-12, atol=1e-12)

@@ -13,7 +13,7 @@ SIZES = {"latent_size": (4, 6), "hidden_dim": 16, "depth": 2, "num_heads": 2, "t
 def network(**changes):
     torch.manual_seed(0)
     model = MMDiT(**{**SIZES, **changes})
-    for parameter in model.parameters():  # the zeros of adaLN-Zero hide every mistake behind them
+    for parameter in model.parameters():  # the zeros of adaLN-Zero would hide errors
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -86,7 +86,7 @@ def test_taps_return_the_image_stream():
 
 
 def test_patches_may_overlap():
-    """One token's prediction reaches the pixels around its patch."""
+    """The prediction of a token also covers pixels around its patch."""
     model = network(patch_overlap=1)
     state, t, condition = inputs()
     torch.nn.init.zeros_(model.final_layer.linear.weight)

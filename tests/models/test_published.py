@@ -33,7 +33,8 @@ def test_repa_checkpoints_are_read(tmp_path, repa_state, wrapped):
     if wrapped == "safetensors":
         save_file(repa_state, path)
     else:
-        live = {key: value + 1 for key, value in repa_state.items()}  # the EMA weights are to be taken, not these
+        # raw weights, which must not be used instead of the EMA
+        live = {key: value + 1 for key, value in repa_state.items()}
         content = {
             "bare": repa_state,
             "training": {"model": live, "ema": repa_state, "opt": {}, "args": argparse.Namespace(seed=0)},
@@ -56,7 +57,7 @@ def test_sit_is_reversed_in_time_and_sign(random_dit, learn_sigma):
     before = {key: value.clone() for key, value in sit.items()}
     state, projectors, *_ = load_published(sit, "sit")
     assert projectors == {}
-    assert all(torch.equal(sit[key], before[key]) for key in sit)  # what was given is left as it was
+    assert all(torch.equal(sit[key], before[key]) for key in sit)  # the input is unchanged
     x_t, t, labels = inputs()
     expected = -published.sit_velocity(sit, x_t, 1 - t, labels, num_heads=2)
     assert not torch.allclose(expected, -published.sit_velocity(sit, x_t, t, labels, num_heads=2), atol=0.1)

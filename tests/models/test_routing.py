@@ -1,4 +1,4 @@
-"""Tokens that are left out of some blocks: against one token at a time, and what networks with a route refuse."""
+"""Tokens that skip some blocks: compared with one token at a time, and what is refused."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def inputs(num=2):
 
 
 def by_hand(model, state, t, condition, keep, dropped):
-    """The tokens before the final layer, image by image and token by token, from the equations of TREAD and SPRINT."""
+    """Tokens before the final layer by the equations of TREAD and SPRINT, one image and token at a time."""
     blocks, route = model.blocks, model.route
     silu_c, _ = model._conditioning(t, condition.labels)
     tokens = model.x_embedder(state["x"]) + model.pos_embed
@@ -92,13 +92,13 @@ def test_keeping_no_tokens_skips_the_route(merge):
     nobody = torch.empty(2, 0, dtype=torch.long)
     dropped = model(*given, (), None, torch.ones(2, dtype=torch.bool))
     torch.testing.assert_close(model(*given, (), nobody).prediction, dropped.prediction)
-    model.blocks[1].attn.qkv.weight.data.fill_(torch.nan)  # a block of the route: it does not run
+    model.blocks[1].attn.qkv.weight.data.fill_(torch.nan)  # a block of the route, which must not run
     assert model(*given, (), nobody).prediction["x"].isfinite().all()
 
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])
 def test_stream_tokens_are_never_skipped(merge):
-    """The prediction of the vector changes with the route's blocks for any kept token, and a tap has the vector's in front."""
+    """The route's blocks change the vector's prediction for any kept tokens, and taps begin with the vector's token."""
     model = network(Route(2, 3, 0.25, 0, merge, 0.1), streams={"class": 6})
     state, *rest = inputs()
     state["class"] = torch.ones(2, 6, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_stream_tokens_are_never_skipped(merge):
 def test_a_time_per_token_stays_with_its_token():
     model, (state, _, condition) = network(Route(2, 3, 0.25), separate_times=True), inputs()
     times = torch.rand(2, 2, dtype=torch.float64).gather(1, torch.arange(16).expand(2, -1) % 2)
-    alone = torch.arange(0, 16, 2).expand(2, -1)  # the tokens of the first time, which look at no others
+    alone = torch.arange(0, 16, 2).expand(2, -1)  # the tokens of the first time see no others
     found = model(state, times, condition, (Tap(3),), alone).taps[Tap(3)]
     whole = network(Route(1, 1), separate_times=True)(state, times, condition, (Tap(3),)).taps[Tap(3)]
     torch.testing.assert_close(found, whole[:, ::2])
@@ -123,7 +123,7 @@ def test_a_time_per_token_stays_with_its_token():
 
 
 def test_one_of_two_times_stays_with_its_token():
-    """As the same times written out for each token."""
+    """The result equals that of one time per token."""
     model, (state, _, condition) = network(Route(2, 3, 0.25), separate_times=True), inputs()
     values = torch.tensor([[0.2, 0.7], [0.9, 0.4]], dtype=torch.float64)
     second = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -135,7 +135,7 @@ def test_one_of_two_times_stays_with_its_token():
 
 
 def test_rotary_positions_stay_with_their_tokens():
-    """A stream's token in front is not turned; the kept ones are turned by where they were."""
+    """A stream's prefix token is not rotated; kept tokens are rotated by their original positions."""
     model = network(Route(2, 3, 0.25), rotary=True, qk_norm="rms", streams={"class": 6})
     state, *rest = inputs()
     state["class"] = torch.ones(2, 6, dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_draws_keep_the_same_share_of_every_image_and_group():
     groups = keep // 12 * 3 + keep % 6 // 2  # 2 x 3 groups of a 4 x 6 grid
     assert (groups.sort(1).values == torch.arange(6)).all()
     counts = keep.flatten().bincount(minlength=24)
-    assert (counts - 100).abs().max() < 40  # each token of a group is as likely
+    assert (counts - 100).abs().max() < 40  # all tokens of a group are equally likely
     assert 0.4 < dropped.double().mean() < 0.6
     keep, dropped = draw_route(Route(2, 3, 0.5), 400, (4, 6), stream)
     assert (keep.shape, dropped) == ((400, 12), None)

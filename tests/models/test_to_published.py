@@ -1,4 +1,4 @@
-"""Ours -> the released formats, and back."""
+"""Conversion of our networks to the released formats and back."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_writing_and_reading_a_checkpoint_round_trips(kind, learn_sigma, random_
     assert back.keys() == (projectors().keys() if kind == "repa" else set())
     assert again.keys() == state.keys()
     for key, value in state.items():
-        assert torch.equal(value, before[key])  # what was given is left as it was
+        assert torch.equal(value, before[key])  # the input is unchanged
         if kind == "sit":  # reversing time rounds twice
             torch.testing.assert_close(again[key], value, rtol=1e-5, atol=1e-6)
         else:
@@ -34,7 +34,7 @@ def test_writing_and_reading_a_checkpoint_round_trips(kind, learn_sigma, random_
 
 
 def test_reading_and_writing_a_released_sit_round_trips(random_dit):
-    """A SiT through our convention is the same SiT, but for the variance channels that it never uses."""
+    """A SiT converted to our convention and back is unchanged except for its unused variance channels."""
     sit = random_dit(learn_sigma=True).state_dict()
     state = load_published(sit, "sit").ema
     again = to_published(state, {}, "sit")

@@ -4,7 +4,7 @@ import math
 
 
 def cosine(projected, target):
-    """-mean over tokens of the cosine of each pair; (N, T, F) arrays -> list of N."""
+    """The negative mean cosine over tokens; (N, T, F) arrays -> list of N."""
     return [
         -sum(_cos(h, y) for h, y in zip(hs, ys, strict=True)) / len(hs)
         for hs, ys in zip(projected, target, strict=True)
@@ -12,7 +12,7 @@ def cosine(projected, target):
 
 
 def nt_xent(projected, target, temperature):
-    """-log softmax of the right image among all images, at each token position; (N, T, F) -> list of N."""
+    """-log softmax of the correct image among all images, at each token position; (N, T, F) -> list of N."""
     losses = []
     for n in range(len(projected)):
         total = 0.0

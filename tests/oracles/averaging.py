@@ -1,4 +1,4 @@
-"""Power-function averages by their definition: sums and integrals written out in float64."""
+"""Power-function averages by definition: sums and integrals in float64."""
 
 import numpy as np
 

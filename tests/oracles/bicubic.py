@@ -1,4 +1,4 @@
-"""Bicubic resampling written out in loops, float64; pixels are areas (align_corners False), as in torch and PIL."""
+"""Bicubic resampling in float64 loops; pixels are areas (align_corners False), as in torch and PIL."""
 
 import math
 
@@ -16,7 +16,7 @@ def cubic(x: float, a: float) -> float:
 
 
 def plain_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """(out, in) weights without antialias: four taps, a = -0.75, borders repeated."""
+    """(out, in) weights without antialias: four taps, a = -0.75, repeated borders."""
     matrix = np.zeros((size_out, size_in))
     for i in range(size_out):
         centre = (i + 0.5) * size_in / size_out - 0.5
@@ -26,7 +26,7 @@ def plain_matrix(size_in: int, size_out: int) -> np.ndarray:
 
 
 def antialias_matrix(size_in: int, size_out: int) -> np.ndarray:
-    """(out, in) weights with antialias: the kernel (a = -0.5) widened by the shrinking factor, weights sum to 1."""
+    """(out, in) weights with antialias: the kernel (a = -0.5) stretched by the shrinking factor; weights sum to 1."""
     scale = size_in / size_out
     widen = max(scale, 1.0)
     matrix = np.zeros((size_out, size_in))

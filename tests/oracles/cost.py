@@ -1,4 +1,4 @@
-"""FLOPs and bytes by formula: what the papers' tables are made of. A multiply-add is two FLOPs."""
+"""FLOPs by formula, as in the papers' tables. A multiply-add counts as two FLOPs."""
 
 
 def dit_forward(width: int, depth: int, tokens: int, patch_values: int, out_values: int) -> int:
@@ -6,9 +6,9 @@ def dit_forward(width: int, depth: int, tokens: int, patch_values: int, out_valu
     macs = tokens * patch_values * width  # patches in
     macs += 256 * width + width * width  # MLP of the time
     block = tokens * width * 3 * width + tokens * width * width  # q, k, v and the projection
-    block += 2 * tokens * tokens * width  # logits and their use
+    block += 2 * tokens * tokens * width  # logits and weighted values
     block += 2 * tokens * width * 4 * width  # MLP
-    block += width * 6 * width  # adaLN, once an image
+    block += width * 6 * width  # adaLN, once per image
     macs += depth * block
     macs += width * 2 * width + tokens * width * out_values  # head
     return 2 * macs

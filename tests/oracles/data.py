@@ -1,11 +1,11 @@
-"""Slow literal transcriptions for the data room."""
+"""Slow literal transcriptions of the data package's formulas."""
 
 import numpy as np
 from PIL import Image
 
 
 def adm_crop_geometry(width: int, height: int, size: int) -> tuple[int, int, int, int]:
-    """SPEC 1.10 in integers: width and height after all resizing, then the corner (left, top) of the crop."""
+    """ADM's crop in integers: width and height after all resizing, then the corner (left, top) of the crop."""
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
     scale = size / min(width, height)
@@ -14,7 +14,7 @@ def adm_crop_geometry(width: int, height: int, size: int) -> tuple[int, int, int
 
 
 def halve(pixels: np.ndarray) -> np.ndarray:
-    """Mean of every 2 x 2 block of (H, W, C) with even H and W, in float64, pixel by pixel."""
+    """The mean of every 2 x 2 block of (H, W, C) with even H and W, in float64."""
     height, width, channels = pixels.shape
     out = np.zeros((height // 2, width // 2, channels))
     for y in range(height // 2):
@@ -26,7 +26,7 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
-    """(H, W, 4) laid on white: colour * alpha + 255 * (1 - alpha), in float64."""
+    """(H, W, 4) on white: colour * alpha + 255 * (1 - alpha), in float64."""
     alpha = rgba[..., 3:].astype(np.float64) / 255
     return rgba[..., :3] * alpha + 255 * (1 - alpha)
 

@@ -1,4 +1,4 @@
-"""The diffusion transformer as the papers write it, from a state dict: float64, one token, head and patch at a time."""
+"""The diffusion transformer of the papers from a state dict, in float64, one token, head and patch at a time."""
 
 import math
 

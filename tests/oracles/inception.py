@@ -1,4 +1,4 @@
-"""Inception-v3 of 2015-12-05 as it is described in public: a table of its convolutions, its parts by loops, float64 numpy."""
+"""Inception-v3 of 2015-12-05 from public descriptions: a table of convolutions, and its parts as float64 loops."""
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ BLOCKS = {
     "Mixed_6e": block_c(768, 192), "Mixed_7a": block_d(768), "Mixed_7b": block_e(1280), "Mixed_7c": block_e(2048),
 }  # fmt: skip
 
-# what follows what in a block; convolutions with stride 2 (and no padding) end in /2; a fork's ends are joined
+# branches of each block; convolutions with stride 2 and no padding end in /2; the ends of a fork are concatenated
 BRANCHES = {
     "a": ["branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "avg branch_pool"],
     "b": ["branch3x3/2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2", "max/2"],
@@ -71,7 +71,7 @@ BRANCHES = {
 
 
 def shapes():
-    """Every parameter and buffer of the published file, by name."""
+    """Names and shapes of all parameters and buffers of the published file."""
     convolutions = STEM | {f"{b}.{name}": shape for b, table in BLOCKS.items() for name, shape in table.items()}
     found = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for name, (inputs, outputs, height, width) in convolutions.items():
@@ -83,7 +83,7 @@ def shapes():
 
 
 def random_weights(wanted, seed=0):
-    """Values of usual size for tensors of these names and shapes, in the order of their names."""
+    """Random values of typical size for these names and shapes, in the order of names."""
     g = torch.Generator().manual_seed(seed)
     weights = {}
     for name in sorted(wanted):
@@ -102,7 +102,7 @@ def random_weights(wanted, seed=0):
 
 
 def resize(image, side):
-    """TensorFlow 1's bilinear resize, align_corners False: (H, W) -> (side, side), a pixel at a time."""
+    """TensorFlow 1's bilinear resize with align_corners False: (H, W) -> (side, side), one pixel at a time."""
     height, width = image.shape
     out = np.zeros((side, side))
     for i in range(side):
@@ -117,7 +117,7 @@ def resize(image, side):
 
 
 def windows(x, height, width, stride, pad):
-    """(C, H, W) -> the pixels that exist under each window: yields (i, j, (C, at most height * width))."""
+    """(C, H, W) -> the existing pixels under each window: yields (i, j, (C, at most height * width))."""
     rows, columns = x.shape[1] + 2 * pad[0] - height + 1, x.shape[2] + 2 * pad[1] - width + 1
     for i in range(0, rows, stride):
         for j in range(0, columns, stride):

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def frechet(mu1, sigma1, mu2, sigma2):
-    """The trace of the root from the eigenvalues of the product of covariances."""
+    """The Fréchet distance, with the trace of the root from the eigenvalues of the covariances' product."""
     eigenvalues = np.linalg.eigvals(sigma1 @ sigma2)
     return (
         ((mu1 - mu2) ** 2).sum()
@@ -28,7 +28,7 @@ def inception_score(probabilities, splits):
 
 
 def share_within(queries, centres, k):
-    """Share of queries in the ball of some centre, which reaches to the centre's k-th neighbour among the others."""
+    """The share of queries within the distance of some centre to its k-th neighbour."""
     inside = 0
     for q in queries:
         for i, c in enumerate(centres):
@@ -51,7 +51,7 @@ def kernel_distance(x, y, degree):
 
 
 def adm_frechet(x, y):
-    """As the ADM evaluator computes it: float32 means, numpy.cov, the root of the product by scipy."""
+    """The Fréchet distance of the ADM evaluator: float32 means, numpy.cov, scipy's root of the product."""
     import warnings
 
     from scipy import linalg
@@ -66,7 +66,7 @@ def adm_frechet(x, y):
 
 
 def half_distances(u, v):
-    """Squared distances with every step of |u|^2 - 2 u.v + |v|^2 rounded to float16, one pair at a time."""
+    """Squared distances |u|^2 - 2 u.v + |v|^2 with every step rounded to float16, one pair at a time."""
     h = np.float16
     with np.errstate(over="ignore", invalid="ignore"):
         out = np.zeros((len(u), len(v)), np.float32)
@@ -80,7 +80,7 @@ def half_distances(u, v):
 
 
 def adm_precision_recall(reference, samples, k):
-    """The evaluator's: reach is entry k of a row's sorted distances, itself included; ties are inside."""
+    """The evaluator's precision and recall: the radius is entry k of sorted distances, itself included; ties count."""
     reach_r = np.sort(half_distances(reference, reference), 1)[:, k]
     reach_s = np.sort(half_distances(samples, samples), 1)[:, k]
     cross = half_distances(reference, samples)

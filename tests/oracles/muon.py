@@ -7,7 +7,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """U f(S) V' of the singular value decomposition, with the singular values put through the iteration one by one."""
+    """U f(S) V', where f applies the iteration to each singular value."""
     u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
     a, b, c = COEFFICIENTS
     out = []

@@ -1,16 +1,16 @@
-"""What the released checkpoints mean, in terms of the literal network."""
+"""The conventions of released checkpoints in terms of the literal network."""
 
 from tests.oracles import dit
 
 
 def sit_velocity(state, x_t, t_sit, labels, num_heads):
-    """SiT: t = 1 is data, velocity = data - noise, and the network's second half of the channels is thrown away."""
+    """SiT: t = 1 is data, velocity = data - noise, and the second half of the output channels is dropped."""
     channels = x_t.shape[1]
     return dit.forward(state, x_t, t_sit, labels, num_heads)[0][:, :channels]
 
 
 def legacy_repa(state, depth):
-    """A REPA checkpoint as older code wrote it: the blocks after `depth` are numbered from 0 as decoder_blocks."""
+    """A REPA checkpoint of older code, where the blocks after `depth` are decoder_blocks, numbered from 0."""
     renamed = {}
     for key, value in state.items():
         if key.startswith("blocks."):

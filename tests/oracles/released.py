@@ -1,4 +1,4 @@
-"""Checkpoint files as the projects' own code writes them, with random weights; and sampling in each project's own convention."""
+"""Checkpoint files in each project's format with random weights, and sampling in each project's convention."""
 
 import argparse
 import math
@@ -21,7 +21,7 @@ PROJECTOR = {
 
 
 def random_state(seed=0, **arguments):
-    """A state dict of DiT none of whose parameters is zero (the positions are what they must be)."""
+    """A DiT's state dict without zero parameters; positions keep their fixed values."""
     model = DiT(**{**SIZES, "num_classes": 2, **arguments})
     stream = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -40,7 +40,7 @@ def projectors(seed=7, number=1, features=32):
 
 
 def repa_training(state, **settings):
-    """What train.py of REPA saves: EMA, raw weights, optimizer, arguments as a Namespace, steps."""
+    """The content saved by REPA's train.py: EMA, raw weights, optimizer, arguments as a Namespace, steps."""
     live = {key: value + 0.01 for key, value in state.items()}
     arguments = argparse.Namespace(**{"model": "SiT-B/2", "path_type": "linear", "prediction": "v", **settings})
     optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4}]}
@@ -48,7 +48,7 @@ def repa_training(state, **settings):
 
 
 def sit_training(state, **settings):
-    """What train.py of SiT (and DiT) saves; steps are only in the file's name."""
+    """The content saved by train.py of SiT and DiT; steps are only in the file's name."""
     live = {key: value + 0.01 for key, value in state.items()}
     arguments = argparse.Namespace(**{"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", **settings})
     return {"model": live, "ema": state, "opt": {"state": {}, "param_groups": []}, "args": arguments}
@@ -72,7 +72,7 @@ def sit_euler(state, noise, labels, num_steps, num_heads=2):
 
 
 def dit_ddim(state, noise, labels, num_steps, num_heads=2):
-    """DiT's DDIM on timesteps 0, 1000 / n, ...: the network is told the integer timestep."""
+    """DiT's DDIM on timesteps 0, 1000 / n, ...; the network receives integer timesteps."""
     bars, x = ddpm.alpha_bars(ddpm.BETAS), noise.double()
     timesteps = [k * (1000 // num_steps) for k in range(num_steps)]
     for place in reversed(range(num_steps)):

@@ -1,6 +1,6 @@
 """The reference samplers as literal loops: numpy, float64, one scalar expression per line.
 
-Only the grids are torch's: its linspace rounds differently from numpy's, and guidance intervals are closed.
+Only the grids come from torch: its linspace rounds differently from numpy's, and guidance intervals are closed.
 """
 
 import math
@@ -18,7 +18,7 @@ def path(name, t):
 
 
 def guide(velocity, x, t, scale, low, high):
-    """velocity(x, t, conditional: bool); closed interval in t, on all channels."""
+    """Guide velocity(x, t, conditional: bool) within a closed interval in t, on all channels."""
     if scale > 1 and low <= t <= high:
         v_null = velocity(x, t, False)
         return v_null + scale * (velocity(x, t, True) - v_null)

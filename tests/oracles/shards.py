@@ -1,4 +1,4 @@
-"""Data folders made without models: every field of image i is a known function of i."""
+"""Data folders without models, where every field of image i is a known function of i."""
 
 import math
 
@@ -17,7 +17,7 @@ def label(i: int) -> int:
 
 
 def moments(i: int) -> np.ndarray:
-    """(2C, h, w), no two images alike."""
+    """Moments (2C, h, w) that differ between all images."""
     return (i % 2000 + np.arange(2 * CHANNELS * SIDE**2).reshape(2 * CHANNELS, SIDE, SIDE) / 128).astype(np.float16)
 
 
@@ -26,7 +26,7 @@ def images(i: int) -> np.ndarray:
 
 
 def write_data(folder, sizes, *, fields=("labels", "moments", "images"), extra=None, features=None) -> Manifest:
-    """Shards of the given sizes. `extra`: field -> function of i; `features`: encoder -> FeatureField."""
+    """Write shards of the given sizes. `extra`: field -> function of i; `features`: encoder -> FeatureField."""
     makers = {"labels": lambda i: np.int64(label(i)), "moments": moments, "images": images, **(extra or {})}
     shards, start = [], 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def write_data(folder, sizes, *, fields=("labels", "moments", "images"), extra=N
 
 
 def sparse_data(folder, num: int, shape=(4, 2, 2), shard_size=1 << 18) -> DataSet:
-    """Labels and moments of `num` images, all 0, in files that take no room on the disk."""
+    """Write labels and moments of `num` images, all zero, in sparse files that take no space on disk."""
     folder.mkdir(parents=True)
     shards = []
     for number, start in enumerate(range(0, num, shard_size)):

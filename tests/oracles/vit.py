@@ -1,6 +1,6 @@
-"""A vision transformer in the original projects' names, float64, written out: patches and heads one by one.
+"""A vision transformer with the original projects' tensor names in float64, one patch and head at a time.
 
-DINOv2's: registers without a position between class token and patches, a scale on every branch, gated MLPs in the giant.
+DINOv2 has registers without position between class token and patches, a scale per branch, and gated MLPs in the giant.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""SiT's training loss of noise and score, one number at a time, in its own time s (s = 1 is data), with math only."""
+"""SiT's training loss of noise and score in its own time s (s = 1 is data), one number at a time, with math only."""
 
 import math
 
@@ -18,7 +18,7 @@ def path_of_sit(name, s):
 
 
 def weight(kind, name, s):
-    """The rate of the process, and what the three weightings make of it."""
+    """The weight of each of the three weightings."""
     alpha, sigma, d_alpha, d_sigma = path_of_sit(name, s)
     rate = d_alpha / alpha * sigma**2 - sigma * d_sigma
     return {"none": 1.0, "velocity": (rate / sigma) ** 2, "likelihood": rate / sigma**2}[kind]

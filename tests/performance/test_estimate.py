@@ -1,4 +1,4 @@
-"""What a run costs: against formulas, the figures of the literature, and what autograd really keeps."""
+"""The cost of runs against formulas, published figures, and the memory that autograd really keeps."""
 
 import functools
 
@@ -28,7 +28,7 @@ IMAGENET = 1_281_167
 
 @pytest.fixture(scope="module", autouse=True)
 def _counted_once():
-    """Networks are counted once for all tests: it takes a second each."""
+    """Count each network once for all tests, because counting takes a second."""
     counted = {name: getattr(estimates, name) for name in ("encoder_cost", "autoencoder_cost", "model_cost")}
     for name, function in counted.items():
         setattr(estimates, name, functools.cache(function))
@@ -63,7 +63,7 @@ def base():
 def test_network_cost_matches_the_formula_and_the_paper(name, width, depth, millions):
     cost = estimates.model_cost(sit(name))
     assert cost.forward == dit_forward(width, depth, 256, 16, 16)
-    assert cost.training / cost.forward == pytest.approx(3, rel=1e-3)  # less the gradient of the input
+    assert cost.training / cost.forward == pytest.approx(3, rel=1e-3)  # without the gradient of the input
     assert round(cost.parameters / 1e6) == millions
 
 
@@ -104,7 +104,7 @@ def test_costs_of_the_giant_and_a_packaged_encoder_are_known():
 
 
 def test_autoencoder_cost_matches_torchs_counter():
-    """Of Stable Diffusion's shape on a small image: the cost grows with the pixels, but for the attention in the middle."""
+    """Stable Diffusion's shape on a small image; the cost grows with the pixels, except for the middle attention."""
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
@@ -131,7 +131,7 @@ def test_autoencoder_cost_matches_torchs_counter():
     ],
 )
 def test_the_encoders_share_of_a_step_matches_the_literature(network, shares, monkeypatch):
-    """As the literature's table of encoders and networks has it, to its digits."""
+    """Equal to all digits of the published table of encoders and networks."""
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 0)
     encoders = ("dinov2-s", "dinov2-b", "dinov2-l", "dinov2-g")
     found = estimated(aligned(network, *encoders))
@@ -195,7 +195,7 @@ def test_memory_is_computed_for_the_faster_strategy(base):
     large = estimated(aligned("SiT-XL/2"))
     assert large.parallel == "fsdp"
     assert large.memory(cached=True)["AdamW"] == 8 * (large.network.parameters + large.projectors.parameters) / 8
-    assert base.parallel == "ddp"  # as asked
+    assert base.parallel == "ddp"  # as configured
     assert estimated(aligned("SiT-XL/2"), num_devices=1).parallel == "ddp"
 
 
@@ -243,7 +243,7 @@ def test_saved_bytes_counts_each_storage_once_and_no_attention_weights():
 
     def twice():
         y = x.exp()
-        return (y.sin() * y.cos()).sum()  # y is kept by both, their results by the product
+        return (y.sin() * y.cos()).sum()  # both keep y, and the product keeps their results
 
     assert saved_bytes(twice, 7) == 3 * (3 * 5 * 4)
     q = torch.randn(1, 2, 5, 5, requires_grad=True)
@@ -287,7 +287,7 @@ def test_the_command_prints_the_estimate(capsys):
 
 
 def test_sampling_cost_counts_the_passes_of_guidance(monkeypatch):
-    """Times 1, 0.76, 0.52, 0.28, 0.04: guided by cfg below 0.7 in three of five; of two guidances each other pass once."""
+    """Of the times 1, 0.76, 0.52, 0.28 and 0.04, cfg below 0.7 guides three; two guidances share equal passes."""
     assert passes_of(5, ()) == (5, 0)
     assert passes_of(5, ["cfg:scale=1.8,high=0.7"]) == (5 + 3, 0)
     assert passes_of(5, ["internal:head=8,scale=1.4"]) == (5, 0)  # a head costs no pass
@@ -295,7 +295,7 @@ def test_sampling_cost_counts_the_passes_of_guidance(monkeypatch):
     found = estimated(TrainConfig(model={"name": "SiT-S/2"}, autoencoder="sd-vae-ft-mse"))
     passes = passes_of(250, ["cfg:scale=1.8,high=0.7"])
     assert found.sampling_flops(passes) == passes.whole * found.network.forward + found.autoencoder.decoding
-    assert 420 <= passes.whole <= 426  # 250 and the share of the grid below 0.7
+    assert 420 <= passes.whole <= 426  # 250 plus the steps below 0.7
     assert found.samples_per_second(passes) == pytest.approx(
         found.rate * found.num_devices / found.sampling_flops(passes)
     )
@@ -316,7 +316,7 @@ def test_two_times_an_image_cost_two_modulations():
     width, depth = 768, 12
     found, plain = estimated(recipe("sit-b2-self-flow")), estimated(recipe("sit-b2"))
     modulations = 2 * width * width * (6 * depth + 2)
-    times = 2 * (256 * width + width * width)  # two layers make a vector of a time
+    times = 2 * (256 * width + width * width)  # two layers embed a time
     assert found.network.forward - plain.network.forward == modulations + times
     assert found.averaged == plain.network.forward  # it sees one time an image
     assert found.activations > plain.activations

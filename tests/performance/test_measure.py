@@ -1,4 +1,4 @@
-"""Work counted and time shared out: against sums by hand."""
+"""Counted work and measured time against sums by hand."""
 
 import itertools
 import time
@@ -28,7 +28,7 @@ def configuration(**changes) -> TrainConfig:
 
 
 def multiply_adds(tokens=16, width=32, depth=3, patch=4 * 3, out=4 * 3) -> tuple[int, int]:
-    """Of a forward, layer by layer; and those whose input needs no gradient, because it is no function of weights."""
+    """Multiply-adds of a forward, and of the layers whose input needs no gradient because it depends on no weights."""
     block = tokens * (3 + 1 + 4 + 4) * width**2 + 2 * tokens**2 * width + 6 * width**2
     leaves = tokens * patch * width + 256 * width
     return depth * block + leaves + width**2 + tokens * width * out + 2 * width**2, leaves
@@ -50,7 +50,7 @@ def test_recomputation_and_other_kernels_do_not_count_as_work(changes):
 
 
 def test_nt_xent_work_grows_with_the_batch():
-    """Its logits are the only work that grows with the batch: 16 tokens against two images, forward and to the network."""
+    """Only its logits grow with the batch: 16 tokens against two images, in the forward and in one backward product."""
     contrasting = configuration(alignments=(configuration().alignments[0].override(loss="nt_xent"),))
     more = flops_per_image(contrasting, {"tiny": 7}) - flops_per_image(configuration(), {"tiny": 7})
     assert more == 2 * 2 * 16 * 2 * 7
@@ -75,7 +75,7 @@ def test_a_step_is_measured_whole_and_in_parts():
     assert figures.floor == 4 * flops_per_image(config, {"tiny": 7}) / 1e9
     assert figures.utilisation == figures.floor / figures.seconds
     assert figures.images_per_second == 4 / figures.seconds
-    assert step.state.step == 1 + 2 + 1  # one not counted, two rounds, one in parts
+    assert step.state.step == 1 + 2 + 1  # one warm-up, two rounds, one in parts
     assert any(not torch.equal(a, b) for a, b in zip(before, step.state.objective.parameters(), strict=True))
 
 
@@ -94,7 +94,7 @@ def figures(seconds=1.0, batch=8, precision="fp32", compiled=False, features="ca
 
 def test_advice_is_sorted_by_gain():
     now = figures(features="online", network=0.6, optimizer=0.1)
-    now.parts["encoder"] = 0.3  # the name is taken
+    now.parts["encoder"] = 0.3  # the names of its parts are used
     others = [figures(0.5, precision="bf16", features="online"), figures(0.9, compiled=True, features="online")]
     gains = [advice.gain for advice in advise(now, others)]
     assert gains == pytest.approx([2.0, 1 / 0.7, 1 / 0.9, 1 / 0.95])

@@ -1,4 +1,4 @@
-"""Kernels by category, against names that devices and PyTorch give them and against time that is spent on purpose."""
+"""Profiling: categories of kernel names, and time that is spent on purpose."""
 
 import json
 import time
@@ -50,7 +50,7 @@ def test_kernel_names_are_assigned_to_categories(name, category):
 
 
 def test_profiled_time_is_assigned_to_the_right_category(tmp_path):
-    """A step of products alone, then one that mostly waits."""
+    """One step of only matrix products, then one that mostly waits."""
     a = torch.randn(300, 300)
     trace = tmp_path / "trace.json.gz"
     found = profiled(lambda: [a @ a for _ in range(30)], CPU, trace=trace)
@@ -71,7 +71,7 @@ def test_overlapping_spans_count_once():
 
 
 def test_the_products_of_a_block_add_up_to_its_work(monkeypatch):
-    """Forward and both gradients have the same FLOPs; all together 3 x 24 width^2 a token."""
+    """Forward and both gradients have equal FLOPs, together 3 x 24 width^2 per token."""
     config = TrainConfig(
         model=ModelConfig(name="SiT-S/2", hidden_dim=32, num_heads=2, latent_size=8, latent_channels=4), batch_size=4,
         precision="fp32", accumulate=2,

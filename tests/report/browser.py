@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over a pipe in its own DevTools protocol: what a page says, fetches and looks like."""
+"""A headless Chromium, controlled through a pipe with the DevTools protocol."""
 
 import base64
 import contextlib
@@ -20,7 +20,7 @@ def find() -> str | None:
 
 
 class Browser:
-    """One tab. `requests` are the addresses that the page asked for, `complaints` what it wrote to the console or threw."""
+    """One tab. `requests` are addresses that the page requested, `complaints` its console messages and exceptions."""
 
     def __init__(self, commands: int, answers: int):
         self.commands, self.answers = os.fdopen(commands, "wb", buffering=0), os.fdopen(answers, "rb", buffering=0)
@@ -34,7 +34,7 @@ class Browser:
             self(f"{domain}.enable")
 
     def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Ask, and wait for the answer."""
+        """Send a command and wait for the result."""
         self.number += 1
         message = {"id": self.number, "method": method, "params": parameters}
         if self.session:
@@ -82,10 +82,11 @@ class Browser:
 
 @contextlib.contextmanager
 def started(program: str, folder: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in `folder`, without a network of its own making; gone afterwards."""
+    """Start a browser with a profile in `folder` and without background requests; end it afterwards."""
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
-    high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]  # 3 and 4 are what it listens on
+    # the browser uses descriptors 3 and 4
+    high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
         "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder}",

@@ -1,4 +1,4 @@
-"""Run folders as training would leave them, with figures that a test can foresee."""
+"""Run folders with known figures, in the format of training."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def fake_run(
     settings: dict | None = None,
     protocol: dict | None = None,
 ) -> Path:
-    """A folder with a row every 10 steps; `distances` are evaluations: step -> Fréchet distance."""
+    """A run with a row every 10 steps; `distances` maps steps of evaluations to Fréchet distances."""
     folder.mkdir(parents=True)
     (folder / layout.CONFIG).write_text(yaml.safe_dump(settings or config(aligned), sort_keys=False))
     data = data or {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"]}
@@ -59,7 +59,7 @@ def fake_run(
 
 
 def results_file(path: Path, metrics: dict[str, float], made: dict | None, **changes) -> Path:
-    """What `repa evaluate --out` writes, of the paper's protocol unless changed."""
+    """A file like that of `repa evaluate --out`, by default with the paper's protocol."""
     content = {
         "metrics": metrics, "num_samples": 50_000, "num_reference": None, "warnings": [], "samples": "s.npz", "made": made,
         "reference": "refs/VIRTUAL_imagenet256_labeled.npz", "reference_kind": "statistics", "features": "inception",
@@ -72,13 +72,13 @@ def results_file(path: Path, metrics: dict[str, float], made: dict | None, **cha
 
 
 def made_by(run: Path, step: int, **changes) -> dict:
-    """How `repa sample` says that samples were made, as the paper's without guidance unless changed."""
+    """The record of `repa sample`, by default of the paper's samples without guidance."""
     made = {"run": str(run), "step": step, "weights": "ema", "num": 50_000, "sampler": "euler_maruyama", "steps": 250}
     return {**made, "guidance": [], "labels": "uniform", "seed": 0, "decoder": "sd-vae-ft-ema", **changes}
 
 
 def analysis_file(run: Path, name: str, kind: str, rows: list[dict], **settings) -> Path:
-    """What `repa analyse` writes into a run's folder."""
+    """Write a file like those of `repa analyse` into the run's folder."""
     path = run / layout.ANALYSIS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"analysis": kind, "data": "d", "num_images": 100, **settings, "rows": rows}))

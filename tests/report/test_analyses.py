@@ -1,4 +1,4 @@
-"""What the figures of an analysis show, read back from matplotlib's own objects."""
+"""Figures of analyses, checked through matplotlib's objects."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def test_several_times_are_curves_and_a_map():
     curves, heat = figure.axes[:2]
     assert lines(curves)["t = 0.5"] == [[1, 6.1], [2, 7.1], [3, 8.1]]
     (image,) = heat.get_images()
-    assert np.allclose(image.get_array(), [[1.1, 2.1, 3.1], [6.1, 7.1, 8.1]])  # rows are times, from below
+    assert np.allclose(image.get_array(), [[1.1, 2.1, 3.1], [6.1, 7.1, 8.1]])  # rows are times, from bottom to top
     assert image.origin == "lower"
     assert [text.get_text() for text in heat.get_yticklabels()] == ["0", "0.5"]
 
@@ -50,7 +50,7 @@ def test_checkpoints_are_drawn_over_steps_with_their_best_block():
 
 def test_undefined_values_are_gaps():
     some = rows(steps=(10, 20))
-    some[1]["v"] = float("nan")  # step 10, t 0, depth 2
+    some[1]["v"] = float("nan")  # step 10, t = 0, depth 2
     figure = depth_figure(some, "v", "CKNNA")
     image = figure.axes[1].get_images()[0]
     assert image.get_clim() == pytest.approx((1.1, 8.2))
@@ -77,5 +77,5 @@ def test_pictures_are_arranged_in_a_table(tmp_path):
     assert shown == [0, 10, 20, 40, 50, 60]
     assert [axes.get_title() for axes in figure.axes][:3] == ["one", "two", "three $x"]
     tops = [axes.get_position().y1 for axes in figure.axes]
-    assert tops[0] > tops[3]  # the first row is above
+    assert tops[0] > tops[3]  # the first row is at the top
     assert write_png(figure, tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

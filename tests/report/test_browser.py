@@ -1,4 +1,4 @@
-"""The page in a real browser, where one is installed: silent, alone, readable on a phone and in the dark."""
+"""The page in a real browser: no errors or requests, and readable on a phone and in dark mode."""
 
 import io
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installe
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page with everything on it: seeds, analyses, pictures, names that are long."""
+    """A page with all contents: seeds, analyses, pictures and long names."""
     folder = tmp_path_factory.mktemp("runs")
     runs = []
     for seed in range(2):
@@ -55,17 +55,17 @@ def test_the_page_has_no_errors_no_requests_and_no_overflow(page, chromium, tmp_
     assert chromium.complaints == []
     assert chromium.requests[0] == page.resolve().as_uri()
     assert all(address.startswith("data:image/png;base64,") for address in chromium.requests[1:])
-    assert chromium.value("document.documentElement.scrollWidth <= innerWidth")  # nothing is pushed out of the page
+    assert chromium.value("document.documentElement.scrollWidth <= innerWidth")  # no horizontal overflow
     assert chromium.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     chromium.picture(tmp_path / "page.png")
     shades = np.asarray(Image.open(io.BytesIO((tmp_path / "page.png").read_bytes())).convert("L"), np.float64)
     assert (np.median(shades) < 60) == (scheme == "dark")
-    assert shades.std() > 10  # there is something to see
+    assert shades.std() > 10  # the page is not blank
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_and_drawings_have_enough_contrast(page, chromium, scheme):
-    """Contrast of at least 4.5 for text, also inside the drawings, by the formula of WCAG 2."""
+    """Text, also in drawings, has a WCAG 2 contrast of at least 4.5."""
     chromium.open(page, 1280, 800, scheme)
     colours = chromium.value(
         "[document.body, ...document.querySelectorAll('h2, p, td, th, figcaption, svg text, svg tspan')]"

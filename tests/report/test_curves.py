@@ -1,4 +1,4 @@
-"""The lines that are drawn are the figures that were logged."""
+"""The drawn curves show the logged figures."""
 
 import numpy as np
 import pytest
@@ -33,11 +33,11 @@ def test_distances_are_drawn_over_steps_and_over_time(two):
     np.testing.assert_allclose(drawn["b"], [[50, 30], [100, 10]])
     np.testing.assert_allclose(drawn["a"], [[50, 15], [100, 5]])
     drawn = lines_of(curve_figure(runs, "frechet_distance", against="seconds"))
-    np.testing.assert_allclose(drawn["a"], [[50, 15], [100, 5]])  # under three minutes: in seconds
+    np.testing.assert_allclose(drawn["a"], [[50, 15], [100, 5]])  # below three minutes, in seconds
 
 
 def test_a_single_row_is_drawn_as_a_dot(tmp_path):
-    """A line of one point has no length: its marker is what is drawn, as a dot of the first run's colour."""
+    """A line of one point is drawn as a dot in the first run's colour."""
     figure = curve_figure(read_runs([fake_run(tmp_path / "short", num_steps=10)]), "denoising")
     figure.axes[0].get_legend().remove()
     figure.savefig(tmp_path / "x.png")
@@ -55,7 +55,7 @@ def test_time_is_drawn_in_a_suitable_unit(tmp_path):
 def test_the_ring_marks_where_the_level_is_crossed(two):
     axes = curve_figure(read_runs(two), "frechet_distance").axes[0]
     rings = [line.get_xydata() for line in axes.lines if line.get_markerfacecolor() == "none"]
-    np.testing.assert_allclose(rings, [[[75.0, 10.0]]])  # half way from 15 to 5
+    np.testing.assert_allclose(rings, [[[75.0, 10.0]]])  # halfway from 15 to 5
 
 
 def test_alignment_is_the_negative_loss(two):
@@ -99,7 +99,7 @@ def test_a_picture_for_a_readme_is_drawn(two, tmp_path):
     picture = Image.open(out)
     assert picture.format == "PNG"
     colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(colours, axis=0)) > 1000  # samples are on it
+    assert len(np.unique(colours, axis=0)) > 1000  # it contains samples
     assert picture.width > 2 * picture.height
     empty = fake_run(tmp_path / "young", num_steps=0)
     with pytest.raises(UserError, match="nothing to plot"):

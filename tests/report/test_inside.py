@@ -1,4 +1,4 @@
-"""What training logged beside its losses, and what `repa analyse` left in the folders."""
+"""Logged columns other than losses, and results of `repa analyse`, in the report."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.report.fakes import analysis_file, fake_run
 
 
 def with_columns(run, **columns):
-    """The run with further keys in its training rows, each a function of the step."""
+    """The run with additional columns in its training rows, each a function of the step."""
     rows = [json.loads(line) for line in (run / layout.METRICS).read_text().splitlines()]
     rows = [{**row, **{key: value(row["step"]) for key, value in columns.items()}} for row in rows]
     (run / layout.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -38,7 +38,7 @@ def test_varying_columns_are_drawn_and_constant_ones_are_listed(tmp_path):
 
 
 def test_skipped_steps_are_drawn_without_smoothing(tmp_path):
-    """A count is no noise: a running mean would invent half a step."""
+    """A running mean would show half a skipped step."""
     run = with_columns(fake_run(tmp_path / "r"), skipped_steps=lambda step: float(step > 50))
     drawn = curve_figure([read_run(run)], "skipped_steps").axes[0].lines
     assert len(drawn) == 1
@@ -57,7 +57,7 @@ def test_rows_of_several_runs_are_joined_under_their_names_in_the_report(tmp_pat
     first, second = read_analyses(read_runs(runs, ["A", "B"]))
     best = {(row["run"], row["step"]): row["cknna"] for row in first.best}
     assert best == {("A", 100): 0.2, ("B", 100): 0.5, ("B", 200): 0.6}
-    assert [row["cknna"] for row in second.rows] == [0.9, 0.9]  # another variant is another figure
+    assert [row["cknna"] for row in second.rows] == [0.9, 0.9]  # another variant is a separate figure
     page = write_report(runs, tmp_path / "r.html").read_text()
     section = page.split("Inside the networks")[1]
     assert section.count("<svg") == 2
@@ -129,7 +129,7 @@ def test_damaged_metrics_give_a_one_line_error(tmp_path):
     run = fake_run(tmp_path / "r")
     whole = (run / layout.METRICS).read_bytes()
     (run / layout.METRICS).write_bytes(whole + b"7\nnull\n" + b'{"kind": "event", "step": 3}\n')
-    assert len(read_run(run).train) == 10  # what is no row is none, and an event says something
+    assert len(read_run(run).train) == 10  # invalid rows are ignored
     assert "r" in write_report([run], tmp_path / "r.html").read_text()
     (run / layout.METRICS).write_bytes(whole + b"\xff\xfe\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read as text"):

@@ -1,4 +1,4 @@
-"""The page as a reader's browser takes it: balanced, self-contained, escaped, complete."""
+"""The report page: balanced HTML, self-contained, escaped, complete."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects elements; `balanced` is False when a closing tag does not fit."""
+    """Collects elements; `balanced` is False when a closing tag does not match."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -74,7 +74,7 @@ def test_the_page_contains_every_part(two, tmp_path):
     assert page.balanced
     assert page.open == []
     images = page.all("img")
-    assert len(images) == 2 * 16 + 2 * 2 + 16  # the last samples one by one, the grid, the training images
+    assert len(images) == 2 * 16 + 2 * 2 + 16  # the last samples, the grids and the training images
     assert [image["alt"] for image in images[:2]] == [
         "Last samples of baseline: disc",
         "Last samples of baseline: square",
@@ -82,7 +82,7 @@ def test_the_page_contains_every_part(two, tmp_path):
     assert images[-16]["alt"] == "Training image: disc"
     assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in images)
     svgs = page.all("svg")
-    assert len(svgs) == 4  # distance against steps and against seconds, denoising, alignment
+    assert len(svgs) == 4  # distance over steps and over time, denoising, alignment
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in svgs)
     for expected in (
         "1.3 times fewer steps (75 instead of 100)",
@@ -112,7 +112,7 @@ def test_nothing_is_fetched_and_ids_are_unique(two, tmp_path):
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     wanted = [link[1:] for link in links if link.startswith("#")] + re.findall(r"url\(#([^)]*)\)", text)
-    assert set(wanted) <= set(ids)  # no marker or clip path lost its target
+    assert set(wanted) <= set(ids)  # all markers and clip paths have targets
 
 
 def test_colours_follow_light_and_dark_mode(two, tmp_path):
@@ -201,7 +201,7 @@ def test_a_tile_contains_the_pixels_in_order():
     centres = picture[4::9, 4::9, 0]
     np.testing.assert_array_equal(centres, np.arange(16).reshape(4, 4))
     assert (picture[8, :, 3] == 0).all()  # the gap is transparent
-    assert made.shown(100) == (70, 70)  # whole multiples: every pixel stays a square
+    assert made.shown(100) == (70, 70)  # integer multiples keep pixels square
     big = tile(np.zeros((16, 256, 256, 3), np.uint8))
     assert max(big.width, big.height) == 512
 

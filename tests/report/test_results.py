@@ -1,4 +1,4 @@
-"""Tables in the paper's layout: nothing in a column that was measured in another way, nothing invented."""
+"""Result tables in the paper's layout: a column contains only results of one protocol."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def tables_of(runs, files=(), **settings):
 
 @pytest.fixture
 def repa_xl(tmp_path):
-    """A run that trains as the paper's SiT-XL/2 with REPA, and was measured as that was."""
+    """A run with the settings and the protocol of the paper's SiT-XL/2 with REPA."""
     settings = load_recipe("sit-xl2-repa").model_dump(mode="json")
     settings["model"]["num_classes"], settings["model"]["latent_size"] = 1000, 32
     run = fake_run(tmp_path / "xl", settings=settings, data=IMAGENET, num_steps=40)
@@ -113,7 +113,7 @@ def test_seeds_share_one_line_and_partial_values_are_marked(tmp_path):
     (line,) = table.lines
     assert (line.name, line.num_runs) == ("b", 2)
     assert cell_text(line, "frechet_distance") == "12.00 ± 2.83"
-    assert cell_text(line, "accuracy") == "40.00 (1 of 2)"  # the best block's, and of one run
+    assert cell_text(line, "accuracy") == "40.00 (1 of 2)"  # the best block's, from one run
     assert cell_text(line, "recall") == ""
 
 
@@ -134,7 +134,7 @@ def test_samples_of_unknown_runs_have_a_line(tmp_path):
     run = fake_run(tmp_path / "a", distances={100: 3.0})
     file = results_file(tmp_path / "adm.json", FIVE, None, samples="published/adm.npz")
     elsewhere = results_file(tmp_path / "x.json", FIVE, made_by(tmp_path / "gone", 70))
-    second, third = tables_of([run], [file, elsewhere])[1:]  # nothing is known of how the first were made
+    second, third = tables_of([run], [file, elsewhere])[1:]  # the first have no record of how they were made
     assert [(line.name, line.step, line.group) for line in [*second.lines, *third.lines]] == [
         ("adm.npz", None, None),
         ("gone", 70, None),
@@ -202,7 +202,7 @@ def test_data_records_with_wrong_types_are_refused(changed, tmp_path):
 
 
 def test_only_a_distance_in_inceptions_features_is_called_fid(tmp_path):
-    """While training, too, where a row names it by the name of its encoder."""
+    """Also during training, where rows record the encoder's name."""
     run = fake_run(tmp_path / "a", distances={100: 3.0})
     rows = [{"kind": "eval", "step": step, "fid": 500.0 / step, "features": "inception"} for step in (50, 100)]
     with open(run / layout.METRICS, "a") as file:

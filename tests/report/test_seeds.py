@@ -1,4 +1,4 @@
-"""Runs that differ in the seed only: who belongs together, what holds on average, and how far it spreads."""
+"""Runs that differ only in the seed: grouping, means and spread."""
 
 import json
 
@@ -19,7 +19,7 @@ def seeded(folder, seed, aligned=False, **more):
 
 @pytest.fixture
 def six(tmp_path):
-    """The baselines end at 10, 12, 14; the aligned runs have these after 50, 40 and 25 of 100 steps."""
+    """The baselines end at 10, 12 and 14; the aligned runs reach these after 50, 40 and 25 of 100 steps."""
     runs = []
     for seed, (end, step) in enumerate([(10.0, 50), (12.0, 40), (14.0, 25)]):
         runs.append(seeded(tmp_path / f"baseline-{seed}", seed, distances={50: 20.0, 100: end}))
@@ -34,7 +34,7 @@ def test_groups_contain_runs_that_differ_only_in_the_seed(tmp_path):
         seeded(tmp_path / "b", 0, aligned=True),
         seeded(tmp_path / "a-1", 1),
         seeded(tmp_path / "other", 2, changes={"num_steps": 7}),
-        seeded(tmp_path / "again", 1),  # the same seed again is no further seed
+        seeded(tmp_path / "again", 1),  # a repeated seed does not count again
         seeded(tmp_path / "data", 3, data={"source": "elsewhere"}),
     ]
     found = group_seeds(read_runs(runs))
@@ -69,7 +69,7 @@ def test_the_speedup_pairs_runs_with_equal_seeds(six):
     (found,) = speedups_of_groups(group_seeds(read_runs(six[::-1])))
     assert found.by_seed
     factors = found.factors("steps")
-    expected = [100 / 50, 100 / 40, 100 / 25]  # pairing any other seeds gives other factors
+    expected = [100 / 50, 100 / 40, 100 / 25]  # other pairs would give other factors
     assert factors.mean == pytest.approx(np.mean(expected))
     assert (factors.low, factors.high, factors.num) == (pytest.approx(2.0), pytest.approx(4.0), 3)
     sentence, notes, _ = verdict(read_runs(six))
@@ -77,7 +77,7 @@ def test_the_speedup_pairs_runs_with_equal_seeds(six):
         "aligned ends at a Fréchet distance of 1.00 ± 0.00 against 12.00 ± 2.00 for baseline (at 100 steps)" in sentence
     )
     assert "lower in all 3 pairs of the same seed." in sentence
-    assert "cross" not in sentence  # at 50 steps the aligned runs are at 12, 10 and 7
+    assert "cross" not in sentence  # at 50 steps the aligned runs have 12, 10 and 7
     assert "2.8 times fewer (2.0 to 4.0)" in sentence
     assert any("baseline of its seed" in note for note in notes)
     assert any("With 3 seeds" in note for note in notes)
@@ -140,7 +140,7 @@ def test_the_mean_curve_uses_steps_that_all_runs_have():
 
 
 def test_a_column_contains_results_of_one_protocol(tmp_path):
-    """What only one run was measured by stands in no column beside the others, whatever came last."""
+    """A protocol by which only one run was measured gets no column next to the others."""
     runs = [fake_run(tmp_path / name, distances={50: 12.0, 100: 10.0}) for name in "ab"]
     with open(runs[1] / layout.METRICS, "a") as file:
         file.write(

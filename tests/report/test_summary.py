@@ -16,7 +16,7 @@ from tests.report.fakes import ALIGNMENT, PROTOCOL, config, fake_run
 
 
 def test_the_speedup_is_linearly_interpolated(tmp_path):
-    # From 20 at step 40 to 8 at step 60, the baseline's 11 is three quarters of the way: step 55, at 0.7 s each 38.5 s.
+    # Between 20 at step 40 and 8 at step 60, the baseline's 11 is at step 55, or 38.5 s at 0.7 s per step.
     baseline = fake_run(tmp_path / "b", distances={40: 30.0, 100: 11.0}, seconds_per_step=0.5)
     aligned = fake_run(tmp_path / "a", aligned=True, distances={40: 20.0, 60: 8.0, 100: 5.0}, seconds_per_step=0.7)
     found = speedup(baseline, aligned)
@@ -36,16 +36,16 @@ def test_the_speedup_is_linearly_interpolated(tmp_path):
 def test_the_first_crossing_counts(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={50: 12.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={20: 14.0, 40: 6.0, 60: 15.0, 80: 2.0})
-    # (14 - 10) / (14 - 6) = half way from 20 to 40
+    # (14 - 10) / (14 - 6) is halfway from 20 to 40
     assert speedup(baseline, aligned).aligned.step == pytest.approx(30.0)
 
 
 def test_the_first_crossing_equals_a_search_on_a_fine_grid(tmp_path):
-    """A literal search on a fine grid finds the same first crossing for random curves."""
+    """For random curves, a search on a fine grid finds the same first crossing."""
     rng = np.random.default_rng(0)
     for trial in range(5):
         curves = [dict(zip(range(20, 101, 20), rng.uniform(1, 20, 5).tolist(), strict=True)) for _ in range(2)]
-        curves[1][20] = 30.0  # starts above
+        curves[1][20] = 30.0  # starts above the target
         baseline = fake_run(tmp_path / f"b{trial}", distances=curves[0])
         aligned = fake_run(tmp_path / f"a{trial}", aligned=True, distances=curves[1])
         found = speedup(baseline, aligned).aligned
@@ -60,7 +60,8 @@ def test_the_first_crossing_equals_a_search_on_a_fine_grid(tmp_path):
 
 
 def test_the_baselines_first_crossing_counts_too(tmp_path):
-    baseline = fake_run(tmp_path / "b", distances={20: 20.0, 40: 10.0, 60: 8.0, 100: 10.0})  # first had 10 at step 40
+    # reaches 10 first at step 40
+    baseline = fake_run(tmp_path / "b", distances={20: 20.0, 40: 10.0, 60: 8.0, 100: 10.0})
     aligned = fake_run(tmp_path / "a", aligned=True, distances={10: 20.0, 20: 10.0, 100: 7.0})
     found = speedup(baseline, aligned)
     assert found.baseline.step == 40
@@ -112,7 +113,7 @@ def sentence_of(folder, baseline, aligned):
 
 
 def test_a_run_that_leads_early_and_ends_behind_is_not_called_faster(tmp_path):
-    """Its first evaluation was below the baseline's last, and all later ones are above it."""
+    """Its first evaluation is below the baseline's last one, and all later ones are above it."""
     sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 9.0, 60: 25.0, 100: 14.0})
     assert "curves cross" in sentence
     assert "lower than the baseline’s at 1 of 3 compared steps and ends higher, 14.00 against 10.00" in sentence
@@ -123,7 +124,7 @@ def test_curves_that_cross_and_end_lower_are_described(tmp_path):
     sentence = sentence_of(tmp_path, {20: 30.0, 60: 20.0, 100: 10.0}, {20: 40.0, 60: 12.0, 80: 8.0, 100: 6.0})
     assert "curves cross" in sentence
     assert "at 3 of 4 compared steps and ends lower, 6.00 against 10.00" in sentence
-    assert "1.4 times fewer steps (70 instead of 100)" in sentence  # half way from 12 to 8, and never above 10 again
+    assert "1.4 times fewer steps (70 instead of 100)" in sentence  # halfway from 12 to 8, and never above 10 again
 
 
 def test_a_run_that_is_always_behind_is_described(tmp_path):
@@ -133,7 +134,7 @@ def test_a_run_that_is_always_behind_is_described(tmp_path):
 
 
 def test_a_crossing_between_evaluations_is_found(tmp_path):
-    """The baseline was not evaluated at 60; its straight line there is at 20, the aligned run at 30."""
+    """The baseline was not evaluated at step 60; interpolated it has 20 there, and the aligned run has 30."""
     sentence = sentence_of(tmp_path, {20: 30.0, 100: 10.0}, {20: 20.0, 60: 30.0, 100: 5.0})
     assert "curves cross" in sentence
     assert "at 2 of 3 compared steps and ends lower" in sentence
@@ -159,7 +160,7 @@ def test_one_evaluation_per_run_gives_no_speedup(tmp_path):
 
 
 def test_the_headline_is_about_the_aligned_run_that_ends_lowest(tmp_path):
-    """`early` is below the baseline's final distance at once, `late` ends lower."""
+    """`early` is below the baseline's final distance immediately, but `late` ends lower."""
     baseline = fake_run(tmp_path / "b", distances={20: 30.0, 60: 20.0, 100: 10.0})
     early = fake_run(tmp_path / "early", aligned=True, distances={20: 9.0, 60: 9.5, 100: 9.0})
     settings = config(True, alignments=[{**ALIGNMENT, "weight": 1.0}])
@@ -202,7 +203,7 @@ def test_images_are_counted_without_mirrored_copies(tmp_path):
 
 
 def test_network_calls_of_an_adaptive_sampler_are_not_a_setting(tmp_path):
-    """They differ from network to network; those of a sampler of fixed steps do not."""
+    """They depend on the network, unlike those of a sampler with fixed steps."""
     for sampler, compared in (("dopri5:rtol=1e-5", True), ("heun", False)):
         ours, theirs = ({**PROTOCOL, "sampler": sampler, "nfe": nfe} for nfe in (90, 96))
         baseline = fake_run(tmp_path / f"b-{compared}", distances={50: 12.0, 100: 10.0}, protocol=theirs)
@@ -243,7 +244,7 @@ def test_a_summary_row_has_the_expected_figures(tmp_path):
     write_state(layout.checkpoint_folder(aligned, 200), Checkpoint(200, {}, {}), {})
     (row,) = summary_rows([aligned])
     assert (row["frechet_distance"], row["frechet_step"], row["steps"], row["seconds"]) == (20.0, 60, 200, 400.0)
-    # last tenth of 20 rows: steps 190 and 200, losses -0.59 and -0.60
+    # the last tenth of 20 rows is steps 190 and 200, with losses -0.59 and -0.60
     assert row["alignment"]["tiny@3"] == pytest.approx(0.595)
     assert row["parameters"] == 19
     assert row["images_per_second"] == 64.0
@@ -257,7 +258,7 @@ def test_the_summary_table_leaves_out_empty_columns(tmp_path):
     assert [row["Fréchet distance"] for row in rows] == ["10.00", "–"]
     assert [row["aligned to"] for row in rows] == ["nothing", "tiny@3, weight 0.5, cosine, mlp:width=256"]
     assert [row["alignment"] for row in rows] == ["–", "0.500"]
-    assert "steps to the baseline's" not in rows[0]  # nothing to compare with
+    assert "steps to the baseline's" not in rows[0]  # there is nothing to compare with
     assert all(isinstance(cell, str) for row in rows for cell in row.values())
 
 
@@ -267,7 +268,7 @@ def test_partial_lines_unknown_kinds_and_nulls_are_tolerated(tmp_path):
         {"kind": "weather", "step": 5, "rain": True},
         {"kind": "train", "step": 110, "denoising": None, "alignment": None, "seconds": 60.0, "new": 1},
         {"kind": "eval", "step": 110, "frechet_distance": None, **PROTOCOL},
-        {"kind": "eval", "step": 100, "frechet_distance": 9.0, **PROTOCOL},  # measured again: the last counts
+        {"kind": "eval", "step": 100, "frechet_distance": 9.0, **PROTOCOL},  # measured again; the last row counts
     ]
     with open(run / layout.METRICS, "a") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "train", "step": 1')
@@ -291,7 +292,7 @@ def test_names_must_match_the_runs(tmp_path):
         read_runs([run], ["a", "b"])
     with pytest.raises(UserError, match="Two runs have the name 'r'"):
         read_runs([run, run])
-    assert read_runs([run], ["a\udcff"])[0].name == "a\ufffd"  # a byte of a command line that is not UTF-8
+    assert read_runs([run], ["a\udcff"])[0].name == "a\ufffd"  # a command-line byte that is not UTF-8
 
 
 def _made(folder):

@@ -1,4 +1,4 @@
-"""Averages of any width from snapshots: against integrals, and against averages that were tracked."""
+"""Averages of any width from snapshots, compared with integrals and with tracked averages."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ STEPS, EVERY = 240, 10
 
 @pytest.fixture(scope="module")
 def walk() -> torch.Tensor:
-    """The weights of every step (STEPS, 6): a drift with noise, as training is."""
+    """The weights of every step (STEPS, 6): a drift with noise, as in training."""
     stream = torch.Generator().manual_seed(0)
     steps = torch.randn(STEPS, 6, generator=stream, dtype=torch.float64) * 0.05
     return (steps + 0.02 * torch.linspace(1, 0, STEPS)[:, None]).cumsum(0)
@@ -69,7 +69,7 @@ def test_a_stored_profile_is_reconstructed_from_itself():
 @pytest.mark.parametrize("width", [0.04, 0.07, 0.13, 0.2])
 @pytest.mark.parametrize("step", [120, 240])
 def test_a_reconstructed_average_is_close_to_a_tracked_one(run, walk, width, step):
-    """The distance of the average to the raw weights is the yardstick: what the reconstruction must get right."""
+    """The error is measured relative to the distance between the average and the raw weights."""
     found, state = reconstruct(run, width, step)
     wanted = tracked(walk, step, width)
     assert found == step

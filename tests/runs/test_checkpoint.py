@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and their bytes are the ones that were written."""
+"""Checkpoints are complete or absent, and changed bytes are found."""
 
 import errno
 import os
@@ -18,7 +18,7 @@ FILES = (layout.MODEL_FILE, layout.EMA_FILE, layout.PROJECTORS_FILE, layout.OPTI
 
 
 def make(step: int) -> Checkpoint:
-    """A checkpoint of real state dictionaries, different at every step."""
+    """A checkpoint of real state dictionaries that differ at every step."""
     torch.manual_seed(step)
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -46,7 +46,7 @@ def test_a_saved_checkpoint_is_read_back(tmp_path):
     for step in (5, 40, 7):
         save_checkpoint(tmp_path, make(step))
     assert layout.checkpoint_steps(tmp_path) == [5, 7, 40]
-    assert_same(load_checkpoint(tmp_path), make(40))  # the highest step, not the last written
+    assert_same(load_checkpoint(tmp_path), make(40))  # the highest step rather than the last written
     assert_same(load_checkpoint(tmp_path, 7), make(7))
     for weights, wanted in (("ema", make(40).ema), ("model", make(40).model)):
         step, found = load_weights(tmp_path, weights)
@@ -61,7 +61,7 @@ def test_a_kill_between_files_leaves_the_old_checkpoint(moment, tmp_path, monkey
     def die_at(name, function, position):
         def wrapped(*arguments):
             if name == "rename" or os.path.basename(arguments[position]) == name:
-                os._exit(9)  # nothing is tidied up, as with SIGKILL
+                os._exit(9)  # no cleanup, as with SIGKILL
             return function(*arguments)
 
         return wrapped
@@ -78,7 +78,7 @@ def test_a_kill_between_files_leaves_the_old_checkpoint(moment, tmp_path, monkey
     assert layout.checkpoint_steps(tmp_path) == [5]
     assert_same(load_checkpoint(tmp_path), make(5))
     save_checkpoint(tmp_path, make(10), keep=1)
-    assert [p.name for p in (tmp_path / layout.CHECKPOINTS).iterdir()] == ["0000010"]  # the half one is tidied up too
+    assert [p.name for p in (tmp_path / layout.CHECKPOINTS).iterdir()] == ["0000010"]  # the partial one is removed too
     assert_same(load_checkpoint(tmp_path), make(10))
 
 
@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_found(name, tmp_path):
     with pytest.raises(UserError, match=f"{name} is damaged.*continues from step 5"):
         load_checkpoint(tmp_path)
     assert_same(load_checkpoint(tmp_path, 5), make(5))
-    if name != layout.EMA_FILE:  # sampling reads one file, and only that one need be whole
+    if name != layout.EMA_FILE:  # sampling reads and verifies only this file
         assert load_weights(tmp_path, "ema")[0] == 10
     path.unlink()
     with pytest.raises(UserError, match=f"{name} is damaged"):
@@ -183,7 +183,7 @@ def test_a_foreign_checkpoint_runs_no_code(name, zipped, tmp_path):
     path, mark = folder / name, tmp_path / "executed"
     torch.save({"state": Bomb(mark)}, path) if zipped else path.write_bytes(pickle.dumps(Bomb(mark), protocol=2))
     state = files.read_json(folder / layout.STATE_FILE)
-    state["sha256"][path.name] = files.sha256(path)  # whoever made it made the checksum too
+    state["sha256"][path.name] = files.sha256(path)  # an attacker would also write the checksum
     files.write_sealed(folder / layout.STATE_FILE, state)
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load_checkpoint(tmp_path)

@@ -1,4 +1,4 @@
-"""`repa export`: what is written computes what the run computes, and its card is true."""
+"""`repa export`: the exported network computes the same as the run, and the model card is correct."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_an_export_contains_weights_and_configuration(step, random_run, tmp_path
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["step"], config["autoencoder"], config["class_names"]) == (step, "pixels", ["dark", "light"])
-    assert str(random_run) not in json.dumps(config) + text  # nothing of this machine
+    assert str(random_run) not in json.dumps(config) + text  # no paths of this machine
 
 
 def test_the_model_card_states_the_facts(random_run, tmp_path):
@@ -76,7 +76,7 @@ def test_the_model_card_of_a_converted_run_states_its_source(ddpm_run, tmp_path)
 
 
 def run_card(text, folder, t):
-    """What the code of a card computes."""
+    """Run the code of a model card."""
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
     x_t, t, labels = inputs(t)
     names = {"x_t": x_t, "t": t, "labels": labels}
@@ -161,7 +161,7 @@ def test_a_dit_saved_by_diffusers_becomes_a_run(tmp_path, capsys):
         num_embeds_ada_norm=3, norm_eps=1e-6,
     )  # fmt: skip
     first, second = (block.norm1.emb for block in theirs.transformer_blocks)
-    second.load_state_dict(first.state_dict())  # as in a DiT that was trained
+    second.load_state_dict(first.state_dict())  # non-zero weights, as after training
     theirs.eval().save_pretrained(tmp_path / "theirs")
     command = ["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--autoencoder", "pixels"]
     assert repa(command) == 0, capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_a_flipped_bit_of_an_export_is_found(form, name, random_run, tmp_path, c
     export(random_run, tmp_path / "out", "--format", form)
     path = tmp_path / "out" / f"{name}.safetensors"
     data = bytearray(path.read_bytes())
-    data[-3] ^= 1  # of a mantissa: every number stays finite
+    data[-3] ^= 1  # in a mantissa, so every number stays finite
     path.write_bytes(data)
     assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2
     assert f"{path} is damaged: its weights do not match their checksum" in capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_a_changed_number_in_an_exports_description_is_found(form, file, what, r
 def test_an_export_without_a_checksum_is_refused(form, file, random_run, tmp_path, capsys):
     export(random_run, tmp_path / "out", "--format", form)
     path = tmp_path / "out" / file
-    values = read_json(path)  # without its seal
+    values = read_json(path)  # without the seal
     del values["sha256"]
     path.write_text(json.dumps(values))
     assert repa(["convert", str(tmp_path / "out"), str(tmp_path / "run")]) == 2

@@ -1,4 +1,4 @@
-"""Released checkpoints become run folders that sample what the projects' own samplers draw from the same noise."""
+"""Released checkpoints become run folders whose samples equal those of the projects' own samplers."""
 
 import json
 
@@ -22,7 +22,7 @@ PIXELS = ("--autoencoder", "pixels", "--model.num-heads", "2")
 
 
 def convert(content, folder, *options, name="last.pt"):
-    """The run folder of a checkpoint file that holds `content`."""
+    """Convert a checkpoint file with `content`: exit code and run folder."""
     save = save_file if name.endswith(".safetensors") else torch.save
     save(content, folder / name)
     code = repa(["convert", str(folder / name), str(folder / "run"), *PIXELS, *options])
@@ -34,7 +34,7 @@ def latents(run, sampler, steps, weights="ema"):
 
 
 def check(found, wanted):
-    """Equal but for the rounding of float32 in the network."""
+    """Equal up to float32 rounding in the network."""
     assert wanted.abs().max() > 0.1
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
@@ -142,7 +142,7 @@ def test_impossible_step_numbers_are_ignored(steps, tmp_path):
 
 
 def test_the_alignment_weight_is_divided_among_encoders(tmp_path):
-    """REPA averages its alignment loss over encoders; ours is a sum."""
+    """REPA averages its alignment loss over encoders, while ours is a sum."""
     content = {**released.random_state(), **released.projectors(number=2)}
     torch.save(
         released.repa_training(content, enc_type="dinov2-vit-b,tiny", encoder_depth=1, proj_coeff=0.6),
@@ -220,7 +220,7 @@ def test_a_missing_or_ambiguous_average_is_reported(tmp_path, capsys):
 
 
 def test_converted_runs_sample_like_the_released_code(tmp_path, capsys):
-    """What nobody set: guided channels and sampler of the released script, and a line that says so."""
+    """By default guided channels and sampler follow the released script, and a line says so."""
     code, run = convert(released.random_state(learn_sigma=True), tmp_path, "--kind", "sit")
     assert code == 0
     for number, (options, sampler, guidance) in enumerate([
@@ -295,7 +295,7 @@ def test_mistakes_give_one_line_errors(tmp_path, capsys):
         assert sentence in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
     assert convert(one, tmp_path)[0] == 0
-    assert convert(one, tmp_path)[0] == 0  # the same again is there already
+    assert convert(one, tmp_path)[0] == 0  # converting again finds the existing run
     assert convert({key: value + 1 for key, value in one.items()}, tmp_path)[0] == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert repa(["convert", str(tmp_path / "absent.pt"), str(tmp_path / "new")]) == 2

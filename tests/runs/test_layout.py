@@ -1,4 +1,4 @@
-"""What training removes of a run folder, and what other commands are writing there."""
+"""Which files training removes from a run folder."""
 
 from repa.runs import layout
 

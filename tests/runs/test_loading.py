@@ -1,4 +1,4 @@
-"""A network back from its folder alone: the same numbers as the one in memory, and sentences for what is missing."""
+"""Loading a network from its run folder: the same weights as in memory, and errors for missing files."""
 
 import shutil
 
@@ -15,7 +15,7 @@ from tests.calls import call
 
 @pytest.fixture(scope="module")
 def trained(tiny_config, data_folder, tmp_path_factory):
-    """A run folder, and its state as it was in memory at the end."""
+    """A run folder, and the state in memory at the end of training."""
     run, states = tmp_path_factory.mktemp("runs") / "r", []
     config = tiny_config.override(num_steps=4, save_every=2, optimizer={"learning_rate": 1e-2})
     train(
@@ -115,20 +115,20 @@ def test_a_damaged_checkpoint_is_refused(copy):
         (lambda config: config.pop("diffusion"), "lacks the setting 'diffusion'"),
         (lambda config: config["model"].update(depth=3), "do not fit the network"),
         (lambda config: config["model"].update(widht=3), "unknown setting 'widht'"),
-        # of gigabytes, none of which are taken
+        # sizes of gigabytes, which must not be allocated
         (lambda config: config["model"].update(latent_size=65_536), "do not fit the network"),
         (lambda config: config["model"].update(hidden_dim=65_536, num_heads=64), "do not fit the network"),
         (lambda config: config["model"].update(num_classes=10_000_000), "do not fit the network"),
         (lambda config: config["model"].update(latent_channels=65_536), "do not fit the network"),
         (lambda config: config["model"].update(depth=1_000), "do not fit the network"),
         (lambda config: config["model"].update(latent_size=0), "do not fit the network"),
-        # no shape of a tensor tells these
+        # settings that do not change tensor shapes
         (
             lambda config: config["model"].update(num_heads=4),
             "has model.num_heads: 4, but the checkpoint of step 20 has model.num_heads: 2",
         ),
         (lambda config: config.update(label_dropout=0.5), "has label_dropout: 0.5"),
-        # what is read as it stands, without a class of settings
+        # parts that are read without a configuration class
         (lambda config: config.update(label_dropout=2), "'label_dropout' has the impossible value '2'"),
         (lambda config: config.update(feature_weights={"tiny": "w"}), "'feature_weights' has the impossible value"),
         (lambda config: config.update(alignments=[3]), "'alignments' has the impossible value"),

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what was logged comes back, a half line does not, and a restart forgets what will be done again."""
+"""metrics.jsonl: rows are read back, partial lines are not, and a restart drops rows of repeated steps."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def test_logged_rows_are_read_back(tmp_path):
     log = MetricsLog(tmp_path)
     log.row("train", 1, loss=0.1 + 0.2, alignment={"tiny@1": math.nan}, rate=math.inf)
     log.row("eval", 1, sampler="heun", steps=4)
-    assert len(list(read_metrics(tmp_path))) == 2  # before closing: a run that goes on can be looked at
+    assert len(list(read_metrics(tmp_path))) == 2  # readable before closing, while the run goes on
     log.line("step 1/2: loss 0.3")
     log.close()
     assert list(read_metrics(tmp_path)) == [
@@ -36,7 +36,7 @@ def test_logged_rows_are_read_back(tmp_path):
         {"kind": "eval", "step": 1, "sampler": "heun", "steps": 4},
     ]
     assert (tmp_path / layout.LOG).read_text() == "step 1/2: loss 0.3\n"
-    for line in (tmp_path / layout.METRICS).read_text().splitlines():  # JSON knows no NaN
+    for line in (tmp_path / layout.METRICS).read_text().splitlines():  # JSON has no NaN
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -48,7 +48,7 @@ def test_a_truncated_line_is_left_out(tmp_path):
     for end in range(begin, len(whole) - 1):
         path.write_bytes(whole[:end])
         assert steps(tmp_path) == [1, 2], whole[begin:end]
-    path.write_bytes(whole[:-1])  # all of it but the line's end
+    path.write_bytes(whole[:-1])  # all but the end of the line
     assert steps(tmp_path) == [1, 2, 3]
 
 
@@ -77,7 +77,7 @@ def test_a_changed_digit_in_a_row_is_found(tmp_path):
     with pytest.raises(UserError, match="damaged in line 2"):
         MetricsLog(tmp_path, resume_step=2)
     path.write_text(text)
-    MetricsLog(tmp_path, resume_step=1).close()  # writes the rows that stay anew
+    MetricsLog(tmp_path, resume_step=1).close()  # rewrites the remaining rows
     assert path.read_text() == text.splitlines(keepends=True)[0]
 
 
@@ -107,15 +107,15 @@ def test_only_the_main_process_writes(tmp_path, monkeypatch):
 
 
 def offline_rows(folder) -> list[dict]:
-    """The history rows of Weights & Biases' offline file: a header of 7 bytes, then records as LevelDB's logs have them."""
+    """History rows of a Weights & Biases offline file: a 7-byte header, then records in LevelDB's log format."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
     deadline = time.monotonic() + 20
     while len(path.read_bytes()) <= 7 and time.monotonic() < deadline:
-        time.sleep(0.1)  # wandb's own process writes it, on a busy machine after `finish` has returned
+        time.sleep(0.1)  # wandb's process may write it after `finish` has returned
     data, position, rows = path.read_bytes(), 7, []
-    assert len(data) < 2**15  # one block, so no record is cut
+    assert len(data) < 2**15  # a single block, so no record is split
     while position < len(data):
         length, begin = int.from_bytes(data[position + 4 : position + 6], "little"), position + 7
         record = wandb_internal_pb2.Record.FromString(data[begin : begin + length])
@@ -128,12 +128,12 @@ def offline_rows(folder) -> list[dict]:
 
 def test_weights_and_biases_receives_the_numbers_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for resume_step in (0, 2):  # started, killed after step 2, continued: one run there
+    for resume_step in (0, 2):  # started, killed after step 2 and continued, it is one run
         log = MetricsLog(tmp_path, resume_step, project="repa", config={"seed": 3})
-        log.row("event", resume_step, message="from step 0")  # no number in it, so nothing to show
+        log.row("event", resume_step, message="from step 0")  # contains no number, so it is not sent
         log.row("train", resume_step + 1, loss=0.5, alignment={"tiny@1": -0.25})
         log.close()
-        time.sleep(1.1)  # folders are named by the second
+        time.sleep(1.1)  # folder names have a resolution of one second
     first, second = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (tmp_path / layout.WANDB_ID).read_text()
     assert offline_rows(first) == [{"step": 1, "train/loss": 0.5, "train/alignment/tiny@1": -0.25}]

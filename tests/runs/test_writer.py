@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread are the same, in order, and their errors are not lost."""
+"""Checkpoints written in a thread are complete and in order, and errors are raised."""
 
 import threading
 
@@ -76,7 +76,7 @@ def test_an_error_in_the_with_block_takes_precedence(gate, tmp_path):
     with pytest.raises(KeyError), Writer(tmp_path, background=True) as background:
         background.write(make(1))
         raise KeyError
-    assert layout.checkpoint_steps(tmp_path) == [1]  # and what was under way is whole
+    assert layout.checkpoint_steps(tmp_path) == [1]  # the checkpoint being written is complete
 
 
 def test_without_a_thread_the_checkpoint_is_written_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""A run folder of DiT (objective ddpm): sampled by its own samplers and by the others, guided, analysed, and refused to others."""
+"""A DiT run (objective ddpm): its own and other samplers, guidance, analysis, and what is refused."""
 
 import math
 import re
@@ -30,7 +30,7 @@ CONFIG = SampleConfig(
 
 @pytest.fixture(scope="module")
 def folder(tiny_config, data_folder, tmp_path_factory):
-    """As random_run, of a DiT: random weights, as the zero initialisation answers 0 everywhere."""
+    """Like random_run, for a DiT; weights are random, because the initial prediction is zero."""
     run, data = tmp_path_factory.mktemp("runs") / "dit", open_data(data_folder)
     model, diffusion = tiny_config.model.override(name="DiT-S/4"), DiffusionConfig(objective="ddpm")
     config = resolve(tiny_config.override(model=model, diffusion=diffusion, alignments=()), data, torch.device("cpu"))
@@ -49,21 +49,21 @@ def run(folder):
 
 
 def answers(run, x, k, channels, scale=1.5):
-    """[noise; v] for class 1 at timestep k; the first channels of the noise guided, the null label being 2."""
+    """[noise; v] for class 1 at timestep k, with the first noise channels guided; the null label is 2."""
     both = [call(run.model, x.float(), torch.tensor([float(k)]), torch.tensor([y])).prediction.double() for y in (1, 2)]
     both[0][:, :channels] = both[1][:, :channels] + scale * (both[0] - both[1])[:, :channels]
     return both[0].chunk(2, dim=1)
 
 
 def close(image, x):
-    """Equal but for rounding of single grey levels."""
+    """Equal up to rounding of single grey levels."""
     wanted = (127.5 * x + 127.5).round().clamp(0, 255)
     return (image - wanted).abs().max() <= 1 and (image != wanted).double().mean() < 1e-2
 
 
 @torch.no_grad()
 def test_ddpm_sampling_equals_the_reverse_chain_written_out(run):
-    """Eq. 12 and the posterior mean at timesteps 999, 749, 500, 250, 0, each of the respaced process."""
+    """Eq. 12 and the posterior mean of the respaced process at timesteps 999, 749, 500, 250 and 0."""
     kept = [0, 250, 500, 749, 999]
     for index, image in zip((3, 8), generate(run, CONFIG, [3, 8]).images, strict=True):
         streams = SampleStreams(1, [index])
@@ -109,10 +109,10 @@ def test_dits_guidance_applies_to_the_first_three_channels():
     k = torch.full((2,), 499.0)
     conditional, null = (call(model, x, k, y).prediction for y in (labels, torch.tensor([5, 5])))
     wanted = null[:, :3] + 4 * (conditional - null)[:, :3]
-    torch.testing.assert_close(got[:, :3], wanted, rtol=1e-3, atol=1e-3)  # 4 times the rounding of another batch size
-    torch.testing.assert_close(
-        got[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-4
-    )  # the fourth channel and the variance
+    # 4 times the rounding error of another batch size
+    torch.testing.assert_close(got[:, :3], wanted, rtol=1e-3, atol=1e-3)
+    # the fourth channel and the variance are not guided
+    torch.testing.assert_close(got[:, 3:], conditional[:, 3:], rtol=1e-4, atol=1e-4)
     assert (got[:, :3] - conditional[:, :3]).abs().max() > 0.01
 
 
@@ -129,7 +129,7 @@ def test_every_sampler_works_and_its_calls_are_counted(sampler, nfe, run):
 
 @torch.no_grad()
 def test_other_samplers_see_the_velocity_of_the_discrete_process(run):
-    """dx/dt = alpha' data + sigma' noise on the path through alpha_bar, here by differences of one timestep."""
+    """dx/dt = alpha' data + sigma' noise on the path through alpha_bar, with derivatives by finite differences."""
     x = SampleStreams(1, [0]).randn(3, 16, 16).double()
     for k in (50, 499, 900):
         noise, _ = answers(run, x, k, channels=2, scale=1.0)
@@ -159,7 +159,7 @@ def test_an_impossible_number_of_steps_is_refused(sampler, steps, sentence, run)
 def test_a_run_whose_objective_does_not_fit_its_network_is_refused(folder, tmp_path):
     other = copytree(folder, tmp_path / "other")
     config = yaml.safe_load((other / layout.CONFIG).read_text())
-    del config["diffusion"]["objective"]  # as a run was written before there were two
+    del config["diffusion"]["objective"]  # as in old runs, before there were two objectives
     (other / layout.CONFIG).write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="DiT-S/4 also predicts a variance.*choose --diffusion.objective ddpm"):
         load_run(other)

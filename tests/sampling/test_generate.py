@@ -1,4 +1,4 @@
-"""Image i is a function of (run, configuration, i), whoever makes it, in whatever company, and after any interruption."""
+"""Image i depends only on (run, configuration, i), not on the process, the batch or an interruption."""
 
 import functools
 import hashlib
@@ -59,7 +59,7 @@ def test_an_image_does_not_depend_on_its_batch(config, run):
 
 @both
 def test_in_a_wider_network_the_batch_changes_only_rounding(config):
-    """A batch of one multiplies matrices by another routine: measured one grey level in 1e-4 of the pixels."""
+    """A batch of one uses another matrix routine, which changes 1e-4 of the pixels by one grey level."""
     torch.manual_seed(0)
     model = build_model(
         "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=192, depth=4, num_heads=3
@@ -76,7 +76,7 @@ def test_in_a_wider_network_the_batch_changes_only_rounding(config):
 
 
 def test_euler_sampling_equals_the_equation_written_out(run):
-    """dx = v dt from t = 1 to 0 in 4 steps, v guided, from the noise of each image's own stream."""
+    """dx = v dt from t = 1 to 0 in 4 steps with guided v, from the noise of each image's stream."""
     config = ODE.override(sampler="euler", steps=4, labels="1")
     images = generate(run, config, [3, 8]).images
     for index, image in zip((3, 8), images, strict=True):
@@ -93,7 +93,7 @@ def test_euler_sampling_equals_the_equation_written_out(run):
 
 
 def no_latents(denoiser, noise, num_steps, randn_like):
-    """A sampler that lacks its last line."""
+    """A sampler without a return statement."""
 
 
 def half_the_latents(denoiser, noise, num_steps, randn_like):
@@ -110,7 +110,7 @@ def test_a_sampler_must_return_the_latents_of_all_images(run, name, given):
 
 
 def test_an_untrained_network_returns_its_initial_noise(run):
-    """Its answer is 0 everywhere, so nothing moves: the same index starts from the same noise in every run."""
+    """It predicts 0, so the samples are the noise, which is the same in every run for one index."""
     model = build_model(
         "SiT-S/4", latent_size=16, latent_channels=3, num_classes=2, hidden_dim=32, depth=1, num_heads=2
     )
@@ -136,7 +136,7 @@ def test_guidance_changes_samples_and_keeps_to_its_interval(run):
     assert not torch.equal(images("cfg:scale=2"), plain)
     assert not torch.equal(images("cfg:scale=2"), images("cfg:scale=2,high=0.5"))
     assert not torch.equal(images("cfg:scale=2,channels=1"), images("cfg:scale=2"))
-    assert torch.equal(images("cfg:scale=2,low=0.9,high=0.95"), plain)  # no time of the grid lies in there
+    assert torch.equal(images("cfg:scale=2,low=0.9,high=0.95"), plain)  # no time of the grid is in the interval
 
 
 def test_the_batch_is_doubled_only_inside_the_interval(run, monkeypatch):
@@ -156,10 +156,11 @@ def test_the_batch_is_doubled_only_inside_the_interval(run, monkeypatch):
 
 
 def test_every_pass_fills_the_batch(run):
-    """Where guidance is off nothing is half full: twice the images in the same passes, and the same images."""
-    guided = ODE.override(sampler="euler", steps=5, guidance=["cfg:scale=2,low=0.2,high=0.6"])  # on at 3 of the 5 steps
+    """Without guidance a batch holds twice as many images, and the images are the same."""
+    # active at 3 of the 5 steps
+    guided = ODE.override(sampler="euler", steps=5, guidance=["cfg:scale=2,low=0.2,high=0.6"])
     found, passes = {}, {}
-    for size, at_once in ((16, 8), (16, 16), (12, 12)):  # with 8 images the doubled batch just fits
+    for size, at_once in ((16, 8), (16, 16), (12, 12)):  # the doubled batch of 8 images just fits
         rows = []
         handle = run.model.register_forward_pre_hook(lambda model, inputs, rows=rows: rows.append(len(inputs[0]["x"])))
         config = guided.override(batch_size=size)
@@ -250,11 +251,11 @@ def test_ambiguous_class_choices_are_explained(run):
     assert about_classes("#1", named) == about_classes("#0", named) == about_classes("uniform", named) == ""
     assert "named 1:" in about_classes("0", named)
     assert about_classes("10", replace(named, class_names=("10", "11"))) == ""  # there is no class number 10
-    assert "named 11" in about_classes(
-        "1", replace(named, class_names=("10", "11"))
-    )  # a number where names are numbers too
+    # a number, while names are numbers too
+    assert "named 11" in about_classes("1", replace(named, class_names=("10", "11")))
     assert about_classes("balanced", replace(named, class_counts=(0, 4))).startswith("1 of 2 classes")
-    assert drawn_classes("uniform", replace(run, class_counts=(5,))) == (0,)  # a network of more classes than its data
+    # a network with more classes than its data
+    assert drawn_classes("uniform", replace(run, class_counts=(5,))) == (0,)
 
 
 def test_class_counts_of_a_run_come_from_its_data(run, random_run, tmp_path):
@@ -276,7 +277,7 @@ def test_the_file_has_the_format_of_evaluators(run, tmp_path):
     assert zipfile.ZipFile(out).testzip() is None
     assert done == [(4, 10), (8, 10), (10, 10)]
     assert sorted(path.name for path in out.parent.iterdir()) == ["samples.json", "samples.npz", "samples.png"]
-    sheet = np.asarray(Image.open(out.with_suffix(".png")))  # of all ten, though a part holds four
+    sheet = np.asarray(Image.open(out.with_suffix(".png")))  # a sheet of all ten, although a part has four
     assert np.array_equal(sheet, grid(torch.from_numpy(images).permute(0, 3, 1, 2)))
 
 
@@ -308,7 +309,7 @@ def test_an_interrupted_job_continues_to_the_same_bytes(config, run, tmp_path, m
     (parts / ".000000000.npy.killed.tmp").write_bytes(b"half")
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, config, 11, out, stop)
-    assert second.stat().st_mtime_ns == kept  # not made again
+    assert second.stat().st_mtime_ns == kept  # it was not made again
     write_samples(run, config, 11, out)
     assert out.read_bytes() == whole
     assert not parts.exists()
@@ -338,7 +339,7 @@ def test_a_flipped_bit_of_a_part_or_of_the_samples_is_found(run, tmp_path):
 
 @both
 def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path, monkeypatch):
-    """Three processes, one after the other; the main one last, as it waits for the others."""
+    """Three processes run one after the other, the main one last, because it waits for the others."""
     whole = write_samples(run, config, 11, tmp_path / "whole.npz").read_bytes()
     out = tmp_path / "shared.npz"
     monkeypatch.setattr(dist, "world", lambda: 3)
@@ -413,7 +414,7 @@ def test_the_settings_of_the_job_are_recorded(run, tmp_path):
 
 
 def test_a_retrained_step_is_another_job(random_run, tmp_path):
-    """The same run, step and settings; other weights."""
+    """Run, step and settings are equal, but the weights differ."""
     folder = shutil.copytree(random_run, tmp_path / "run")
     out = write_samples(load_run(folder), ODE, 5, tmp_path / "s.npz")
     checkpoint = load_checkpoint(folder, 10)
@@ -467,7 +468,7 @@ def test_guidance_needs_a_trained_null_class(run):
 
 
 def test_decoding_in_a_thread_changes_no_byte(run, tmp_path, monkeypatch):
-    """As on CUDA: a thread decodes and writes while the next batch is drawn. What it raises ends the command."""
+    """As on CUDA, a thread decodes and writes while the next batch is sampled; its errors end the command."""
     at_once = write_samples(run, SDE, 11, tmp_path / "at_once.npz").read_bytes()
     threads = set()
     decode = writing.decode
@@ -483,7 +484,7 @@ def test_decoding_in_a_thread_changes_no_byte(run, tmp_path, monkeypatch):
 
 
 def test_bf16_is_close_to_float32_but_another_job(run, tmp_path):
-    """Half precision may move a pixel by a few of 255 grey levels; float32 and bf16 parts are never mixed."""
+    """Half precision changes a pixel by at most a few of 255 grey levels; float32 and bf16 parts are never mixed."""
     exact, rounded = (generate(run, SDE.override(precision=p), range(8)).images.int() for p in ("fp32", "bf16"))
     assert 0 < (exact - rounded).abs().float().mean() < 2
     out = write_samples(run, SDE, 4, tmp_path / "samples.npz")
@@ -494,7 +495,7 @@ def test_bf16_is_close_to_float32_but_another_job(run, tmp_path):
 
 
 def test_half_precision_decodes_to_near_grey_levels():
-    """A decoder of one convolution: in bf16 within two grey levels of float32."""
+    """A decoder of one convolution is within two grey levels of float32 in bf16."""
 
     class Convolution(Autoencoder):
         def __init__(self):
@@ -511,7 +512,7 @@ def test_half_precision_decodes_to_near_grey_levels():
 
 
 def test_started_samples_are_finished_in_the_same_precision(random_run, tmp_path, monkeypatch):
-    """A CPU is timed for precision auto: another time it may choose otherwise."""
+    """For precision auto the CPU is timed, and the choice may differ the next time."""
     run, config, out = load_run(random_run), SampleConfig(steps=2, sampler="heun", batch_size=2), tmp_path / "s.npz"
     monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
     whole = write_samples(run, config, 4, tmp_path / "whole.npz").read_bytes()

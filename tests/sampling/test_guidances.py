@@ -1,4 +1,4 @@
-"""Guidances, streams and a weaker network in samples of a run: each against the mixture written out."""
+"""Samples of a run with guidances, streams and a weaker network, each against the mixture written out."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def random_network(seed=0, **overrides):
 
 
 def euler(run, velocity, index=5):
-    """Images of dx = v dt by 4 steps, of a state by names."""
+    """Images from 4 steps of dx = v dt, for a state of named parts."""
     streams = SampleStreams(3, [index])
     state = {name: streams.randn(*shape).double() for name, shape in run.model.state_shapes.items()}
     for t in (1.0, 0.75, 0.5, 0.25):
@@ -67,7 +67,7 @@ def test_internal_guidance_then_cfg():
 
 
 def test_a_stream_is_sampled_together_with_the_latents():
-    """REG's joint sampler: one step for both, guided by their own scales; internal guidance is of the latents alone."""
+    """REG's joint sampler steps both with separate guidance scales; internal guidance affects only the latents."""
     run = random_network(streams={"class": 6}, heads=(1,))
 
     def velocity(state, t):
@@ -122,7 +122,7 @@ def test_path_drop_adds_a_pass_without_condition_and_middle_blocks(merge):
 
 
 def test_another_checkpoint_can_guide_on_the_command_line(random_run, tmp_path):
-    """The job's record says which weights guided; without --weak the command stops before anything is loaded."""
+    """The record names the guiding weights; without --weak the command fails before anything is loaded."""
     out = tmp_path / "samples.npz"
     command = ["sample", str(random_run), "--num-images", "2", "--steps", "2", "--out", str(out)]
     command += ["--guidance", "autoguidance:scale=1.5,high=0.9"]
@@ -135,7 +135,7 @@ def test_another_checkpoint_can_guide_on_the_command_line(random_run, tmp_path):
 
 
 def test_a_run_with_every_part_trains_previews_and_samples(tiny_config, data_folder, tmp_path, monkeypatch):
-    """REG's stream, a head, the terms of velocities and the shift of the latents' size, as settings of one run."""
+    """REG's stream, a head, velocity terms and the automatic time shift in one run."""
     monkeypatch.chdir(tmp_path)
     settings = {
         "num_steps": 2, "streams": [{"source": "tiny"}], "model": {"name": "SiT-S/4", "hidden_dim": 32, "depth": 2, "num_heads": 2,
@@ -153,7 +153,7 @@ def test_a_run_with_every_part_trains_previews_and_samples(tiny_config, data_fol
 
 
 def test_representation_guidance_follows_the_gradient_of_the_alignment_loss(random_run, image_folder, tmp_path):
-    """REPA-G: v + scale d loss / d x_t, the loss that of the run's own term, projector and encoder; by finite differences."""
+    """REPA-G: v + scale d loss / d x_t with the loss of the run's term, checked by finite differences."""
     image = str(next(image_folder.glob("*/*.png")))
     config = EULER.override(guidance=["representation:scale=50,high=0.6"], guide_image=image, labels="1")
     run = prepared(load_run(random_run), config)
@@ -169,7 +169,7 @@ def test_representation_guidance_follows_the_gradient_of_the_alignment_loss(rand
     plain, moved = (run.denoiser(labels, specs).velocity(x, 0.5) for specs in ([], config.guidance))
     assert float(((moved - plain) * direction).sum()) == pytest.approx(50 * slope, rel=0.02)
     assert torch.equal(run.denoiser(labels, config.guidance).velocity(x, 0.7), run.denoiser(labels).velocity(x, 0.7))
-    found = generate(run, config, range(4)).images  # under inference_mode
+    found = generate(run, config, range(4)).images  # runs under inference_mode
     assert torch.equal(torch.cat([generate(run, config, range(i, i + 2)).images for i in (0, 2)]), found)
 
     out = tmp_path / "s.npz"

@@ -1,4 +1,4 @@
-"""Samples of prompts: each image is of its own text, guided away from another."""
+"""Sampling from prompts and negative prompts."""
 
 import json
 from dataclasses import replace
@@ -31,7 +31,7 @@ def test_an_image_depends_only_on_its_seed_and_prompt(text_run):
     both = images(text_run, CONFIG, range(4))
     one = images(text_run, CONFIG.override(prompt=("a light picture",)), [1, 2])
     assert torch.equal(one[0], both[1])
-    assert not torch.equal(one[1], both[2])  # the same noise, another text
+    assert not torch.equal(one[1], both[2])  # the same noise with another text
 
 
 def test_guidance_extrapolates_between_the_two_prompts(text_run):
@@ -97,7 +97,7 @@ def test_another_text_encoder_is_refused(text_run, tmp_path):
 
     run = tmp_path / "run"
     shutil.copytree(text_run, run)
-    data = files.read_json(run / "data.json")  # without its seal
+    data = files.read_json(run / "data.json")  # without the seal
     data["text"]["preprocessing"] = "other"
     (run / "data.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match="preprocessing"):
@@ -146,7 +146,7 @@ def test_each_prompt_can_have_a_folder(text_run, random_run, tmp_path, capsys):
         "--prompt-file",
         str(tmp_path / "prompts.jsonl"),
     ]
-    for _ in range(2):  # the second time nothing is sampled
+    for _ in range(2):  # the second call samples nothing
         assert repa([*words, "--out", str(tmp_path / "s.npz"), "--folders", str(tmp_path / "geneval")]) == 0
     assert (tmp_path / "geneval/00000/metadata.jsonl").read_text() == lines[0] + "\n"
     assert sorted(p.name for p in (tmp_path / "geneval/00001/samples").iterdir()) == [f"0000{k}.png" for k in range(3)]

@@ -1,4 +1,4 @@
-"""The encoder of a DDT on some evaluations of a sampler alone."""
+"""Running a DDT's encoder only on some evaluations of a sampler."""
 
 import itertools
 from dataclasses import replace
@@ -72,10 +72,10 @@ def test_the_encoder_runs_as_often_as_configured(run, guidance):
     shared = prepared(run, given)
     run.model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
     images = generate(shared, given, range(3)).images
-    further = 1 if guidance else 0  # where guidance sets in the batch is another, which what was found does not fit
+    further = 1 if guidance else 0  # when guidance starts, the batch size changes and the encoder must run again
     assert 2 <= len(calls) <= 2 + further
     assert len(shared.identity["encoder_evaluations"]) == 2
-    assert torch.equal(generate(shared, given, range(3)).images, images)  # nothing is left of the first walk
+    assert torch.equal(generate(shared, given, range(3)).images, images)  # no state remains from the first sampling
     assert not torch.equal(generate(run, config(guidance=guidance), range(3)).images, images)
 
 

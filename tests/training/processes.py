@@ -1,6 +1,6 @@
-"""Training in processes of their own, forked from a server that has torch imported: a fresh start would cost seconds each.
+"""Training in separate processes, forked from a server that has imported torch, because a fresh start takes seconds.
 
-(Forking the test's own process would not do: where there is a GPU, a process that has run a backward cannot be forked.)
+The test's own process cannot be forked after a backward pass on a machine with a GPU.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ Job = tuple[object, Path, Path]  # configuration, data folder, run folder
 
 
 def probes(config, autoencoder) -> list[Hook]:
-    """Hooks that run the averaged network in the main process alone, as previews do when there are few images."""
+    """Hooks that run the averaged network only in the main process, like previews with few images."""
 
     def probe(state) -> dict[str, float]:
         model = state.model
@@ -39,14 +39,14 @@ def probes(config, autoencoder) -> list[Hook]:
 def begin(
     jobs: Sequence[Job], rank: int = 0, world: int = 1, meeting: Path | None = None, local: int = 0
 ) -> multiprocessing.Process:
-    """Start a process that trains one run after the other."""
+    """Start a process that trains these runs one after the other."""
     process = CONTEXT.Process(target=_train, args=(jobs, rank, world, meeting, local), daemon=True)
     process.start()
     return process
 
 
 def run_all(jobs: Sequence[Job], world: int, folder: Path, limit: float = 240, local: int = 0) -> None:
-    """`world` processes (gloo) train the runs together, as on machines of `local` each; fails when one does, or after `limit` seconds."""
+    """Train the runs in `world` gloo processes, `local` per machine; fails with any of them or after `limit` s."""
     processes = [begin(jobs, rank, world, folder / "meeting", local) for rank in range(world)]
     limit += time.monotonic()
     for process in processes:

@@ -1,4 +1,4 @@
-"""Processes that were given different work say so before the first step, instead of training into a hang."""
+"""Processes with different work stop with an error before the first step instead of hanging."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_processes_that_disagree_stop(tiny_config, data_folder, tmp_path):
     runs = [tmp_path / "a", tmp_path / "b"]
     codes = run_two([one, one.override(seed=1)], data_folder, runs, tmp_path / "meeting")
     assert all(code not in (0, None) for code in codes)
-    assert not (runs[0] / "checkpoints/0000004").exists()  # nobody trained on
+    assert not (runs[0] / "checkpoints/0000004").exists()  # no process continued training
 
 
 def test_a_process_without_the_run_folder_receives_the_checkpoint(tiny_config, data_folder, run_training, tmp_path):

@@ -1,4 +1,4 @@
-"""The choice of attention kernels: all that run are timed, and the order holds inside the block alone."""
+"""The choice of attention kernels: all available ones are timed, and the order applies only inside the block."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_kernels_are_timed_on_the_shape_of_one_micro_batch():
 
 def test_available_kernels_are_timed_and_sorted():
     found = kernel_seconds((2, 3, 16, 8), torch.float32, CPU)
-    assert {"flash", "math"} <= found.keys() <= KERNELS.keys()  # those that a CPU has
+    assert {"flash", "math"} <= found.keys() <= KERNELS.keys()  # available on a CPU
     assert list(found.values()) == sorted(found.values())
     assert min(found.values()) > 0
 
@@ -31,7 +31,7 @@ def test_nothing_is_measured_on_a_cpu(monkeypatch):
 
 
 def test_on_cuda_the_measured_order_is_used_inside_the_block(monkeypatch):
-    """Without a GPU: the measurement is made up, and what PyTorch is told is read back."""
+    """Without a GPU, with invented measurements; the order is read back from PyTorch."""
     order = torch._C._get_sdp_priority_order
     before = order()
     monkeypatch.setattr(attention, "kernel_seconds", lambda *a: {"cudnn": 1.0, "flash": 2.0})

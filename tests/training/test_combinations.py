@@ -1,4 +1,4 @@
-"""Every two settings of the engine go together, or a sentence says why not; what trains is the same in parts and compiled.
+"""Every two settings of the engine can be combined or are refused; accumulation and compilation give the same result.
 
 A new method is one line in SETTINGS; a pair that is refused is a line in REFUSED.
 """
@@ -74,7 +74,7 @@ SETTINGS: dict[str, dict] = {
 
 
 class Net(torch.nn.Module):
-    """Some network with a list of blocks, which nobody wrote for this."""
+    """A foreign network with a list of blocks."""
 
     def __init__(self, dim: int, depth: int):
         super().__init__()
@@ -99,7 +99,7 @@ def hooked(config):
 
 
 def together(*names: str) -> TrainConfig:
-    """Terms and streams of all; of a setting that two have the later's."""
+    """Combine settings: terms and streams of all; for other settings the last one wins."""
     found: dict = {
         "model": dict(MODEL),
         "diffusion": {},
@@ -120,7 +120,7 @@ def together(*names: str) -> TrainConfig:
 
 
 def one_step(config: TrainConfig, *, compiled: bool = False, seed: int = 0):
-    """The losses of a step and the gradients, with parameters that are not zero anywhere."""
+    """The losses and gradients of a step without zero parameters."""
     state = build_state(config, {"tiny": WIDTH}, CPU)
     stream = torch.Generator().manual_seed(seed)
     for network in (state.objective, state.ema.model):
@@ -165,7 +165,7 @@ REFUSED = {frozenset(pair): words for words, pairs in REASONS.items() for pair i
 
 
 def said(*names: str) -> str:
-    """What a step of these settings is refused with; "" where it trains, with losses and weights that are finite."""
+    """The error of a step with these settings; "" where it trains with finite losses and weights."""
     try:
         losses, _, objective = one_step(together(*dict.fromkeys(names)))
     except UserError as error:
@@ -225,7 +225,7 @@ PROCESSES = {
 
 
 def test_two_processes_train_like_one(data_folder, tmp_path):
-    """New draws are of the global batch, and each parameter has its gradient: three steps of two processes are those of one."""
+    """Draws are made for the global batch, and every parameter has a gradient; three steps equal one process's."""
     jobs = []
     for name, names in PROCESSES.items():
         config = together(*names)

@@ -1,4 +1,4 @@
-"""torch.compile sees the step whole: no graph breaks, nothing compiled again from step to step, the same numbers."""
+"""torch.compile traces the whole step: no graph breaks, no recompilation between steps, the same numbers."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def batch(num=6):
 @pytest.fixture
 def counter():
     torch._dynamo.reset()
-    yield CompileCounterWithBackend("eager")  # traces as every backend does, and runs what was traced
+    yield CompileCounterWithBackend("eager")  # traces like every backend and runs the traced graph
     torch._dynamo.reset()
 
 
@@ -52,11 +52,11 @@ def counter():
     ],
 )
 def test_the_objective_is_one_graph_compiled_once(settings, alignment, precision, off, counter):
-    """`off` is the rounding of GELU's output, which is another formula when compiled for a CPU."""
+    """`off` is the rounding error of GELU, which has another formula when compiled for a CPU."""
     objective = make(alignment, **settings)
     compiled = torch.compile(objective, backend=counter, fullgraph=True)  # raises at a graph break
     x, labels, features = batch()
-    for step in (0, 1, 5):  # other draws, another weight
+    for step in (0, 1, 5):  # with other draws and another weight
         with autocast(CPU, precision):
             mine = losses_of(objective, x, labels, features, step)
             theirs = compiled(
@@ -86,12 +86,12 @@ def test_ddpm_and_a_weight_that_becomes_zero_compile_without_graph_breaks(counte
         )
         torch.testing.assert_close(losses.total, losses_of(objective, x, labels, tokens, step).total)
         frames.append(counter.frame_count)
-    assert frames[4] == frames[2]  # once more without the alignment, and never again
+    assert frames[4] == frames[2]  # compiled once more without the alignment, then never again
 
 
 def test_recomputed_blocks_are_part_of_the_graph():
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")  # the plain eager backend does not know recomputed regions
+    counter = CompileCounterWithBackend("aot_eager")  # the plain eager backend does not support recomputed regions
     plain, objective = make(COSINE), make(COSINE, checkpointed=True)
     compiled = torch.compile(objective, backend=counter, fullgraph=True)
     x, labels, features = batch()
@@ -112,7 +112,7 @@ def test_the_default_backend_gives_the_gradients_of_the_eager_step():
     losses_of(objective, x, labels, features).total.sum().backward()
     wanted = [p.grad.clone() for p in objective.parameters() if p.requires_grad]
     objective.zero_grad()
-    objective.compile(fullgraph=True)  # in place, as the loop does: no name changes
+    objective.compile(fullgraph=True)  # in place, as in the loop, so names stay
     losses_of(objective, x, labels, features).total.sum().backward()
     assert not any(name.startswith("_orig_mod") for name in objective.state_dict())
     for p, value in zip((p for p in objective.parameters() if p.requires_grad), wanted, strict=True):

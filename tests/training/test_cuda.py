@@ -1,4 +1,4 @@
-"""What only a GPU can show: run by benchmarks/gpu.sh, skipped elsewhere."""
+"""Tests that need a GPU; benchmarks/gpu.sh runs them."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def gradients(step: MeasuredStep) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("changes", [{"precision": p} for p in ("bf16", "fp16", "fp32")] + [{"fused_update": True}])
 def test_a_step_never_waits_for_the_device(changes):
     step = cached_step(configuration(**changes))
-    step(), step()  # the second is the first of fused_update's kernel
+    step(), step()  # fused_update's kernel first runs in the second step
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -72,12 +72,12 @@ def test_tokens_computed_ahead_on_another_stream_are_the_same():
     for (batch, tokens), patches in zip(
         encoders.iterate(iter(batches), 0, lambda step: encoders.wanted), wanted, strict=True
     ):
-        torch.cuda._sleep(10**6)  # so that the other stream is ahead
+        torch.cuda._sleep(10**6)  # lets the other stream get ahead
         assert torch.equal(tokens["tiny"].patches, patches), batch.labels
 
 
 def test_compiled_gradients_equal_those_of_the_eager_step():
-    """On a GPU the two round at other places, so the whole gradient is compared, not each number."""
+    """On a GPU rounding differs, so the gradient is compared as a whole, not number by number."""
     eager, compiled = (gradients(cached_step(configuration(compile=c, precision="fp32"))) for c in (False, True))
     assert eager.keys() == compiled.keys()
     for name, value in eager.items():
@@ -92,7 +92,7 @@ def test_recomputed_activations_give_the_same_gradients_and_take_less_memory():
         found.append(gradients(step))
         peaks.append(torch.cuda.max_memory_allocated())
         del step
-    for name, value in found[0].items():  # the backward of fused attention adds in any order
+    for name, value in found[0].items():  # the backward of fused attention adds in varying order
         assert (value - found[1][name]).norm() <= 1e-2 * value.norm() + 1e-6, name
     assert peaks[1] < peaks[0]
 
@@ -108,7 +108,7 @@ def test_two_steps_in_fp16_scale_the_loss_and_move_the_weights():
 
 
 def test_the_noise_of_a_sample_equals_that_of_the_cpu():
-    """Integers to the bit; normal numbers are rounded from float64, so that the last bit of a logarithm does not show."""
+    """Integers are equal to the bit; normal numbers are rounded from float64, hiding the last bit of logarithms."""
     here, there = (SampleStreams(3, range(50), device) for device in ("cpu", "cuda"))
     a, b = here.randn(4, 32, 32), there.randn(4, 32, 32)
     assert b.is_cuda
@@ -118,7 +118,7 @@ def test_the_noise_of_a_sample_equals_that_of_the_cpu():
 
 @pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
 def test_attention_kernels_at_xls_head_width_have_the_gradients_of_float64(kernel):
-    """Heads of 72 numbers are no multiple of 16; in bf16 the whole gradient is within the rounding of its inputs."""
+    """The head width 72 is not a multiple of 16; in bf16 the gradient is within the rounding error of its inputs."""
     torch.manual_seed(0)
     qkv = torch.randn(4, 256, 3 * 2 * 72, device=DEVICE, dtype=torch.bfloat16)
 
@@ -145,7 +145,7 @@ def test_clipping_in_the_optimizer_equals_clipping_before_it():
         step.backward(*next(step.source.feed))
         if fused:
             step.advance()
-        else:  # gradients that are short already are left alone
+        else:  # gradients below the limit are unchanged
             for group in step.groups:
                 torch.nn.utils.clip_grad_norm_(group, 0.01)
             step.state.config = step.state.config.override(optimizer={"max_grad_norm": 1e3})

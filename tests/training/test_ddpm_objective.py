@@ -1,4 +1,4 @@
-"""DiT + REPA: the hybrid loss of improved DDPM (Eqs. 10-12) with alignment (Eq. 9), from the objective to a run folder."""
+"""DiT + REPA: the hybrid loss of improved DDPM (Eqs. 10-12) with alignment (Eq. 9)."""
 
 import math
 
@@ -30,7 +30,7 @@ def objective():
     torch.manual_seed(0)
     size = {"hidden_dim": 16, "depth": 2, "num_heads": 2}
     model = build_model("DiT-S/2", latent_size=4, latent_channels=2, num_classes=3, **size)
-    for p in model.parameters():  # leave the zero initialisation, under which every prediction is 0
+    for p in model.parameters():  # with the zero initialisation every prediction would be 0
         torch.nn.init.normal_(p, std=0.3)
     return Objective(model, [Alignment.of(ALIGNMENT, model, {"tiny": 5})], DDPM, label_dropout=0.3, seed=0)
 
@@ -81,7 +81,7 @@ def test_the_total_equals_hybrid_loss_and_alignment_written_out(objective):
 
 
 def test_the_variational_bound_reaches_only_the_variance_outputs(objective):
-    """Eq. 10's gradient of noise prediction is that of the squared error alone; alignment reaches no row of the head."""
+    """In Eq. 10 the noise prediction's gradient comes only from the squared error; alignment misses the head."""
     x, labels, features = batch()
     rows = objective.model.final_layer.linear.bias  # (p p 2C,), channels fastest: noise, then v
     draws = objective.draw({"x": x}, 0)
@@ -146,20 +146,20 @@ def test_previews_with_an_unsupported_sampler_are_refused_before_training(tiny_c
         with pytest.raises(UserError, match=sentence):
             run_training(config.override(preview={"every": 2, **preview}), tmp_path / "r")
         assert not (tmp_path / "r").exists()
-        config.override(preview=preview)  # no preview is made, so nothing is wrong
+        config.override(preview=preview)  # valid, because no preview is made
 
 
 @pytest.mark.parametrize(
     ("name", "trainable"), [("DiT-B/2", 130_315_808), ("DiT-L/2", 457_840_672), ("DiT-XL/2", 674_834_720)]
 )
 def test_parameter_counts_of_dit_match_the_paper(name, trainable):
-    """SiT's, and 16 more rows of the head: 2 x 2 patches of 4 variance channels, of D weights and a bias each."""
+    """SiT's, plus 16 head outputs (2 x 2 patches of 4 variance channels) with D weights and a bias each."""
     with torch.device("meta"):
         dit, sit = (build_model(n, latent_size=32, num_classes=1000) for n in (name, name.replace("DiT", "SiT")))
     count, base = (sum(p.numel() for p in model.parameters()) for model in (dit, sit))
     assert count == trainable == base + 16 * (dit.hidden_dim + 1)
     if name == "DiT-XL/2":
-        assert count + dit.pos_embed.numel() == 675_129_632  # as DiT's code counts, positions among the parameters
+        assert count + dit.pos_embed.numel() == 675_129_632  # as counted by DiT's code, including positions
 
 
 def test_dit_xl_2_has_the_published_118_6_gmac_at_256_tokens():
@@ -167,7 +167,7 @@ def test_dit_xl_2_has_the_published_118_6_gmac_at_256_tokens():
         FakeTensorMode(),
         sdpa_kernel(SDPBackend.MATH),
         torch.no_grad(),
-    ):  # the counter does not know a CPU's fused kernel
+    ):  # torch does not count the CPU's fused kernel
         model = build_model("DiT-XL/2", latent_size=32, num_classes=1000)
         inputs = torch.zeros(1, 4, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""HASTE's early stop of alignment (arXiv 2505.16792) through a whole run: the same until then, no encoder and no term after."""
+"""HASTE's early stop of alignment (arXiv 2505.16792): unchanged before it, without encoder and term after it."""
 
 import pytest
 import torch
@@ -45,9 +45,9 @@ def test_alignment_and_its_encoder_stop_together(tiny_config, images_only, tmp_p
     always = start(tiny_config.override(num_steps=7, save_every=7), images_only, tmp_path / "always")
     assert len(seen) == 4 + 7
     assert [row["loss"] for row in mine[:4]] == [row["loss"] for row in always[:4]]
-    assert mine[4]["denoising"] == always[4]["denoising"]  # the weights after step 4 are still the same
+    assert mine[4]["denoising"] == always[4]["denoising"]  # the weights before step 5 are equal
 
-    start(stopped.override(num_steps=5), images_only, tmp_path / "halves")  # continued beyond the stop
+    start(stopped.override(num_steps=5), images_only, tmp_path / "halves")  # resumed after the stop
     assert [row["loss"] for row in start(stopped, images_only, tmp_path / "halves")] == [row["loss"] for row in mine]
     whole, halves, aligned = (
         load_file(layout.checkpoint_folder(tmp_path / n, 7) / layout.EMA_FILE) for n in ("stopped", "halves", "always")
@@ -57,7 +57,7 @@ def test_alignment_and_its_encoder_stop_together(tiny_config, images_only, tmp_p
 
 
 def test_a_plateau_stops_a_resumed_run_at_the_same_step(tiny_config, images_only, tmp_path):
-    """No loss falls by 10 in two steps: it stops after its second span, whether or not the run was continued between."""
+    """No loss falls by 10 in two steps, so the term stops after its second span, also in a resumed run."""
     (term,) = tiny_config.alignments
     config = tiny_config.override(
         alignments=(term.override(schedule="plateau:span=2,gain=10"),), num_steps=7, save_every=1

@@ -1,4 +1,4 @@
-"""torchrun starts a job again whose process was killed, and the run ends as one that nobody touched."""
+"""torchrun restarts a job whose process was killed, and the run ends like an uninterrupted one."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import repa
 from repa.runs import layout
 
-# Trains, and kills the second process by SIGKILL at step 7, once.
+# Trains, and once kills the second process by SIGKILL at step 7.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path

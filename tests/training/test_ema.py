@@ -1,4 +1,4 @@
-"""Averages against the sums that define them, and steps that they must not see."""
+"""Averages against their definition as sums, and skipped steps."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ GOOD, SKIPPED = torch.zeros(()), torch.ones(())
 
 
 def followed(share, num: int) -> torch.Tensor:
-    """The weights (num + 1,) with which steps 0 (initialisation), 1 ... num enter: the network of step s is the unit vector s."""
+    """The weights (num + 1,) of steps 0 (initialisation), 1 ... num, found with unit vectors as networks."""
     model = nn.Linear(num + 1, 1, bias=False)
     units = torch.eye(num + 1)
     model.weight.data.copy_(units[:1])
@@ -33,7 +33,7 @@ def test_a_constant_decay_weights_geometrically():
 def test_a_power_function_average_has_the_defined_profile(width):
     weights = followed(power_function(width), 40)
     wanted = torch.from_numpy(oracle.profile_of_steps(40, gamma_of(width)))
-    assert weights[0] == 0  # the initialisation leaves no trace
+    assert weights[0] == 0  # the initialisation has no weight
     torch.testing.assert_close(weights[1:], wanted, atol=1e-6, rtol=1e-4)
 
 

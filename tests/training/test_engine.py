@@ -1,6 +1,7 @@
-"""The objective gives the numbers of version 1129c31, which knew one kind of alignment; and what it can do besides.
+"""The objective gives the numbers of version 1129c31, which had one kind of alignment; and later features.
 
-`tests/golden/engine.json` holds the losses, gradients (sums of magnitudes) and weights of that version, float32 on a CPU.
+`tests/golden/engine.json` holds the losses, gradients (sums of magnitudes) and weights of that version, float32 on a
+CPU.
 """
 
 import json
@@ -44,7 +45,7 @@ def network(**settings) -> DiT:
     torch.manual_seed(0)
     sizes = {"latent_size": 8, "latent_channels": 4, "patch_size": 2, "hidden_dim": 32, "depth": 4, "num_heads": 2}
     model = DiT(**{**sizes, "num_classes": 5, **settings})
-    for p in model.parameters():  # leave the zero initialisation
+    for p in model.parameters():  # without the zero initialisation
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.02)
     return model
@@ -72,7 +73,7 @@ def step_of(objective, x, condition, features, step, average=None):
 
 
 class Fixed(Backbone):
-    """Answers with the same tensors whatever it sees."""
+    """Returns the same tensors for every input."""
 
     hidden_dim, depth, grid, prefix_tokens = 6, 1, (2, 2), 1
     num_classes, null_label, blocks = 1, 1, ()
@@ -93,7 +94,7 @@ class Fixed(Backbone):
 
 
 def test_the_loss_of_reg_equals_the_released_code():
-    """Latents and vector share their times, all tokens with the vector's in front are aligned; weights 0.5 and 0.03."""
+    """Latents and vector share their times, and all tokens with the vector's are aligned; weights 0.5 and 0.03."""
     case = golden.load("reg_loss_linear")
     given = {name: golden.tensor(formula) for name, formula in case["inputs"].items()}
     t, wanted = torch.tensor(case["t"], dtype=torch.float64), case["expected"]
@@ -111,7 +112,8 @@ def test_the_loss_of_reg_equals_the_released_code():
     assert losses.terms["stream/class"].tolist() == pytest.approx(wanted["cls_per_sample"], rel=1e-9)
     alone = LOSSES.build("cosine")(given["z_tilde"], given["z"])
     assert float(alone.mean()) == pytest.approx(wanted["align"], rel=1e-9)
-    assert float(losses.terms["alignment/tiny"].mean()) == pytest.approx(wanted["align"], abs=1e-8)  # terms are float32
+    # terms are computed in float32
+    assert float(losses.terms["alignment/tiny"].mean()) == pytest.approx(wanted["align"], abs=1e-8)
     assert float(losses.total.mean()) == pytest.approx(wanted["total"], abs=1e-8)
 
 
@@ -139,7 +141,7 @@ def test_losses_gradients_and_weights_match_the_recorded_version(case):
 
 
 def test_all_kinds_of_target_together_train_every_parameter():
-    """A stream, a head, five targets: the gradients reach every parameter, and the total is the weighted sum of the terms."""
+    """With a stream, a head and five targets, every parameter has a gradient, and the total is the weighted sum."""
     model = network(streams={"class": 20}, heads=(2,))
     terms = [
         {"target": "tiny:part=all", "depth": 2, "projector": "linear"},
@@ -172,7 +174,7 @@ SQUARED = f"{__name__}.squared"
 
 
 def squared(student, target):
-    """Of any two tensors of one shape, (N, ...) -> (N,)."""
+    """The mean squared difference of two tensors (N, ...) -> (N,)."""
     return (student - target).square().flatten(1).mean(1)
 
 
@@ -218,7 +220,7 @@ def test_the_averaged_network_sees_the_same_token_groups_at_earlier_times():
     "settings", [{}, {"separate_times": True}, {"separate_times": True, "route": Route(2, 3, 0.5)}]
 )
 def test_two_times_per_image_equal_one_time_per_token(settings):
-    """Two modulations and a choice give what a modulation for every token gives: taps, heads, predictions and gradients."""
+    """Two modulations per image and a choice per token equal one modulation per token in all outputs and gradients."""
     model = network(heads=(4,), **settings).double()
     keep = torch.arange(1, 16, 2).expand(6, -1) if "route" in settings else None
     x, condition, stream = images()
@@ -252,7 +254,7 @@ def test_equal_token_times_equal_one_image_time():
 
 
 def test_tokens_of_another_time_group_have_no_influence():
-    """Changing the latents of one group of tokens leaves the prediction at the other group as it was."""
+    """Changing the latents of one group of tokens does not change the prediction of the other group."""
     model = network(separate_times=True)
     x, condition, _ = images()
     first = torch.zeros(16, dtype=torch.bool)
@@ -283,7 +285,7 @@ def test_rectangular_latents_and_patches_of_one_pixel_train(latent_size):
     terms = [{"target": "tiny", "depth": 2, "projector": "conv"}]
     objective = objective_of(model, terms, {}, {"tiny": 20})
     x = torch.randn(3, 4, *latent_size)
-    features = {"tiny": Features(torch.randn(3, 8, 20), None)}  # 4 x 2 or 2 x 4, resampled to the network's grid
+    features = {"tiny": Features(torch.randn(3, 8, 20), None)}  # a grid of 4 x 2 or 2 x 4, resampled to the network's
     losses = step_of(objective, x, Condition(torch.zeros(3, dtype=torch.int64)), features, 0)
     losses.total.mean().backward()
     assert losses.total.isfinite().all()

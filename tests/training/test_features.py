@@ -1,4 +1,4 @@
-"""Target tokens of a step: what is read, what is run, in which precision, and in which order."""
+"""Target tokens of a step: stored or computed, precision, and order."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def configuration(**changes) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def dinov2(tmp_path_factory):
-    """A DINOv2 of two layers with random weights, as the hub stores one."""
+    """A DINOv2 of two layers with random weights in the hub's format."""
     from transformers import Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_an_encoder_compiles_in_one_graph(dinov2):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_computed_tokens_can_be_alignment_targets(precision):
-    """They are made under inference mode, whose tensors autograd refuses to save."""
+    """They are computed in inference mode, whose tensors autograd cannot save."""
     data = Synthetic({}, 4)
     config = configuration(precision=precision)
     encoders = EncoderFeatures(config, data, CPU)
@@ -84,7 +84,7 @@ def test_an_unused_encoder_is_neither_run_nor_given_images(monkeypatch):
     assert encoders.reads_images(encoders.wanted)
     assert not encoders.reads_images(())
     assert encoders.stored(encoders.wanted) == ()
-    monkeypatch.setitem(encoders.encoders, "tiny", None)  # calling it would raise
+    monkeypatch.setitem(encoders.encoders, "tiny", None)  # a call would raise
     batch = Synthetic({}, 4).batch(configuration(), CPU, 16)._replace(images=None)
     assert encoders(batch, ()) == {}
 
@@ -126,7 +126,7 @@ def test_every_batch_comes_with_the_tokens_of_its_step():
 
 
 def test_non_finite_features_are_refused_at_the_first_step_that_uses_them():
-    """With a weight that warms up from 0 that is not the first step."""
+    """With a weight that warms up from 0 this is not the first step."""
     data = Synthetic({}, 4)
     config = configuration()
     encoders = EncoderFeatures(config, data, CPU)
@@ -167,5 +167,5 @@ def test_stored_tokens_are_not_read_after_their_weight_becomes_zero(
     )
     run_training(tiny_config.override(alignments=(stops, *others)), tmp_path / "r")
     assert read.count("features.tiny") == (6 if measured_twice else 3)
-    assert read.count("images") >= 10  # the latents of these data are their pixels
+    assert read.count("images") >= 10  # the latents of this data are the pixels
     assert not any(field.startswith("pooled") for field in read)

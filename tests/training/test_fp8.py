@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits against an emulation in float64 that rounds the same numbers, and a run that learns with them."""
+"""8-bit linear layers against a float64 emulation with the same rounding, and a run that learns with them."""
 
 import copy
 
@@ -26,7 +26,7 @@ def layer(bias: bool = True) -> Float8Linear:
 
 
 def emulated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Number by number in float64: scaled so that the largest is the format's largest, rounded, scaled back."""
+    """In float64: scaled so that the largest number is the format's largest, rounded, and scaled back."""
     scale = x.abs().max().double() / torch.finfo(dtype).max
     return (x.double() / scale).float().to(dtype).double() * scale
 
@@ -42,7 +42,7 @@ def test_forward_and_gradients_equal_those_of_rounded_numbers(bias):
     wanted = x8 @ w8.T + (linear.bias.detach().double() if bias else 0)
     assert out.dtype == torch.bfloat16
 
-    def near(found, wanted):  # two roundings to bfloat16 are left
+    def near(found, wanted):  # up to two roundings to bfloat16
         torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().mean()))
 
     near(out.flatten(0, 1), wanted)
@@ -69,7 +69,7 @@ def test_zeros_stay_zero_and_nan_stays_nan():
     assert not x8.float().any()
     assert scale > 0
     broken, _ = rounded(torch.tensor([1.0, float("nan")]), FORWARD)
-    assert broken.float().isnan().any()  # so that the guard sees the step, and skips it
+    assert broken.float().isnan().any()  # so that the guard skips the step
 
 
 def network(**changes):
@@ -114,7 +114,7 @@ def test_8_bit_blocks_compile_without_graph_breaks():
         wanted, _ = model.blocks[1](x, silu_c)
         found, _ = torch.compile(model.blocks[1], backend=counter, fullgraph=True)(x, silu_c)
     found.sum().backward()
-    assert (found - wanted).norm() < 0.02 * wanted.norm()  # the two round sums of bfloat16 at other places
+    assert (found - wanted).norm() < 0.02 * wanted.norm()  # the two round bfloat16 sums differently
     assert counter.frame_count == 1
     assert model.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
 
@@ -129,7 +129,7 @@ def test_unsupported_networks_and_precisions_are_refused():
 
 
 def test_an_8_bit_run_learns_like_a_16_bit_run(tiny_config, data_folder, tmp_path):
-    """The same draws: the losses of thirty steps stay together, and the run is continued from its checkpoint to the bit."""
+    """With the same draws, the losses of thirty steps stay close, and the run resumes bit for bit."""
     config = tiny_config.override(
         model=tiny_config.model.override(depth=4, hidden_dim=32, num_heads=2), precision="bf16", num_steps=30, save_every=20,
         optimizer={"learning_rate": 2e-3},

@@ -1,4 +1,4 @@
-"""AdamW and the average in one Triton kernel: in Triton's interpreter against the two calls that it replaces."""
+"""AdamW and the average in one Triton kernel, against the two calls that it replaces, in Triton's interpreter."""
 
 import importlib.util
 import os
@@ -96,7 +96,7 @@ print("equal")
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_triton_kernel_equals_adamw_and_the_average():
-    """In a process of its own: the interpreter is chosen when Triton is imported."""
+    """In a separate process, because Triton selects its interpreter at import."""
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(repa.__file__).parents[1]), *sys.path]),

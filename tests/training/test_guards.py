@@ -1,4 +1,4 @@
-"""Steps that are not finite are skipped, counted and in the end refused; the loss scale is GradScaler's; spikes are told."""
+"""Non-finite steps are skipped, counted and finally refused; the loss scale follows GradScaler; spikes are reported."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def weights(run, step):
 
 
 def poison(monkeypatch, *steps: int, value: float = NAN) -> None:
-    """The losses of one image of these steps (counted from 0) are not finite."""
+    """Make the losses of one image non-finite in these steps (counted from 0)."""
     forward, draw, now = Objective.forward, Objective.draw, []
 
     def drawn(self, x, step):
@@ -48,10 +48,10 @@ def poison(monkeypatch, *steps: int, value: float = NAN) -> None:
 def test_a_non_finite_norm_skips_the_step():
     guard = Guard("fp32", CPU)
     assert checked(guard, 1.0, NAN, INF, 2.0) == [0, 1, 1, 0]
-    assert float(guard.check([torch.tensor(1.0), torch.tensor(NAN)])) == 1  # of the projectors that only measure
+    assert float(guard.check([torch.tensor(1.0), torch.tensor(NAN)])) == 1  # a projector that only measures
     assert guard.row() == {"skipped_steps": 3, "grad_norm_max": 2.0}
     assert float(guard.in_row) == 1
-    assert guard.row()["grad_norm_max"] == 0  # begins anew with each row
+    assert guard.row()["grad_norm_max"] == 0  # reset with each row
 
 
 def test_the_loss_scale_follows_the_rule_of_grad_scaler(monkeypatch):
@@ -128,7 +128,7 @@ def test_the_count_of_skipped_steps_survives_a_restart(tiny_config, run_training
 
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "muon"), ("fp16", "adamw")])
 def test_ten_steps_equal_four_a_restart_and_six(tiny_config, run_training, tmp_path, monkeypatch, precision, optimizer):
-    """With a skipped step before the restart and one after; fp16 with its loss scale amid its count, Muon with momenta."""
+    """With skipped steps before and after the restart, fp16 with a partly counted loss scale, and Muon with momenta."""
     monkeypatch.setattr(update, "GROWTH_STEPS", 3)
     poison(monkeypatch, 1, 7)
     config = tiny_config.override(

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, also amid the writing of a checkpoint: the same call continues, and the result is the same to the bit."""
+"""After SIGKILL at any moment, also while writing a checkpoint, the same call resumes with a bit-identical result."""
 
 import random
 import signal
@@ -17,7 +17,7 @@ NUM_STEPS = 12
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    """Saves at every step, so that about half of the time goes into checkpoints."""
+    """A run that saves at every step, so that about half of the time is spent on checkpoints."""
     return tiny_config.override(
         num_steps=NUM_STEPS, save_every=1, keep_checkpoints=2, keep_every=5, ema_decays=(0.5,), ema_widths=(0.1,),
         snapshot_every=2,
@@ -26,7 +26,7 @@ def config(tiny_config):
 
 @pytest.fixture(scope="module")
 def whole(config, data_folder, tmp_path_factory) -> tuple[Path, float]:
-    """An uninterrupted run, and the seconds that its steps took."""
+    """An uninterrupted run, and the seconds of its steps."""
     run = tmp_path_factory.mktemp("kills") / "whole"
     child = begin([(config, data_folder, run)])
     await_steps(child, run, 0)
@@ -37,7 +37,7 @@ def whole(config, data_folder, tmp_path_factory) -> tuple[Path, float]:
 
 
 def starts(run: Path) -> int:
-    """How often the run's steps began; a line of the log says so each time."""
+    """How often the run was started, counted by lines of the log."""
     return (run / layout.LOG).read_text().count("from step") if (run / layout.LOG).is_file() else 0
 
 
@@ -47,20 +47,20 @@ def await_steps(child, run: Path, before: int) -> None:
 
 
 def killed(config, data_folder, run: Path, seconds: float, setting_up: bool) -> bool:
-    """Train in another process and kill it `seconds` after its steps begin, or after its start; False when it was done before."""
+    """Train in a process and kill it `seconds` after its first step or its start; False when it had finished."""
     before = starts(run)
     child = begin([(config, data_folder, run)])
     if not setting_up:
         await_steps(child, run, before)
     child.join(seconds)
-    child.kill()  # SIGKILL; nothing when it is done
+    child.kill()  # SIGKILL; no effect when it has finished
     child.join()
     assert child.exitcode in (0, -signal.SIGKILL), f"the child failed with exit code {child.exitcode}"
     return child.exitcode != 0
 
 
 def contents(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the last checkpoint (network, averages, projectors, optimizer) and of all snapshots."""
+    """All tensors of the last checkpoint (network, averages, projectors, optimizer) and of the snapshots."""
     folders = [layout.checkpoint_folder(run, NUM_STEPS), *(run / layout.SNAPSHOTS).iterdir()]
     assert layout.snapshot_steps(run) == list(range(2, NUM_STEPS + 1, 2))
     return {
@@ -76,14 +76,14 @@ def losses(run: Path) -> list[tuple]:
 
 
 def endure(num_kills: int, config, data_folder, whole, folder: Path) -> int:
-    """Kill runs at random moments until `num_kills` hit; every one that is finished must equal the whole one.
+    """Kill runs at random times until `num_kills` hit; every finished run must equal the uninterrupted one.
 
-    Returns how many kills left a half-written checkpoint behind.
+    Returns how many kills left a partly written checkpoint.
     """
     reference, duration = whole
     stream, kills, torn, finished, number = random.Random(0), 0, 0, 0, 0
     while kills < num_kills or finished == 0:
-        run, seconds = folder / str(number), stream.uniform(0, duration * 2 / 3)  # the first third is the first step
+        run, seconds = folder / str(number), stream.uniform(0, duration * 2 / 3)  # the first step takes about a third
         if kills == num_kills:
             seconds = 60.0
         done = not killed(config, data_folder, run, seconds, setting_up=stream.random() < 0.1)
@@ -110,4 +110,4 @@ def test_a_few_kills_do_not_change_the_result(background, config, data_folder, w
 @pytest.mark.parametrize("background", [False, True])
 def test_a_hundred_kills_do_not_change_the_result(background, config, data_folder, whole, tmp_path):
     torn = endure(100, config.override(async_save=background), data_folder, whole, tmp_path)
-    assert torn >= 10  # kills did hit the writing of checkpoints
+    assert torn >= 10  # some kills interrupted the writing of a checkpoint

@@ -1,4 +1,4 @@
-"""The loop: it learns, it continues bit for bit, it stops well, and it refuses what does not fit."""
+"""The training loop: learning, exact resume, stopping, and what is refused."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_ten_steps_equal_five_a_restart_and_five(finished, tiny_config, run_trai
     run = tmp_path / "halves"
     assert run_training(tiny_config.override(num_steps=5), run).step == 5
     assert run_training(tiny_config, run).step == 10
-    assert losses(run) == losses(finished)  # every digit
+    assert losses(run) == losses(finished)  # equal in every digit
     for name, value in weights(finished).items():
         assert torch.equal(value, weights(run)[name]), name
 
@@ -58,7 +58,7 @@ def test_a_kill_loses_only_the_steps_since_the_last_checkpoint(finished, tiny_co
 
     def die(state):
         if state.step == 8:
-            raise KeyboardInterrupt  # as abrupt as Python allows: nothing is saved
+            raise KeyboardInterrupt  # as abrupt as possible in Python: nothing is saved
 
     with pytest.raises(KeyboardInterrupt):
         run_training(tiny_config, run, progress=die)
@@ -129,7 +129,7 @@ def test_training_reduces_the_losses(tiny_config, run_training, tmp_path):
 
 
 def test_a_score_with_a_weight_over_time_is_trained(tiny_config, run_training, tmp_path):
-    """Unweighted, one time near 0 among these would give thousands."""
+    """Without the weight a single time near 0 would give a loss of thousands."""
     diffusion = {"prediction": "score", "loss_weight": "velocity", "timesteps": "uniform:low=0.001,high=0.9"}
     run_training(tiny_config.override(diffusion=diffusion, num_steps=4, log_every=1), tmp_path / "r")
     assert [0 < row["denoising"] < 100 for row in trained(tmp_path / "r")] == [True] * 4
@@ -225,7 +225,7 @@ def test_a_run_killed_while_its_folder_is_created_continues(finished, tiny_confi
 
 
 def test_snapshots_of_repeated_steps_are_written_again(tiny_config, run_training, tmp_path):
-    """Ten steps under a schedule that ends with them; its last checkpoint is lost, and the run goes on to step 12 from step 5."""
+    """A schedule ends at ten steps; the last checkpoint is lost, and the run continues from step 5 to step 12."""
     config = tiny_config.override(
         ema_widths=(0.1,), snapshot_every=3, optimizer={"schedule": "linear", "learning_rate": 1e-2}
     )
@@ -261,7 +261,7 @@ def test_a_truncated_checkpoint_is_named(name, finished, tiny_config, run_traini
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=f"{name} is damaged"):
         run_training(tiny_config.override(num_steps=12), run)
-    shutil.rmtree(layout.checkpoint_folder(run, 10))  # what the sentence says to do
+    shutil.rmtree(layout.checkpoint_folder(run, 10))  # as the error message advises
     run_training(tiny_config, run)
     assert torch.equal(weights(run)["model.safetensors/pos_embed"], weights(finished)["model.safetensors/pos_embed"])
 
@@ -279,7 +279,7 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tiny_config,
 
 
 @pytest.mark.parametrize(
-    "error",  # what safetensors and Python raise on a full disk
+    "error",  # errors of safetensors and Python on a full disk
     [
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         OSError(28, "No space left on device"),
@@ -341,7 +341,7 @@ def test_the_resolved_configuration_is_a_recipe(finished, tiny_config, run_train
 
 
 def test_checkpoints_are_also_saved_by_the_clock(tiny_config, run_training, tmp_path, monkeypatch):
-    """A clock of which every look costs a minute: the loop looks once a step, and once more when it saves."""
+    """With a clock that advances a minute per reading; the loop reads it once per step, and again after saving."""
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
     config = tiny_config.override(num_steps=9, save_every=100, save_minutes=3.0, keep_checkpoints=0)
@@ -368,7 +368,7 @@ def test_a_full_disk_under_asynchronous_writing_ends_the_run_at_the_next_step(
     with pytest.raises(UserError, match="disk is full"):
         run_training(config, tmp_path / "r", progress=lambda state: steps.append(state.step) or time.sleep(0.05))
     assert layout.checkpoint_steps(tmp_path / "r") == [4]
-    assert steps[-1] in (8, 9)  # not at the end of the run
+    assert steps[-1] in (8, 9)  # before the end of the run
     monkeypatch.undo()
     run_training(config, tmp_path / "r")
     assert losses(tmp_path / "r") == losses(finished)
@@ -397,7 +397,7 @@ def test_asynchronous_checkpoints_contain_the_state_at_their_step(
 
 
 def test_a_resumed_run_computes_as_it_began(tiny_config, run_training, random_run, tmp_path, monkeypatch):
-    """A CPU is timed for precision auto, and a target run may have trained on: neither may stop or change a run that goes on."""
+    """Neither a new timing for precision auto nor a newer checkpoint of a target run changes a resumed run."""
     teacher = shutil.copytree(random_run, tmp_path / "teacher")
     term = {"target": f"run:path={teacher},depth=2,scale=1", "depth": 1, "loss": "mse", "projector": "linear"}
     config = tiny_config.override(precision="auto", num_steps=2, alignments=[term])

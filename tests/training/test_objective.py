@@ -1,4 +1,4 @@
-"""The objective against the paper's Eqs. 1, 4, 8, 9 written out in loops, and the draws behind it."""
+"""The objective against the paper's Eqs. 1, 4, 8 and 9 in loops, and its random draws."""
 
 import math
 
@@ -21,7 +21,7 @@ from tests.calls import call
 def make(alignments=(), label_dropout=0.1, seed=0, **diffusion) -> Objective:
     torch.manual_seed(0)
     model = build_model("SiT-S/2", latent_size=4, latent_channels=2, num_classes=3, hidden_dim=16, depth=2, num_heads=2)
-    for p in model.parameters():  # leave the zero initialisation, under which every prediction is 0
+    for p in model.parameters():  # with the zero initialisation every prediction would be 0
         torch.nn.init.normal_(p, std=0.3)
     terms = [Alignment.of(config, model, {"tiny": 5}) for config in alignments]
     return Objective(model, terms, DiffusionConfig(**diffusion), label_dropout=label_dropout, seed=seed)
@@ -72,9 +72,8 @@ def test_the_total_is_equation_9_written_out():
 def test_the_velocity_target_follows_the_path(path, d_alpha, d_sigma):
     objective = make(path=path)
     torch.nn.init.zeros_(objective.model.final_layer.linear.weight)
-    torch.nn.init.zeros_(
-        objective.model.final_layer.linear.bias
-    )  # prediction 0: the loss is the mean square of the target
+    # for a prediction of 0 the loss is the target's mean square
+    torch.nn.init.zeros_(objective.model.final_layer.linear.bias)
     x, labels, _ = batch()
     losses, draws = losses_of(objective, x, labels, {}), objective.draw({"x": x}, 0)
     for n, t in enumerate(draws.t.tolist()):
@@ -120,11 +119,11 @@ def test_an_encoder_with_weight_zero_is_not_needed():
     losses = losses_of(objective, x, labels, {}, step=10)
     assert set(losses.terms) == {"denoising"}
     losses.total.mean().backward()
-    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # or DDP waits for ever
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)  # else DDP would wait forever
 
 
 def test_half_precision_keeps_norms_and_losses_in_float32():
-    """Squares of tokens of this size overflow in float16, and sums of many small errors vanish in it."""
+    """In float16, squares of tokens of this size overflow, and sums of many small errors vanish."""
     objective = make([COSINE])
     x, labels, features = batch()
     large = {"tiny": Features(3000 * features["tiny"].patches, None)}
@@ -163,11 +162,11 @@ def test_weights_follow_the_schedules_of_the_alignments():
 
 @pytest.mark.parametrize("token_times", [0.0, 0.25])
 def test_contrastive_terms_use_the_previous_image_of_the_global_batch(token_times, monkeypatch):
-    """The same for one process and for two; a micro-batch keeps its images' neighbours, so accumulation changes nothing."""
+    """This holds for one process and for two, and micro-batches keep the neighbours of their images."""
     objective = make(contrastive=0.2, token_times=token_times)
     x, labels, _ = batch()
     whole = objective.draw({"x": x}, 3)
-    expected = (whole.noise["x"] - x).roll(1, 0)  # the linear path's velocity has no time in it
+    expected = (whole.noise["x"] - x).roll(1, 0)  # the linear path's velocity does not depend on time
     assert torch.equal(whole.other["x"], expected)
     losses = losses_of(objective, x, labels, {}, step=3)
     assert (losses.terms["contrastive"] < 0).all()

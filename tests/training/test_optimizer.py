@@ -1,4 +1,4 @@
-"""Learning rates in closed form, Muon against its iteration written out, and steps that are skipped."""
+"""Learning rates in closed form, Muon against its iteration written out, and skipped steps."""
 
 import math
 import os
@@ -68,7 +68,7 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule():
 
 @pytest.mark.parametrize("size", [0.01, 30.0])
 def test_clipping_in_the_optimizer_equals_clipping_before_it(size):
-    """Three steps of AdamW whose gradients are scaled as they are read, against torch's own clipping in a pass before."""
+    """Three AdamW steps that scale gradients while reading them, against torch's clipping before the step."""
     found = []
     for fused in (True, False):
         objective, optimizer = make("adamw")
@@ -126,7 +126,7 @@ def test_muon_updates_attention_and_mlp_matrices_and_adamw_the_rest():
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.02)])
 def test_muon_steps_along_the_orthogonalised_momentum(precision, tolerance):
-    """Two steps by the iteration written out in float64. Everything else steps as AdamW alone."""
+    """Two steps against the iteration in float64; all other parameters are updated as by AdamW alone."""
     objective, optimizer = make("muon", precision, weight_decay=0.1)
     plain, adamw = make("adamw", weight_decay=0.1)
     names = [name for name, _ in objective.named_parameters()]
@@ -206,7 +206,7 @@ def test_muon_is_refused_where_it_is_unsupported():
     with pytest.raises(UserError, match="parallel fsdp shards them"):
         TrainConfig.parse({"optimizer": {"name": "muon"}, "parallel": "fsdp"})
     objective, _ = make("adamw")
-    objective.model.matrices = list  # as a private network may say
+    objective.model.matrices = list  # as for a private network
     with pytest.raises(UserError, match="muon needs matrices"):
         build_optimizer(objective, TrainConfig(optimizer=OptimizerConfig(name="muon")))
 
@@ -219,7 +219,7 @@ def test_a_run_uses_the_learning_rates_that_it_logs(name, tiny_config, run_train
     def progress(state):
         taken.append({group["lr"] for group in state.optimizer.param_groups})
         if state.step == 4 and len(taken) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)  # continued with the schedule where it was
+            os.kill(os.getpid(), signal.SIGTERM)  # to be resumed at the same place of the schedule
 
     while len(taken) < 6:
         run_training(config, tmp_path / "r", progress=progress)

@@ -1,4 +1,4 @@
-"""Two processes (gloo), DDP or FSDP2, do the work of one; a run goes on with another number of them, or the other strategy."""
+"""Two gloo processes with DDP or FSDP2 train like one, and runs resume with another number or strategy."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ NUM_STEPS, HALF = 20, 10
 
 @pytest.fixture(scope="module")
 def config(tiny_config):
-    """Several losses; nt_xent contrasts the images of all processes. The projector of `tiny@1` has a bias of odd length."""
+    """Several losses: nt_xent compares images of all processes; the projector of `tiny@1` has a bias of odd length."""
     alignments = (
         AlignmentConfig(target="tiny", depth=1, projector="mlp:width=15"),
         AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
@@ -34,7 +34,7 @@ def config(tiny_config):
 
 @pytest.fixture(scope="module")
 def runs(config, data_folder, tmp_path_factory) -> Path:
-    """Runs by name: `one` process, two by `ddp` and `fsdp`, and runs of which each did ten steps; `plain` is without NT-Xent."""
+    """Runs by name: `one` process, two with `ddp` and `fsdp`, and ten steps each in turn; `plain` has no NT-Xent."""
     folder = tmp_path_factory.mktemp("parallel")
     plain = config.override(alignments=config.alignments[:1])
     parts = plain.override(accumulate=2)
@@ -92,7 +92,7 @@ def test_losses_and_weights_equal_those_of_one_process(name, like, runs):
 
 
 def test_ddt_under_fsdp_equals_one_process(tiny_config, data_folder, tmp_path):
-    """DDT: FSDP2 gathers the blocks of both, and what modulates the head goes from one to the other."""
+    """FSDP2 gathers the blocks of encoder and head, and the encoder's output modulates the head."""
     model = {"backbone": "ddt:head_depth=1,head_dim=24,head_heads=3", "hidden_dim": 32, "depth": 3, "num_heads": 2}
     config = tiny_config.override(model=model, num_steps=4, save_every=4, optimizer={"learning_rate": 1e-3})
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
@@ -109,7 +109,7 @@ def test_ddt_under_fsdp_equals_one_process(tiny_config, data_folder, tmp_path):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_steps_of_two_processes_equal_those_of_one(parallel, recompute, config, data_folder, tmp_path):
-    """With DDP once each block by itself and once the whole step, cut at DDP's buckets; FSDP2 compiles each block by itself."""
+    """DDP compiles each block, or the whole step, split at DDP's buckets; FSDP2 compiles each block."""
     config = config.override(num_steps=4, save_every=4, compile_scope="step" if recompute else "blocks")
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
     compiled = config.override(parallel=parallel, compile=True, checkpoint_activations=recompute)
@@ -123,7 +123,7 @@ def test_compiled_steps_of_two_processes_equal_those_of_one(parallel, recompute,
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_four_processes_on_two_machines_train_like_one(config, data_folder, tmp_path):
-    """HSDP: parts within each machine, gradients summed between the two; ten steps, then ten more from the checkpoint."""
+    """HSDP shards within a machine and sums gradients between the two; ten steps, then ten more from a checkpoint."""
     train(config, open_data(data_folder), tmp_path / "one", device=torch.device("cpu"), say=lambda text: None)
     shared = config.override(parallel="fsdp")
     jobs = [(c, data_folder, tmp_path / "four") for c in (shared.override(num_steps=HALF), shared)]
@@ -140,17 +140,16 @@ def test_four_processes_on_two_machines_train_like_one(config, data_folder, tmp_
 def test_the_mesh_follows_the_machines():
     assert mesh_sides(8, 8) == (8,)
     assert mesh_sides(64, 8) == (8, 8)
-    assert mesh_sides(4, 1) == (4,)  # machines of one process have nobody to share parts with
-    assert mesh_sides(12, 8) == (12,)  # nor are machines alike
+    assert mesh_sides(4, 1) == (4,)  # machines with one process cannot shard
+    assert mesh_sides(12, 8) == (12,)  # machines of unequal size
 
 
 def test_the_compared_runs_learned_and_contrasted(runs):
-    """Else the comparisons would compare nothing."""
+    """Otherwise the comparisons would be meaningless."""
     first, *_, last = rows(runs / "one")
     assert last["loss"] < first["loss"] - 0.2
-    assert (
-        rows(runs / "one")[-1]["alignment"]["tiny@2"] > 0
-    )  # an NT-Xent of 8 images, not of 4: log 4 would be its chance level
+    # an NT-Xent of 8 images; with 4 the chance level would be log 4
+    assert rows(runs / "one")[-1]["alignment"]["tiny@2"] > 0
     assert first["alignment"]["tiny@2"] > 1.6
 
 

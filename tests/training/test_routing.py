@@ -1,4 +1,4 @@
-"""Runs whose blocks see a share of the tokens: one graph, one gradient, one run by any number of processes, and two stages."""
+"""Runs whose blocks skip tokens: taps, compilation, accumulation, several processes, and two stages."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def term(**settings):
 
 @pytest.mark.parametrize(("norm", "num"), [("none", 16), ("zscore:alpha=0.6", 16), ("none", 64), ("none", 4)])
 def test_a_tap_in_the_route_is_compared_at_the_kept_tokens(norm, num):
-    """Also where the encoder happens to have as many tokens as are kept: 4 are a grid of 2 x 2, not the kept ones."""
+    """Even if the encoder has as many tokens as are kept: its 4 tokens are a 2 x 2 grid, not the kept tokens."""
     subject, (x, condition, _) = objective(SPRINT, term(token_norm=norm)), images()
     (alignment,) = subject.alignments.values()
     draws = subject.draw({"x": x}, 0)
@@ -140,7 +140,7 @@ def test_the_objective_is_one_graph_compiled_once(route, diffusion):
 
 
 def test_blocks_are_compiled_for_both_numbers_of_tokens():
-    """Each by itself, as under FSDP2: a graph for all tokens and one for the kept ones, none of them for any number."""
+    """As under FSDP2 each block is compiled separately, with one graph for all tokens and one for the kept ones."""
     torch._dynamo.reset()
     subject, (x, condition, _) = objective(SPRINT, term()), images()
     wanted = losses_of(subject, x, condition.labels, features()).total
@@ -157,7 +157,7 @@ def test_blocks_are_compiled_for_both_numbers_of_tokens():
     assert {shape[1] for found in sizes for shape in found} == {4, 16}
     made = len(sizes)
     torch.testing.assert_close(losses_of(subject, x, condition.labels, features()).total, wanted)
-    assert len(sizes) == made <= 3  # one more for the first block, whose tokens lie otherwise in memory
+    assert len(sizes) == made <= 3  # one more for the first block, whose input has another memory layout
     torch._dynamo.reset()
 
 
@@ -178,7 +178,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(route):
 
 @pytest.mark.parametrize("route", [TREAD, SPRINT._replace(keep=1.0, path_drop=0.0)])
 def test_every_parameter_has_a_gradient_at_every_step(route):
-    """DDP waits for each: also for the mask token of a second stage, which stands for no token any more."""
+    """DDP needs all gradients, also that of the mask token, which a second stage does not use."""
     subject, (x, condition, _) = objective(route, term()), images()
     losses_of(subject, x, condition.labels, features()).total.mean().backward()
     assert all(p.grad is not None for p in subject.parameters() if p.requires_grad)
@@ -198,7 +198,7 @@ def test_the_route_does_not_change_other_random_draws():
 
 @pytest.fixture(scope="module")
 def config(tiny_config) -> TrainConfig:
-    """A SPRINT with a term in its route and one on the averaged network."""
+    """A SPRINT run with a term in its route and one on the averaged network."""
     terms = (
         AlignmentConfig(target="tiny", depth=2, projector="mlp:width=16"),
         AlignmentConfig(target="ema:depth=3,earlier=0.2", depth=1, projector="mlp2", weight=0.2),
@@ -251,7 +251,7 @@ def test_two_processes_train_like_one(name, runs):
 
 
 def test_two_training_stages_then_sampling_and_export(config, runs, data_folder, tmp_path, capsys):
-    """SPRINT's second stage sees all tokens; path-drop guidance asks it without its middle; the export is the network."""
+    """SPRINT's second stage uses all tokens, path-drop guidance skips its middle blocks, and the export is equal."""
     first, second = runs / "one", tmp_path / "second"
     stage = [str(first), "--data", str(data_folder), "--out", str(second), "--init", str(first), "--model.keep", "1"]
     stage += ["--num-steps", "2"]

@@ -1,4 +1,4 @@
-"""The model of several GPUs against its arithmetic by hand, and the choice of a strategy that rests on it."""
+"""The model of several GPUs against hand computation, and the strategy chosen from it."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ P = 700e6
 
 
 def test_the_step_of_eight_gpus_matches_hand_computation():
-    """30 ms of computing: 10 forward, 20 backward. All-reduce of 5.6 GB at 7/8: 12.25 ms, hidden; the update 64 P / 4 TB/s."""
+    """Computing takes 10 + 20 ms, the hidden all-reduce of 5.6 GB at 7/8 takes 12.25 ms, the update 64 P / 4 TB/s."""
     found = step("ddp", P, 1e12, 30, 1, 8, PLAIN)
     assert found.compute == pytest.approx(0.030)
     assert found.communication == pytest.approx(8 * P * 7 / 8 / 4e11)
@@ -30,7 +30,7 @@ def test_the_step_of_eight_gpus_matches_hand_computation():
 
 
 def test_gradients_between_machines_use_the_network():
-    """Small batches: 2 ms of computing cannot hide 8 P 3/4 / 200 GB/s = 21 ms beside the 12.25 within a machine."""
+    """With small batches, 2 ms of computing cannot hide 8 P 3/4 / 200 GB/s = 21 ms plus 12.25 ms within a machine."""
     found = step("ddp", P, 1e12, 2, 4, 8, PLAIN)
     between = 8 * P * 3 / 4 / 2e11
     assert found.communication == pytest.approx(8 * P * 7 / 8 / 4e11 + between)
@@ -47,7 +47,7 @@ def test_overlap_is_not_free_and_collectives_have_latency():
 
 
 def test_checkpoint_times_match_hand_computation():
-    """16 GB in 15 parts: 8 processes write 2 GB each, 16 processes a 15th each, of which the disk takes 4 GB a second at most."""
+    """Of 16 GB in 15 parts, 8 processes write 2 GB each, 16 processes a 15th each; the disk takes at most 4 GB/s."""
     one = checkpoint(1e9, 1, 8, host=4e9, disk=1e9, shared=16e9, links=8e9)
     assert vars(one) == {"size": 16e9, "writers": 8, "gather": 2.5, "write": 2.0, "verify": 2.0, "deal": 4.5}
     many = checkpoint(1e9, 2, 8, host=4e9, disk=1e9, shared=4e9, links=8e9, network=2e9)
@@ -57,7 +57,7 @@ def test_checkpoint_times_match_hand_computation():
 
 def test_the_faster_strategy_is_chosen():
     assert faster(P, 1e12, 256, 1, 1) == "ddp"  # one process
-    assert faster(P, 1e12, 32, 1, 8) == "fsdp"  # the update of all parameters on every GPU is what it saves
+    assert faster(P, 1e12, 32, 1, 8) == "fsdp"  # saves updating all parameters on every GPU
     assert faster(1e6, 1e12, 256, 1, 8) == "ddp"  # nothing to save
 
 

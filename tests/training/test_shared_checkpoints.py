@@ -1,4 +1,4 @@
-"""Two processes write a checkpoint together, in parts; one process or two read it, and a kill amid the writing loses nothing."""
+"""Two processes write a checkpoint in parts; one process or two can read it, and a kill while writing is harmless."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from repa.training.resolve import resolve
 from repa.training.state import build_state
 from tests.training import processes
 
-PART = 6000  # bytes; the network of the tests has ten times as many
+PART = 6000  # bytes; the tests' network has ten times as many
 
 
 def test_every_tensor_is_written_once_and_the_bytes_are_divided_evenly(monkeypatch):
@@ -38,7 +38,7 @@ def test_every_tensor_is_written_once_and_the_bytes_are_divided_evenly(monkeypat
         assert sorted(written) == sorted((file, name) for file, tensors in sizes.items() for name in tensors)
         parts = sorted(part for share in found for part in share)
         assert len(set(parts)) == len(parts)
-        assert {"b.safetensors", "c.safetensors"} <= set(parts)  # small ones are whole
+        assert {"b.safetensors", "c.safetensors"} <= set(parts)  # small tensors are not split
         loads = [sum(sizes[layout.whole_name(p)][n] for p, names in share.items() for n in names) for share in found]
         assert max(loads) <= 490 / num + 100
     assert sorted(shares(sizes, 2)[0] | shares(sizes, 2)[1]) == [
@@ -47,7 +47,7 @@ def test_every_tensor_is_written_once_and_the_bytes_are_divided_evenly(monkeypat
 
 
 def in_parts(jobs, rank: int, meeting: Path, kill_at: int) -> None:
-    """Train as one of two; rank 1 dies while it writes the checkpoint of step `kill_at`."""
+    """Train as one of two processes; rank 1 dies while writing the checkpoint of step `kill_at`."""
     checkpoint.PART = PART
     write = checkpoint.write_files
 
@@ -62,7 +62,7 @@ def in_parts(jobs, rank: int, meeting: Path, kill_at: int) -> None:
 
 
 def two(config, data_folder: Path, run: Path, meeting: Path, kill_at: int = -1) -> list[int | None]:
-    """Exit codes of two processes that train one run; when one is killed, the other is killed too, as torchrun does."""
+    """Exit codes of two processes that train one run; when one is killed, the other is killed too, as by torchrun."""
     jobs = [(config, data_folder, run)]
     children = [
         processes.CONTEXT.Process(target=in_parts, args=(jobs, rank, meeting, kill_at), daemon=True) for rank in (0, 1)
@@ -100,7 +100,7 @@ def whole(config, data_folder, tmp_path_factory) -> Path:
 
 
 def contents(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its file, as plain safetensors give it."""
+    """The tensors of a checkpoint by file, read with plain safetensors."""
     paths = layout.checkpoint_folder(run, step).glob("*.safetensors")
     return {f"{layout.whole_name(p.name)}/{key}": x for p in paths for key, x in load_file(p).items()}
 
@@ -191,4 +191,4 @@ def test_a_damaged_or_missing_part_is_named(whole, config, data_folder, tmp_path
     path.unlink()
     with pytest.raises(UserError, match=f"{path.name} is damaged"):
         load_checkpoint(run)
-    assert load_weights(run, "ema")[0] == 10  # sampling reads these parts alone
+    assert load_weights(run, "ema")[0] == 10  # sampling reads only these parts

@@ -1,4 +1,4 @@
-"""What terms can share, weigh and look at besides: a projector, times, one vector an image, a frozen run; and a warm-up."""
+"""Options of terms: shared projectors, weights over time, pooling, frozen runs and captions as targets, warm-up."""
 
 import shutil
 
@@ -106,12 +106,12 @@ def test_pooled_tokens_are_averaged_before_the_projector():
 @pytest.mark.parametrize("grid", [None, (3, 3), (2, 4)])
 @pytest.mark.parametrize("tokens", [9, 6])
 def test_a_pooled_tap_is_compared_with_the_mean_of_the_target(grid, tokens):
-    """Whether the grid is known or not, and whatever the target's own is: 6 tokens are 2 x 3."""
+    """For known and unknown grids, and whatever the target's grid; the 6 tokens are 2 x 3."""
     term = Alignment(AlignmentConfig(target="tiny", depth=1, projector="linear", pool=True), 16, 5, grid)
     hidden, target = torch.randn(2, 8 if grid == (2, 4) else 9, 16), torch.randn(2, tokens, 5)
     wanted = -torch.cosine_similarity(term.projector(hidden.mean(1)), target.mean(1))
     torch.testing.assert_close(term.compare(hidden, target), wanted)
-    kept = torch.tensor([[0, 2, 3], [1, 2, 5]])  # of a routed block: the mean of those that there are
+    kept = torch.tensor([[0, 2, 3], [1, 2, 5]])  # in a routed block, the mean over kept tokens
     wanted = -torch.cosine_similarity(term.projector(hidden[:, :3].mean(1)), target.mean(1))
     torch.testing.assert_close(term.compare(hidden[:, :3], target, kept), wanted)
 
@@ -152,7 +152,7 @@ def test_a_frozen_run_with_an_edited_configuration_is_refused(
 
 
 def test_a_frozen_run_guides_the_second_stage(run_training, tiny_config, random_run, tmp_path):
-    """Two steps and two more are four; the configuration names the step; the target is the guided hidden state."""
+    """Four steps equal two and two more, the configuration names the step, and the target is the guided state."""
     config = second_stage(tiny_config, random_run)
     states = []
     run_training(config, tmp_path / "whole", progress=states.append)
@@ -208,7 +208,7 @@ def with_text(tiny_config) -> TrainConfig:
 
 
 def test_captions_can_be_targets_of_a_class_conditional_network(tiny_config, captioned_data, tmp_path):
-    """The mean of the tokens that are there of the image's caption, whatever was dropped; as wide as the data says."""
+    """The target is the mean of the caption's real tokens, also for dropped labels, with the data's width."""
     seen = []
 
     def look(state):

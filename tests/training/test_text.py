@@ -1,4 +1,4 @@
-"""MMDiT trained on captions: from stored tokens or from the encoder, exactly resumed, whatever the number of processes."""
+"""MMDiT on captions: stored or computed text tokens, exact resume, and several processes."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_one_caption_per_image_is_read_and_processes_share_the_batch(captioned_d
         shares = [Loader(data, batch_size=8, seed=3, text="captions", rank=r, world=2).batch(step) for r in (0, 1)]
         assert [*shares[0].captions, *shares[1].captions] == batch.captions
     seen = [text for batch in batches for text in batch.captions]
-    assert 20 < sum(text.startswith("number") for text in seen) < 60  # half of 80
+    assert 20 < sum(text.startswith("number") for text in seen) < 60  # about half of 80
     assert "" in seen
     tokens = Loader(data, batch_size=8, seed=3, text="tokens").batch(4).text
     wanted = load_text_encoder(TINY)(batches[4].captions)
@@ -76,7 +76,7 @@ def test_text_tokens_computed_during_training_give_the_same_run(captioned_data, 
 
 
 def test_two_processes_train_like_one(captioned_data, config, tmp_path):
-    """Under DDP, and under FSDP with the text encoder running in both."""
+    """With DDP, and with FSDP and the text encoder in both processes."""
     config = config.override(num_steps=3)
     start(config, captioned_data / "stored", tmp_path / "one")
     online = config.override(parallel="fsdp", text=TINY)
@@ -88,7 +88,7 @@ def test_two_processes_train_like_one(captioned_data, config, tmp_path):
 
 
 def test_text_reaches_the_network(captioned_data, config, tmp_path):
-    """The first step's gradient of what reads the text is not zero once the gates are open, and captions matter."""
+    """With open gates the text layers have a gradient in the first step, and captions change the prediction."""
     data = open_data(captioned_data / "stored")
     config = config.override(model=config.model.override(backbone="mmdit:reference_init=true"))
     start(config, data.folder, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""What a configuration refuses, and which of its settings may change when a run continues."""
+"""Invalid training configurations, and which settings may change when a run resumes."""
 
 import sys
 
@@ -33,7 +33,7 @@ def test_invalid_settings_are_refused(values, sentence):
 
 
 def test_old_configurations_keep_their_meaning():
-    """The fields that runs of version 0.1.0 wrote, for the settings that were renamed or added since."""
+    """Fields as written by version 0.1.0, before settings were renamed or added."""
     old = {
         "optimizer": {"learning_rate": 2e-3, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "max_grad_norm": 1.0},
         "preview": {"every": 200, "num_images": 16, "num_scored": 500, "features": "tiny-classifier", "sampler": "heun"},
@@ -54,7 +54,7 @@ def test_only_changeable_settings_may_change_when_resuming(tiny_config, run_trai
     }  # fmt: skip
     assert set(free) <= set(CHANGEABLE)
     run_training(tiny_config.override(**free), run)
-    assert layout.checkpoint_steps(run) == [2, 3]  # 2 by keep_every
+    assert layout.checkpoint_steps(run) == [2, 3]  # step 2 is kept by keep_every
     for change in (
         {"ema_decays": (0.5,)}, {"ema_widths": (0.1,)}, {"precision": "fp16"}, {"label_dropout": 0.2},
         {"optimizer": {"name": "muon"}}, {"optimizer": {"warmup_steps": 3}},

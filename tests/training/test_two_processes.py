@@ -1,6 +1,6 @@
-"""Two processes (gloo) do the work of one: the same losses, weights, samples and shards; and an error ends both.
+"""Two gloo processes give the same losses, weights, samples and shards as one, and an error ends both.
 
-Each torchrun costs seconds, so there are five of them: train, sample, evaluate, prepare, and a mistake.
+Each torchrun takes seconds, so there are only five: train, sample, evaluate, prepare, and an error.
 """
 
 import json
@@ -22,7 +22,7 @@ from repa.runs import layout, read_metrics
 
 
 def torchrun(*argv, check=True) -> subprocess.CompletedProcess:
-    """`torchrun --nproc-per-node 2 -m repa ...` on the CPU; fails when it takes longer than two minutes."""
+    """Run `torchrun --nproc-per-node 2 -m repa ...` on the CPU; fails after two minutes."""
     environment = {
         **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1])
     }  # fmt: skip
@@ -60,7 +60,7 @@ def weights(folder: Path, step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_config, tmp_path_factory) -> Path:
-    """Several losses at once; nt_xent, dispersive, gram and the contrastive term compare images of both processes."""
+    """Several losses, of which nt_xent, dispersive, gram and the contrastive term compare images of both processes."""
     alignments = (
         tiny_config.alignments[0],
         AlignmentConfig(target="tiny", depth=2, projector="linear", loss="nt_xent:temperature=0.2"),
@@ -68,7 +68,7 @@ def recipe(tiny_config, tmp_path_factory) -> Path:
         AlignmentConfig(target="block:depth=2", depth=1, projector="none", loss="gram:scope=batch", weight=0.2),
         AlignmentConfig(target="ema:depth=2,earlier=0.2", depth=1, projector="mlp2", loss="smooth_l1", weight=0.2),
     )
-    preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers: the shares are not equal
+    preview = {"every": 6, "num_images": 5, "num_scored": 21, "num_steps": 3}  # odd numbers, so that shares are unequal
     path = tmp_path_factory.mktemp("recipe") / "two.yaml"
     path.write_text(
         tiny_config.override(
@@ -109,7 +109,7 @@ def test_the_losses_equal_those_of_one_process(runs):
         assert mine["grad_norm"] == pytest.approx(yours["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("step", [6, 10])  # made by two processes; made by one that continued
+@pytest.mark.parametrize("step", [6, 10])  # saved by two processes; saved by one that resumed
 def test_the_weights_are_close_to_those_of_one_process(step, runs):
     one, two = (weights(folder, step) for folder in runs)
     assert one.keys() == two.keys()
@@ -156,16 +156,16 @@ def test_samples_equal_those_of_one_process(random_run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{n}.{s}" for n in ("one", "two") for s in ("json", "npz", "png")
     ]
-    assert done.stdout.count("11 images of step 20") == 1  # one process speaks
+    assert done.stdout.count("11 images of step 20") == 1  # only one process prints
 
 
 def test_evaluation_equals_that_of_one_process(random_run, data_folder, tmp_path):
-    """Of a run that is sampled while it is measured, against data whose reference both make."""
+    """For a run sampled while it is measured, with a reference computed by both."""
     command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
                "--features", "tiny-classifier", "--out")  # fmt: skip
     results = []
     for launch in (torchrun, alone):
-        shutil.rmtree(data_folder / "reference", ignore_errors=True)  # made by each
+        shutil.rmtree(data_folder / "reference", ignore_errors=True)  # computed again by each
         out = tmp_path / f"{launch.__name__}.json"
         launch(*command, out)
         results.append(json.loads(out.read_text()))
@@ -186,7 +186,7 @@ def test_shards_equal_those_of_one_process(image_folder, tmp_path):
 
 
 def test_an_error_in_only_the_main_process_ends_both(runs, recipe, data_folder):
-    """The other process waits at a barrier for the one that refuses."""
+    """The other process is waiting at a barrier."""
     begin = time.monotonic()
     done = torchrun(
         "train", recipe, "--data", data_folder, "--out", runs[0], "--seed", 7, "--num-steps", 99, check=False

@@ -1,4 +1,4 @@
-"""FLOPs from shapes against torch's own count, and the share of the rate in the rows."""
+"""FLOPs from shapes against torch's count, and the logged utilisation."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_flops_equal_torchs_count(projector):
     objective = Objective(
         model, [Alignment.of(config.alignments[0], model, {"tiny": 48})], config.diffusion, label_dropout=0.0, seed=0
     )
-    # the gradients of the latents and of the time's features are not needed, which the shapes do not say
+    # without gradients of the latents and of the time features, which shapes do not show
     assert flops_of(objective) == pytest.approx(flops_per_image(config, {"tiny": 48}), rel=0.01)
 
 
