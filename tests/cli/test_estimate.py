@@ -26,7 +26,7 @@ SMALL = [
 ]
 
 
-def test_a_run_that_does_not_fit_is_told_what_would_help(capsys):
+def test_a_run_that_does_not_fit_gets_suggestions(capsys):
     assert run([*SMALL, "--memory", "0.1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     total = next(line for line in lines if line.strip().startswith("sum")).split()[1:3]

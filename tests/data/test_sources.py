@@ -168,7 +168,7 @@ def test_an_invalid_source_is_refused(tmp_path, make, message):
         open_source(make(tmp_path))
 
 
-def test_loose_images_beside_class_folders_are_refused(folder):
+def test_loose_images_next_to_class_folders_are_refused(folder):
     noise_image(0).save(folder / "loose.png")
     with pytest.raises(UserError, match=r"images in no folder, such as loose\.png"):
         open_source(folder)

@@ -59,7 +59,7 @@ def test_any_form_of_time_reaches_the_network_as_float32_per_sample(t):
     torch.testing.assert_close(data, x, rtol=1e-15, atol=0)  # v = 0, so state and coefficients stayed float64
 
 
-def test_low_precision_input_leaves_the_time_alone():
+def test_low_precision_input_does_not_round_the_time():
     spy = Spy(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16))
     out = Denoiser(spy, LINEAR, dtype=torch.bfloat16).velocity(torch.ones(1, 1, 1, 1), 0.996)
     assert spy.seen[0][0].dtype == torch.bfloat16
