@@ -182,8 +182,8 @@ def open_data(path: str | Path) -> DataSet:
     return DataSet(Path(path), Manifest.open(path))
 
 
-# Local weights that `prepare` was given are used again by commands that work with its folder. A folder may come from anyone:
-# a path in it is followed only where the file has the recorded checksum, and only tensors are read there, never code.
+# Commands that use a prepared folder reuse the local weights of `prepare`. A folder may be untrusted: a path in it is
+# used only if its file has the recorded checksum, and only tensors are read from it, never code.
 
 
 def autoencoder_weights(data: DataSet, given: str) -> str:

@@ -66,7 +66,7 @@ class BaseFields:
         return fields
 
     def _moments(self, images: DecodedImages) -> Tensor:
-        """Moments (n, M, h, w): computed, or those of the source, the first of which are compared with computed ones."""
+        """Moments (n, M, h, w): computed, or from the source, whose first moments are compared with computed ones."""
         if images.moments is None:
             return self._encode(images.pixels)
         if not self._compared:

@@ -17,7 +17,7 @@ from repa.encoders import canonical
 
 
 def finish(finished: FinishedParts) -> Manifest:
-    """Write the manifest of a folder with all parts finished, and remove parts/. Only one process at a time may call it."""
+    """Write the manifest of a folder with all parts finished, and remove parts/. One process at a time may call it."""
     out, settings, parts = finished.out, finished.settings, finished.parts
     shards, first = [], None
     for number, shard in enumerate(parts):

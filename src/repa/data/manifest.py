@@ -135,7 +135,7 @@ class Manifest(Settings):
         return [*(record for shard in self.shards for record in shard.records), *bases]
 
     def require_intact(self, folder: str | Path, records: Iterable[StoredFile] | None = None) -> None:
-        """Raises UserError for a file (of `records`, else any) that is missing or has another size; does not read bytes."""
+        """Raises UserError if a file (of `records`, else any) is missing or has another size; reads no contents."""
         for record in self.records if records is None else records:
             if not record.intact(Path(folder)):
                 raise UserError(damaged(Path(folder, record.file), "is missing or does not have its recorded size"))

@@ -1,7 +1,7 @@
 """Progress of a preparation: the settings of a folder, and the finished parts of its shards.
 
-A shard is finished in parts: "base" (images, labels, moments, captions), one for each encoder, and "text". A part counts once
-its record in parts/ is written, after its files; so a kill costs at most one shard, and encoders can be added to finished shards.
+A shard has the parts "base" (images, labels, moments, captions), one per encoder, and "text". A part is finished when
+its record in parts/ exists, which is written last: a kill costs at most one shard, and encoders can be added later.
 Processes share only these files. pipeline.py reads them before and after its work. Torch-free.
 """
 
@@ -41,7 +41,7 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     if before is None:
         return asked
     old, new = before.config, asked.config
-    # not by `difference`: each call names only its own encoders, so that the two lists of forms differ without a conflict
+    # not by `difference`: each call names only its own encoders, so the lists of forms may differ without a conflict
     both = [name for name in new.features if name in old.features]
     lines = [
         f"feature_forms of {name}: {old.forms[name]} -> {new.forms[name]}"

@@ -94,8 +94,8 @@ class ShardReader:
         starts = np.array([array.start for array in arrays]) - self.starts[numbers] * size
         positions, places = starts[which] + rows[first] * size, order[first] * size
         runs = zip(which.tolist(), positions.tolist(), places.tolist(), (places + nums * size).tolist(), strict=True)
-        # preadv has no position that another thread could move, and fills the result itself; names are looked up once, as the
-        # loop below is most of the loader's time
+        # preadv uses no shared file position and fills the result directly; names are looked up once, because the loop
+        # below takes most of the loader's time
         preadv, handles = os.preadv, [array.handle for array in arrays]
         for array, position, begin, end in runs:
             if (num := preadv(handles[array], (buffer[begin:end],), position)) < end - begin:
@@ -112,7 +112,7 @@ class ShardReader:
 
 
 class _OpenArray:
-    """An open .npy file. Readers hold it, so a file that leaves the cache of open files is closed after its last read."""
+    """An open .npy file. Readers keep a reference, so a file evicted from the cache is closed after its last read."""
 
     def __init__(self, path: Path, record: ArrayFile):
         self.path = path

@@ -42,8 +42,8 @@ def claimed(
 ) -> Iterator[Piece]:
     """Pieces of the shards in `parts`; each shard is locked when its first piece is requested.
 
-    Equal commands share a folder, so the parts of a shard are locked while they are made. `claims` receives the locks of
-    each shard. A shard that another process has made, or makes now, yields a single piece without images and parts.
+    Equal commands share a folder, so the parts of a shard are locked while they are made. `claims` receives the locks
+    of each shard. A shard that another process has made, or makes now, yields one piece without images and parts.
     """
     # read again, because another process may have finished everything while this one loaded its models
     manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None

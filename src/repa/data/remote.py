@@ -1,7 +1,7 @@
 """Remote files: downloaded on demand into a cache of bounded size on the local disk.
 
-Cached shards of prepared data are named by their checksum, so they are valid for any data set and process. Processes on one
-machine share the cache.
+Cached shards of prepared data are named by their checksum, so they are valid for any data set and process. All
+processes of a machine share the cache.
 """
 
 import contextlib

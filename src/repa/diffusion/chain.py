@@ -81,7 +81,7 @@ def guided(
 
 
 def _mixed(chain: Chain, layout: Layout | None, predictions: dict[str, Tensor], channels: int, t: float) -> Tensor:
-    """The chain on each part of the first `channels` of axis 1; the rest, a learned variance, stays the conditional one."""
+    """The chain on each part of the first `channels` of axis 1; a learned variance after them stays conditional."""
     variance = predictions[CONDITIONAL][:, channels:]
     guided_ones = {name: p[:, :channels] for name, p in predictions.items()}
     if layout is None or len(layout.shapes) == 1:

@@ -20,7 +20,7 @@ def check_prediction(prediction: str) -> str:
 
 
 def canonical_guidances(specs: tuple[str, ...]) -> tuple[str, ...]:
-    """Guidances in canonical form, so that records compare: without defaults, and without those of no effect, such as scale 1."""
+    """Guidances in canonical form, for comparisons: without defaults and guidances without effect, such as scale 1."""
     kept = []
     for spec in specs:
         name, _ = parse_spec(spec)
@@ -63,7 +63,7 @@ def check_trained(guidances: Iterable[str], label_dropout: float | None, path_dr
 
 
 def check_shift(shift: float) -> float:
-    """The shift, if it is at least 1. Code with t = 1 at the data uses the inverse; refusing it catches the most common mistake."""
+    """The shift, if it is at least 1: a smaller one is usually the inverse, from code with t = 1 at the data."""
     if not 1 <= shift < math.inf:
         inverse = f"; a shift of {shift} written for t = 1 at the data is {1 / shift:.4g} here" if shift > 0 else ""
         raise UserError(
@@ -159,7 +159,7 @@ class DiffusionConfig(Config):
         return self.override(shift=max(1.0, latent_shift(shape)))
 
     def check_model(self, name: str, learn_sigma: bool) -> None:
-        """Raises UserError if the network predicts a variance (learn_sigma) and the objective does not train it, or the reverse."""
+        """Raises UserError unless the network predicts a variance (learn_sigma) exactly if the objective trains one."""
         size = name.partition("-")[2]
         if learn_sigma and self.objective == "flow":
             raise UserError(

@@ -138,7 +138,7 @@ class ImprovedDDPM:
         return self._at("mean_of_data", k, x) * x + self._at("mean_of_x_k", k, x) * x_k
 
     def _at(self, name: str, k: int | Tensor, x: Tensor) -> float | Tensor:
-        """A constant at step k, shaped to multiply x. Tables stay on the device: a copy per step would synchronise with it."""
+        """A constant at step k, shaped to multiply x. Tables stay on the device: a copy would synchronise."""
         if not isinstance(k, Tensor):
             return float(self._constants[name][k])
         key = (name, x.device, x.dtype)
@@ -160,7 +160,7 @@ class ImprovedDDPM:
         return self.q_sample(x, noise, self.network_time(t).long())
 
     def network_time(self, t: Tensor) -> Tensor:
-        """The timestep k = t T - 1 of t (N,), as a float; at least 0, because no network was trained below the first timestep."""
+        """The timestep k = t T - 1 of t (N,), a float of at least 0: no network was trained below the first one."""
         k = (t * self.num_timesteps - 1).clamp(min=0)
         # (k + 1) / T in float32 comes back with k; between timesteps, where an ODE solver goes, k stays fractional
         return torch.where((k - k.round()).abs() < 1e-3, k.round(), k)

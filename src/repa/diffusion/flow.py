@@ -1,4 +1,4 @@
-"""Flow matching: paths from data to noise, x_t = alpha_t x + sigma_t noise (Eq. 1), the times of training, and its loss (Eq. 4).
+"""Flow matching: paths x_t = alpha_t x + sigma_t noise from data to noise (Eq. 1), training times, the loss (Eq. 4).
 
 The convention of the whole project, stated here once: **t = 0 is data, t = 1 is noise** (the paper's; SiT's code runs
 the other way, so there t' = 1 - t, v' = -v, and a guidance interval [lo, hi] becomes [1 - hi, 1 - lo]).
@@ -269,7 +269,7 @@ class Uniform:
             )
 
     def __call__(self, num: int, generator: Generator | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """(num,) float32 times on `device`, sampled on the generator's device: a CPU generator gives the same times everywhere."""
+        """(num,) float32 times on `device`, sampled on the generator's device: a CPU generator gives equal times."""
         t = torch.rand(num, generator=generator, device=generator.device if generator else device)
         return (self.low + (self.high - self.low) * t).to(device, non_blocking=True)
 

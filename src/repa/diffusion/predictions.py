@@ -1,4 +1,4 @@
-"""Conversions between velocity, noise, data and score, which are equivalent given x_t = alpha x + sigma noise (Eqs. 3, 6, 7/20).
+"""Conversions of velocity, noise, data and score, equivalent given x_t = alpha x + sigma noise (Eqs. 3, 6, 7/20).
 
 Every conversion uses the pair (data, noise), the solution of the 2x2 system of the prediction and x_t:
 

@@ -85,9 +85,9 @@ class ZipSource(FileSource):
         if twice := next((a for a, b in itertools.pairwise(names) if a == b), None):
             raise UserError(f"{path} contains {twice!r} twice: pack the archive again with every file once.")
         self._members = Members(path, wanted)
-        found = {member.filename: member.CRC for member in visible if not member.is_dir()}
+        checksums = {member.filename: member.CRC for member in visible if not member.is_dir()}
         folders = {member.filename.partition("/")[0] for member in visible if "/" in member.filename} - {""}
-        super().__init__(str(path), found, labels, folders=folders, junk=len(members) - len(visible))
+        super().__init__(str(path), checksums, labels, folders=folders, junk=len(members) - len(visible))
 
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)
@@ -125,15 +125,15 @@ def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[t
     for member in _tar_members(path, name, size, junk):
         folder, slash, base = member_path(member.name).rpartition("/")
         stem, _, extension = base.partition(".")
-        this, extension = f"{folder}{slash}{stem}", extension.lower()
-        if this != key:
+        sample, extension = f"{folder}{slash}{stem}", extension.lower()
+        if sample != key:
             if key is not None:
                 yield key, members
             # `tar` without --sort=name may separate the files of a sample, and its image would lose its label
-            if this in seen:
-                raise UserError(f"{name} contains the sample {this!r} twice: pack it again with `tar --sort=name`.")
-            key, members = this, {}
-            seen.add(this)
+            if sample in seen:
+                raise UserError(f"{name} contains the sample {sample!r} twice: pack it again with `tar --sort=name`.")
+            key, members = sample, {}
+            seen.add(sample)
         if extension in members:
             raise UserError(f"{name} contains {member.name!r} twice: pack it again with every file once.")
         members[extension] = (member.offset_data, member.size)
@@ -168,10 +168,10 @@ def _require_tar_end(path: Path, offset: int) -> None:
     """Raises ReadError for damage or truncation, both of which tarfile takes for the end of the archive."""
     with open(path, "rb") as file:
         file.seek(offset)
-        found = 0
+        num_zeros = 0
         while block := file.read(1 << 20):
             if block.strip(b"\0"):
                 raise tarfile.ReadError(f"damaged at byte {offset:,}, or several concatenated archives")
-            found += len(block)
-    if found < tarfile.BLOCKSIZE:
+            num_zeros += len(block)
+    if num_zeros < tarfile.BLOCKSIZE:
         raise tarfile.ReadError("unexpected end of data")

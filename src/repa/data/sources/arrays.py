@@ -122,13 +122,13 @@ class _Npz:
 
     def choose(self, given: str, usual: tuple[str, ...], what: str) -> str:
         """The key `given`, else the first usual name that exists; raises UserError if there is none."""
-        found = [given] if given in self.names else [name for name in usual if name in self.names and not given]
-        if not found:
+        keys = [given] if given in self.names else [name for name in usual if name in self.names and not given]
+        if not keys:
             raise UserError(
                 f"{self.path} has no array {given or ' or '.join(usual)!r}: it has {', '.join(self.names) or 'none'}. "
                 f"Choose the {what} with {self.path}:{'image' if what == 'images' else 'label'}=NAME."
             )
-        return found[0]
+        return keys[0]
 
     def array(self, name: str) -> np.ndarray:
         return map_npz(self.path, "an array", name, remedy="Save it with np.savez, or as .npy.", limit=MAX_UNPACKED)

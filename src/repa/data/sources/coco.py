@@ -54,11 +54,11 @@ class CocoSource(Source):
 def _folder_of_images(annotations: Path, images: str) -> Path:
     # COCO's archives unpack to annotations/captions_val2014.json and val2014/, side by side
     split = annotations.stem.rpartition("_")[2]
-    found = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
-    folder = next((path for path in found if path.is_dir()), None)
+    places = [Path(images)] if images else [annotations.parent / split, annotations.parent.parent / split]
+    folder = next((path for path in places if path.is_dir()), None)
     if folder is None:
         raise UserError(
-            f"The images of {annotations} are not in {' or '.join(map(str, found))}: give {annotations}:images=FOLDER."
+            f"The images of {annotations} are not in {' or '.join(map(str, places))}: give {annotations}:images=FOLDER."
         )
     return folder
 

@@ -40,27 +40,27 @@ MOST_TABLES = 20  # tables that are searched for labels
 class FileSource(Source):
     """A sorted list of relative paths; a folder of the path is the class, unless a file gives the labels."""
 
-    def __init__(self, where: str, found: Mapping[str, int], labels: str, *, folders: Iterable[str], junk: int):
+    def __init__(self, where: str, stamps: Mapping[str, int], labels: str, *, folders: Iterable[str], junk: int):
         """
         Args:
             where: the folder or archive, for messages.
-            found: path of every visible file -> a number that changes with its content: its size or checksum.
+            stamps: path of every visible file -> a number that changes with its content: its size or checksum.
             labels: as `open_source` takes them.
             folders: names of the folders at the root.
             junk: number of hidden files and folders.
         """
-        paths = sorted(path for path in found if path.lower().endswith(EXTENSIONS))
+        paths = sorted(path for path in stamps if path.lower().endswith(EXTENSIONS))
         if not paths:
-            listed = ", ".join(f"{num:,} {what}" for what, num in count_others(found, (), junk).items())
+            listed = ", ".join(f"{num:,} {what}" for what, num in count_others(stamps, (), junk).items())
             raise UserError(
                 f"{where} holds no images{listed and f', but {listed}'}: give a folder or archive with files named "
                 f"{' '.join(EXTENSIONS)}, at any depth."
             )
-        texts = {path for path in found if path.lower().endswith(CAPTION_ENDING)}
+        texts = {path for path in stamps if path.lower().endswith(CAPTION_ENDING)}
         above = _folders_above(paths)  # files in other folders do not describe these images
         metadata = {os.path.join(folder, name) for folder in above for name in METADATA}
-        self._described = ({LISTING} | metadata) & found.keys()
-        others = found.keys() - {*texts, *paths, *self._described}
+        self._described = ({LISTING} | metadata) & stamps.keys()
+        others = stamps.keys() - {*texts, *paths, *self._described}
         # a .txt beside an image of its name is a caption; any other .txt may be a table of labels
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
@@ -73,7 +73,7 @@ class FileSource(Source):
         if unused := len(texts) - len(set(self._texts.values())):
             self.left_out["texts without an image"] = unused
         # no times of change: a copy of the folder is the same source
-        listing = "\n".join(f"{path} {found[path]}" for path in paths)
+        listing = "\n".join(f"{path} {stamps[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
         given = self._given_classes(where, paths, labels)
@@ -156,8 +156,8 @@ class FileSource(Source):
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
         """The columns of a file that could be labels; [""] if only its name looks like labels; [] for none."""
         columns = table_columns(file, lambda name: self.read(name, name))
-        if found := label_columns(columns):
-            return found if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
+        if likely := label_columns(columns):
+            return likely if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
         if not is_one:
             return []
         words = re.split("[^a-z]+", file.rpartition("/")[2].lower())
@@ -175,22 +175,22 @@ class FileSource(Source):
             for file, folder, rows in self._metadata(kind):
                 # each line of a JSONL file has its own columns
                 columns = list(dict.fromkeys(column for row in rows for column in row))
-                found = label_columns(columns)
-                if len(found) > 1:
+                likely = label_columns(columns)
+                if len(likely) > 1:
                     raise UserError(
-                        f"{file} of {where} has several columns that could be the label ({', '.join(found)}): give "
-                        f"--labels {Path(where) / file}:{found[0]} or another, or --labels {_without_a_file(paths)}."
+                        f"{file} of {where} has several columns that could be the label ({', '.join(likely)}): give "
+                        f"--labels {Path(where) / file}:{likely[0]} or another, or --labels {_without_a_file(paths)}."
                     )
-                if not found:
+                if not likely:
                     continue
                 key = next((column for column in columns if column.lower() == "file_name"), None)
                 if key is None:
                     raise UserError(
-                        f"{file} of {where} has the column {found[0]!r}, but no column of image names: add one called "
+                        f"{file} of {where} has the column {likely[0]!r}, but no column of image names: add one called "
                         f"'file_name', or give --labels {_without_a_file(paths)}."
                     )
-                pairs += [(folder + plain_path(str(row.get(key, ""))), row.get(found[0])) for row in rows]
-                origin = origin or f"the column {found[0]!r} of {file}"
+                pairs += [(folder + plain_path(str(row.get(key, ""))), row.get(likely[0])) for row in rows]
+                origin = origin or f"the column {likely[0]!r} of {file}"
             if not origin:
                 continue
             other = by_name(pairs, paths, f"{kind} of {where}")
@@ -280,9 +280,9 @@ class FolderSource(FileSource):
     def __init__(self, root: Path, labels: str = ""):
         self.root = root
         junk: list[str] = []
-        found = scan(root, ("",), junk)
+        sizes = scan(root, ("",), junk)
         folders = [e.name for e in os.scandir(root) if _is_folder(e) and not is_hidden(e.name)]
-        super().__init__(str(root), found, labels, folders=folders, junk=len(junk))
+        super().__init__(str(root), sizes, labels, folders=folders, junk=len(junk))
 
     def read(self, path: str, name: str) -> bytes:
         return read_image_file(self.root / path, name)

@@ -68,14 +68,14 @@ def _pairs_of_parquet(path: str, column: str) -> list[tuple[Any, Any]]:
     return list(zip(table.column(key).to_pylist(), table.column(column).to_pylist(), strict=True))
 
 
-def _key_column(path: str, there: Sequence[str], column: str) -> str:
+def _key_column(path: str, columns: Sequence[str], column: str) -> str:
     """The column of image names; raises UserError if it or `column` is missing."""
-    if column not in there:
+    if column not in columns:
         raise UserError(
-            f"{path} has no column {column!r}: it has {', '.join(map(repr, there)) or 'none'}."
-            f"{nearest(column, there)} Choose a column with {path}:COLUMN."
+            f"{path} has no column {column!r}: it has {', '.join(map(repr, columns)) or 'none'}."
+            f"{nearest(column, columns)} Choose a column with {path}:COLUMN."
         )
-    keys = [name for name in FILE_COLUMNS if name in there and name != column]
+    keys = [name for name in FILE_COLUMNS if name in columns and name != column]
     if not keys:
         raise UserError(
             f"{path} has no column of image names: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."

@@ -132,10 +132,10 @@ def _missing(name: str, where: str) -> str:
     return f"{name} has no label in {where}: give every image a label, or set labels to 'none'."
 
 
-def label_columns(there: Iterable[str]) -> list[str]:
+def label_columns(columns: Iterable[str]) -> list[str]:
     """The columns with a usual name for labels, the likeliest first."""
-    there = list(there)
-    lower = {name.lower(): name for name in there}
+    columns = list(columns)
+    lower = {name.lower(): name for name in columns}
     return [lower[name] for name in LABEL_COLUMNS if name in lower]
 
 

@@ -67,15 +67,15 @@ def expand(spec: str) -> list[str]:
     names = _braces(spec)
     if is_remote(spec):
         return _each_once(spec, names)
-    found: list[str] = []
+    files: list[str] = []
     for name in names:
         # glob would not match a file with a bracket in its name
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         if not matches:
             source = "" if name == spec else f" (from {spec!r})"
             raise UserError(f"There is no file {name!r}{source}: check the path.")
-        found += matches
-    return _each_once(spec, found)
+        files += matches
+    return _each_once(spec, files)
 
 
 def _each_once(spec: str, files: list[str]) -> list[str]:
@@ -133,15 +133,15 @@ def _braces(spec: str) -> list[str]:
 
 def splits_among(names: Iterable[str]) -> list[str]:
     """The names that look like splits, sorted: the bare words; with several splits also train2017 and seg_test."""
-    found = {name for name in names if _split_of(name)}
+    split_like = {name for name in names if _split_of(name)}
     # test_tube and dev_board may be classes: without a second split, only the bare word is one
-    return several_splits(found) or sorted(name for name in found if name.lower() in SPLITS)
+    return several_splits(split_like) or sorted(name for name in split_like if name.lower() in SPLITS)
 
 
 def several_splits(names: Iterable[str]) -> list[str]:
     """The names that look like splits, sorted; [] unless they are of at least two different splits."""
-    found = {name: meaning for name in names if (meaning := _split_of(name))}
-    return sorted(found) if len(set(found.values())) > 1 else []
+    split_of = {name: meaning for name in names if (meaning := _split_of(name))}
+    return sorted(split_of) if len(set(split_of.values())) > 1 else []
 
 
 def split_folders(paths: Sequence[str]) -> list[str]:
@@ -165,8 +165,8 @@ def require_one_split(files: Sequence[str]) -> None:
     same = len([*itertools.takewhile(lambda names: len({*names}) == 1, zip(*paths, strict=False))])
     parts = [[*path[same:-1], stem_of(file)] for path, file in zip(paths, files, strict=True)]
     splits = [next(filter(None, map(_split_of, names)), "") for names in parts]
-    if len(found := sorted({*splits} - {""})) > 1:
-        first, others = files[splits.index(found[0])], ", ".join(sorted({"/".join(names) for names in parts})[:4])
+    if len(kinds := sorted({*splits} - {""})) > 1:
+        first, others = files[splits.index(kinds[0])], ", ".join(sorted({"/".join(names) for names in parts})[:4])
         raise UserError(
-            f"The files are of several splits ({', '.join(found)}: {others}): give the files of one, such as {first}."
+            f"The files are of several splits ({', '.join(kinds)}: {others}): give the files of one, such as {first}."
         )

@@ -68,8 +68,8 @@ class ReferenceSource(Source):
         if not listing.is_file():
             raise UserError(f"{listing} is missing: copy this file of labels from the original data.")
         self._images = FolderSource(root / IMAGES, "none")
-        found = scan(root / MOMENTS, (".npy",))
-        self._moments = self._paired(sorted(found))
+        arrays = scan(root / MOMENTS, (".npy",))
+        self._moments = self._paired(sorted(arrays))
         self.side = self._images.decode(0).width
         self.moments_shape = self.moments(0).shape  # later calls compare their shape with this one
         _, height, width = self.moments_shape

@@ -38,12 +38,12 @@ class Column(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-def _only(where: str, found: Sequence[str], columns: Mapping[str, Column], key: str, otherwise: str = "") -> str:
-    if len(found) == 1:
-        return found[0]
+def _only(where: str, likely: Sequence[str], columns: Mapping[str, Column], key: str, otherwise: str = "") -> str:
+    if len(likely) == 1:
+        return likely[0]
     raise UserError(
-        f"{where} has {len(found) or 'no'} columns that could be the {key}, among {', '.join(columns) or 'none'}: "
-        f"choose one with {where}:{key}={found[0] if found else 'COLUMN'}{otherwise}."
+        f"{where} has {len(likely) or 'no'} columns that could be the {key}, among {', '.join(columns) or 'none'}: "
+        f"choose one with {where}:{key}={likely[0] if likely else 'COLUMN'}{otherwise}."
     )
 
 
@@ -77,8 +77,8 @@ class TableSource(Source):
         """
         for key, name in (("image", image), ("label", label), ("caption", caption)):
             if name and name not in columns:
-                there = ", ".join(columns) or "none"
-                raise UserError(f"{where} has no column {name!r} for {key}: it has {there}.{nearest(name, columns)}")
+                names = ", ".join(columns) or "none"
+                raise UserError(f"{where} has no column {name!r} for {key}: it has {names}.{nearest(name, columns)}")
         if labels not in ("", "none"):
             raise UserError(
                 f"labels is {labels!r}, but the labels of {where} are a column: give {where}:label=COLUMN, or 'none'."
@@ -94,8 +94,8 @@ class TableSource(Source):
         if not label and labels != "none":
             classes = [name for name, column in columns.items() if column.kind == "class"]
             usual = [name for name in label_columns(columns) if name != image]
-            found = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
-            label = _only(where, found, columns, "label", ", or give --labels none for one class") if found else ""
+            likely = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
+            label = _only(where, likely, columns, "label", ", or give --labels none for one class") if likely else ""
         texts = [name for name in CAPTION_COLUMNS if name in columns and columns[name].kind == "text" and name != label]
         self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
         self._class_names = columns[label].class_names if label else ()

@@ -240,14 +240,14 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
     junk: list[str] = []
     slices = Slices(path)
     for key, members in tar_samples(path, name, size, junk):
-        found = _image_of(key, members, name, image)
+        image_part = _image_of(key, members, name, image)
         # the parts of 0001.v2.png may be called 0001.v2.cls and so on: a sample has one name up to the first dot
-        dotted = next((end for end, part in members.items() if part == found), "").rpartition(".")[0]
+        dotted = next((end for end, part in members.items() if part == image_part), "").rpartition(".")[0]
         text, meta, cls, key_file = (
             members.get(f"{dotted}.{what}", members.get(what, ABSENT)) for what in ("txt", "json", "cls", label.lower())
         )
         cls = key_file if cls is ABSENT else cls  # some name the file 0001.label
-        unused = [end for end, part in members.items() if part not in (found, text, meta, cls)]
+        unused = [end for end, part in members.items() if part not in (image_part, text, meta, cls)]
         others.update(f"files .{printable(end)[:20]} of samples" for end in unused)
         label_like.update(dict.fromkeys(end for end in unused if label_columns(end.split("."))))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
@@ -277,7 +277,7 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
                 )
         labels.append(value)
         keys.append(key)
-        parts.append((found, text, meta))
+        parts.append((image_part, text, meta))
     if not keys:
         raise UserError(f"{name} holds no images: give a shard with files named {' '.join(EXTENSIONS)}.")
     left_out = dict(others.most_common(20)) | ({JUNK_KIND: len(junk)} if junk else {})
@@ -286,12 +286,12 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
 
 def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: str) -> tuple[int, int]:
     endings = [image.lower().lstrip(".")] if image else [end for end in members if f".{end}".endswith(EXTENSIONS)]
-    found = [end for end in endings if end in members]
-    if len(found) == 1:
-        return members[found[0]]
-    if found:
+    images = [end for end in endings if end in members]
+    if len(images) == 1:
+        return members[images[0]]
+    if images:
         raise UserError(
-            f"The sample {key} in {name} holds several images ({', '.join(found)}): choose one with image={found[0]}."
+            f"The sample {key} in {name} holds several images ({', '.join(images)}): choose one with image={images[0]}."
         )
     raise UserError(f"The sample {key} in {name} has no image, only {', '.join(members)}: add one, or remove it.")
 
