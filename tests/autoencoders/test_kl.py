@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 import types
@@ -120,7 +121,10 @@ def test_folders_that_cannot_be_loaded_are_refused(kl_folder, tiny_folder, tmp_p
     fails("empty holds no config.json", empty)
     cut = copy_of(kl_folder, tmp_path / "cut", lambda state: state) / "diffusion_pytorch_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:1000])
-    fails("describes a larger network", cut.parent)
+    fails("cannot be read as a file of weights: it ends within its header", cut.parent)
+    cut = copy_of(kl_folder, tmp_path / "half", lambda state: state) / "diffusion_pytorch_model.safetensors"
+    os.truncate(cut, cut.stat().st_size // 2)
+    fails(r"it has [\d,]+ bytes, but its header describes [\d,]+\. Download", cut.parent)
     fails("'kl' needs weights", None, spec="kl")
 
 
@@ -141,3 +145,50 @@ def test_missing_and_broken_diffusers_are_reported(monkeypatch, kl_folder):
         monkeypatch.setitem(sys.modules, "diffusers", module)
         with pytest.raises(UserError, match=said):
             load_autoencoder("kl", weights=kl_folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda x: x * float("nan"), "weights of the autoencoder 'kl' have numbers that are not finite, in vae"),
+        (lambda x: x.to(torch.float8_e4m3fn), "the type 'F8_E4M3'. Give weights of 16 or 32 bits"),
+        (lambda x: (100 * x).to(torch.int8), "the type 'I8'"),
+        (lambda x: x > 0, "the type 'BOOL'"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(changed, message, kl_folder, tmp_path):
+    """diffusers converts any type to float32, so quantised weights would give other latents in silence."""
+    folder = copy_of(kl_folder, tmp_path, lambda state: {key: changed(value) for key, value in state.items()})
+    with pytest.raises(UserError, match=message):
+        load_autoencoder("kl", weights=folder)
+
+
+def test_a_flipped_bit_in_a_pickled_file_is_noticed(kl_folder, tmp_path):
+    """Neither diffusers nor torch checks the checksums of such a file."""
+    folder = copy_of(kl_folder, tmp_path, lambda state: state)
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    path = folder / "diffusion_pytorch_model.bin"
+    torch.save(state, path)
+    load_autoencoder("kl", weights=folder)
+    data = bytearray(path.read_bytes())
+    data[data.index(state["encoder.conv_in.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"the tensor 'encoder\.conv_in\.weight' does not match its checksum"):
+        load_autoencoder("kl", weights=folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"scaling_factor": 0}, {"scaling_factor": True}, {"scaling_factor": 1e300}, {"shift_factor": "x"},
+        {"shift_factor": None, "latents_mean": [0] * 5, "latents_std": [1, 1, 1, 1, "x"]},
+        {"shift_factor": None, "latents_mean": 0, "latents_std": 1},
+    ],
+)  # fmt: skip
+def test_scales_that_are_no_numbers_are_refused(changed, kl_folder, tmp_path):
+    folder = copy_of(kl_folder, tmp_path, lambda state: state)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(UserError, match=r"config\.json of .* [Cc]orrect it"):
+        load_autoencoder("kl", weights=folder)

@@ -188,3 +188,32 @@ def test_an_oversized_header_is_not_read(size, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="its header claims"):
         read_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda t: {"a": t}, lambda t: {"x": [{"a": t}]}, lambda t: {"a": [t[i] for i in range(99)]}]
+)
+def test_tensors_that_repeat_few_numbers_without_end_are_refused(wrap, tmp_path):
+    """Two kilobytes that would fill any memory when they are used."""
+    torch.save(wrap(torch.zeros(1).expand(2**20, 2**14)), tmp_path / "x.pt")
+    with pytest.raises(UserError, match="its tensors have more numbers than the file holds"):
+        read_weights(tmp_path / "x.pt")
+    shared = torch.randn(2**16)
+    torch.save({str(i): shared for i in range(100)} | {"b": shared.expand(4, -1)}, tmp_path / "x.pt")
+    assert read_weights(tmp_path / "x.pt")["b"].shape == (4, 2**16)
+
+
+def test_a_message_of_torch_does_not_advise_to_run_the_file(tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"\0" * 2**14)  # torch takes it for a tar
+    with pytest.raises(UserError, match="not written by torch.save, or is damaged") as error:
+        read_weights(tmp_path / "x.pt")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [lambda data: data[:-5], lambda data: data + b"12345"])
+def test_a_safetensors_file_of_another_size_is_refused(change, tmp_path):
+    save_file({"a": torch.ones(20)}, tmp_path / "x.safetensors")
+    data = change((tmp_path / "x.safetensors").read_bytes())
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(UserError, match=f"it has {len(data)} bytes, but its header describes"):
+        read_weights(tmp_path / "x.safetensors")

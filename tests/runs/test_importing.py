@@ -209,6 +209,11 @@ def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
 def test_a_missing_or_ambiguous_average_is_reported(tmp_path, capsys):
     assert convert({"ema": None, "model": STATE}, tmp_path)[0] == 0
     assert "'ema' has no named tensors, so the raw weights are used" in capsys.readouterr().out
+    part = {"ema": {"pos_embed": STATE["pos_embed"]}, "model": STATE}
+    assert convert(part, tmp_path)[0] == 2
+    assert "an average 'ema' that is no whole network: it has no 'x_embedder" in capsys.readouterr().err
+    (tmp_path / "raw").mkdir()
+    assert convert(part, tmp_path / "raw", "--weights", "model")[0] == 0
     two = {"ema_0": STATE, "ema_1": raw_of(STATE)}
     (tmp_path / "two").mkdir()
     assert convert(two, tmp_path / "two")[0] == 2
@@ -246,7 +251,8 @@ def test_converted_runs_sample_like_the_released_code(tmp_path, capsys):
     assert said
 
 
-def test_a_named_model_size_needs_no_number_of_heads(tmp_path):
+def test_a_named_model_size_needs_no_number_of_heads(tmp_path, monkeypatch):
+    monkeypatch.setattr("repa.base.weights.MOST_VIEWS", 2**20)  # the file repeats one number, to be small
     small = {"hidden_dim": 384, "depth": 12, "num_heads": 6, "patch_size": 8, "latent_size": 8, "latent_channels": 4}
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in released.DiT(**small, num_classes=3).state_dict().items()}
@@ -289,6 +295,11 @@ def test_mistakes_give_one_line_errors(tmp_path, capsys):
         ),
         ({**one, "pos_embed": one["pos_embed"].long()}, (), "tensor 'pos_embed' has the type int64"),
         ({**one, "pos_embed": one["pos_embed"].cfloat()}, (), "tensor 'pos_embed' has the type complex64"),
+        (
+            {**one, "pos_embed": one["pos_embed"].to(torch.float8_e5m2)},
+            (),
+            "tensor 'pos_embed' has the type float8_e5m2",
+        ),
         (one | {f"blocks.{10**9}.a": torch.ones(1)}, (), "1000000001 blocks"),
     ]:
         assert convert(content, tmp_path, *options)[0] == 2

@@ -143,11 +143,18 @@ def _load_any(kind: str, name: str, weights: str | Path | None, given: dict[str,
 
 def _load(kind: str, name: str, source: str | Path, subfolder: str = "", space: str = "") -> Autoencoder:
     vae = load_diffusers(kind, name, source, subfolder)
-    if not isinstance(vae.config.scaling_factor, int | float):
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    if not _is_number(scale) or scale == 0 or not _is_number(shift):
         raise UserError(
-            f"The config.json of {source} has the scaling_factor {vae.config.scaling_factor!r:.80}, which is not a number: correct it."
+            f"The config.json of {source} has the scaling_factor {scale!r:.80} and the shift_factor {shift!r:.80}: they must be "
+            "numbers, the first not 0. Correct it."
         )
     return CLASSES[kind](name, vae, space)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a configuration is a number that float32 can hold."""
+    return type(value) in (int, float) and abs(value) < 1e38
 
 
 def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...], float | tuple[float, ...]]:
@@ -163,10 +170,11 @@ def _scale_and_shift(name: str, config: Any) -> tuple[float | tuple[float, ...],
             f"The config.json of the autoencoder {name!r} must give latents_mean and latents_std together and no "
             f"shift_factor, but gives {mean}, {std} and {config.shift_factor}: correct it."
         )
-    if not len(mean) == len(std) == config.latent_channels or min(std) <= 0:
+    is_whole = all(isinstance(x, list | tuple) and len(x) == config.latent_channels for x in (mean, std))
+    if not (is_whole and all(map(_is_number, (*mean, *std))) and min(std) > 0):
         raise UserError(
             f"The config.json of the autoencoder {name!r} must give a latents_mean and a positive latents_std for each of "
-            f"its {config.latent_channels} channels, but gives {mean} and {std}: correct it."
+            f"its {config.latent_channels} channels, but gives {mean!r:.80} and {std!r:.80}: correct it."
         )
     return tuple(config.scaling_factor / deviation for deviation in std), tuple(mean)
 

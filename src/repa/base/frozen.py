@@ -38,7 +38,7 @@ def load_frozen(
     -> `kind`.
 
     Raises:
-        UserError: unknown name, unused weights, or a function that returns something else.
+        UserError: unknown name, unused weights, weights that are not finite, or a function that returns something else.
     """
     made = registry.build(spec)
     if not isinstance(made, kind):
@@ -50,7 +50,13 @@ def load_frozen(
         raise UserError(
             f"The {registry.kind} {spec!r} returned a {type(made).__name__}, not a {room}.{kind.__name__}: return one from it."
         )
-    return made.to(device).requires_grad_(False).eval()
+    made = made.to(device).requires_grad_(False).eval()
+    # A sum is the cheapest test: it reads every number once and stores none.
+    if spoilt := next((name for name, p in made.named_parameters() if not p.sum(dtype=torch.float32).isfinite()), None):
+        raise UserError(
+            f"The weights of the {registry.kind} {spec!r} have numbers that are not finite, in {spoilt}: download or copy them again."
+        )
+    return made
 
 
 def given_weights(weights: str | Path | None, what: str) -> Path | None:

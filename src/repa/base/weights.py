@@ -28,6 +28,8 @@ from repa.base.files import size, unique_keys
 
 MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors need a tenth of this
 DESCRIBED = 16  # least bytes of a tensor's name, type and shape in a file
+PRECISE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")  # types of safetensors; integers are those of positions
+MOST_VIEWS = 16  # bytes of a file's tensors for each byte of the file: several tensors may share a storage
 CHUNK = 2**20  # bytes that are read at a time for the checksum of a record
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
            "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip  # NumPy types -> codes of struct
@@ -74,7 +76,9 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
         with zipfile.ZipFile(path) as archive:
             _check_records(archive, path, remedy)
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                return {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
+                scripted = {name: stored.tensor(archive) for name, stored in _tensors_of(archive)}
+                _require_held(scripted, path.stat().st_size)
+                return scripted
             _require_mappable(archive, path)
         # Mapped, so that unused parts of a training checkpoint, such as its optimizer, are never read into memory.
         return _unpickled(path, mmap=True)
@@ -92,8 +96,10 @@ def no_larger_than(paths: Sequence[Path], config: Path) -> Iterator[None]:
         config: the file that describes the networks.
 
     Raises:
-        UserError: the networks have more tensors or numbers than the files can hold.
+        UserError: a file is damaged or quantised, or the networks have more tensors or numbers than the files can hold.
     """
+    for path in paths:
+        _require_sound(path)
     num_bytes = sum(path.stat().st_size for path in paths)
     left = 2 * num_bytes  # a shared tensor is registered once per place
 
@@ -116,8 +122,12 @@ def no_larger_than(paths: Sequence[Path], config: Path) -> Iterator[None]:
 def _unpickled(path: Path, mmap: bool) -> Any:
     try:
         with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        _require_held(content, path.stat().st_size)
+        return content
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:  # torch's message would advise to run the code in the file
             raise ValueError("it was not written by torch.save, or is damaged") from None
@@ -125,6 +135,23 @@ def _unpickled(path: Path, mmap: bool) -> Any:
             f"{path} holds an object of the class {found[1]}, which is not read because it could run code: save the "
             "checkpoint again with tensors, numbers and texts only."
         ) from None
+
+
+def _require_held(content: Any, num_bytes: int) -> None:
+    """Raises ValueError for tensors that repeat a few stored numbers without end, as expanded ones: using them fills the memory."""
+    left = MOST_VIEWS * num_bytes + CHUNK
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            left -= value.numel() * value.element_size()
+        elif isinstance(value, (Mapping, list, tuple)):
+            waiting += value.values() if isinstance(value, Mapping) else value
+        if left < 0:
+            raise ValueError("its tensors have more numbers than the file holds")
 
 
 def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
@@ -147,13 +174,41 @@ def _check_records(archive: zipfile.ZipFile, path: Path, remedy: str) -> None:
             raise UserError(f"{path} is damaged: {what} does not match its checksum. {remedy}") from error
 
 
-def _require_plain_header(path: Path) -> None:
-    """Raises ValueError for a safetensors header that names a tensor twice: readers differ in which of the two they take."""
+def _require_plain_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file; raises ValueError if it names a tensor twice, because readers then differ in
+    which one they use, or if the file has another size than it says."""
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        size = int.from_bytes(start, "little")
         if size > MOST_HEADER:
             raise ValueError(f"its header claims {size:,} bytes, more than {MOST_HEADER:,}")
-        json.loads(file.read(size), object_pairs_hook=unique_keys)
+        text = file.read(size)
+    if len(start) + len(text) < 8 + size:
+        raise ValueError("it ends within its header")
+    header: dict[str, Any] = json.loads(text, object_pairs_hook=unique_keys)
+    header.pop("__metadata__", None)
+    whole = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if (found := path.stat().st_size) != whole:
+        raise ValueError(f"it has {found:,} bytes, but its header describes {whole:,}")
+    return header
+
+
+def _require_sound(path: Path) -> None:
+    """Raises UserError for a file of a network's weights that is damaged, or has types that lose precision or are no numbers.
+
+    Other libraries read these files: they check no checksum, and convert every type to float32.
+    """
+    remedy = "Download or copy it again."
+    with faults.reading(path, "a file of weights", remedy):
+        if path.suffix == ".safetensors":
+            for name, entry in _require_plain_header(path).items():
+                if entry["dtype"] not in PRECISE:
+                    raise UserError(
+                        f"{path} is refused: its tensor {name!r:.80} has the type {entry['dtype']!r:.20}. Give weights of 16 or 32 bits."
+                    )
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_records(archive, path, remedy)
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:

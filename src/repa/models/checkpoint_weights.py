@@ -53,6 +53,11 @@ def choose_weights(content: Any, where: str, kind: str, wanted: str = "") -> tup
         (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
         None,
     )
+    if empty and not wanted and _holds_tensors(content[empty]):
+        raise UserError(
+            f"{where} holds an average {empty!r} that is no whole network: it has no {ANCHOR!r}. Give --weights "
+            f"{raw.name or 'NAME'} for the raw weights."
+        )
     reason = f"{empty!r} has no named tensors, so the raw weights are used" if empty else "the only ones in the file"
     return raw, None, reason
 

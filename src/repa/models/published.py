@@ -263,9 +263,14 @@ def check_values(state: StateDict, where: str) -> None:
     """Raises UserError unless all tensors are finite floating-point numbers."""
     for key, value in state.items():
         problem = ""
-        if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
+        if (
+            not value.is_floating_point()
+            or value.element_size() < 2
+            or value.layout != torch.strided
+            or value.device.type != "cpu"
+        ):
             kind = f"{value.dtype}".removeprefix("torch.")
-            problem = f"has the type {kind} ({value.device.type}, {value.layout}) and not floating-point numbers"
+            problem = f"has the type {kind} ({value.device.type}, {value.layout}) and not floating-point numbers of at least 16 bits"
         elif not value.float().isfinite().all():
             problem = "has numbers that are not finite in float32"
         if problem:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from repa.base import faults, files, lock
 from repa.base.config import Config
 from repa.base.errors import UserError
+from repa.base.weights import read_weights
 from repa.encoders import canonical
 from repa.models import diffusers_export
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, PATCH_SIZES, SIZES
@@ -129,7 +129,7 @@ def read_diffusers(folder: Path) -> Imported:
     with faults.reading(
         folder / diffusers_export.WEIGHTS, "the weights of a DiTTransformer2DModel", "Restore it from a copy."
     ):
-        state = load_file(folder / diffusers_export.WEIGHTS)
+        state = read_weights(folder / diffusers_export.WEIGHTS, "Restore it from a copy.")
         own, heads = diffusers_export.from_diffusers(
             config, state, unit_times=facts["diffusion"].get("objective") != "ddpm"
         )
