@@ -185,6 +185,13 @@ def test_help_and_errors_import_nothing_heavy():
         ["train", "sit-xl2-repa"], ["sample", "r", "--out", "s.npz", "--sampler", "heum"],
         ["prepare", "s", "o", "--resolution", "32", "--features", "dinov9"],
         ["evaluate", "s.npz", "--reference", "d", "--metrics", "fdd"],
+        # mistyped folders
+        ["quickstart", "--source", "nowhere"], ["prepare", "nowhere", "o", "--resolution", "32"],
+        ["train", "quickstart", "--data", "nowhere", "--out", "o"], ["sample", "nowhere", "--out", "s.npz"],
+        ["check", "nowhere"], ["bench", "quickstart", "--data", "nowhere"], ["report", "nowhere"],
+        ["estimate", "quickstart", "--data", "nowhere"], ["export", "nowhere", "o"], ["ema", "nowhere", "--width", "0.1"],
+        ["analyse", "encoders", "nowhere", "--encoders", "tiny"], ["analyse", "pictures", "nowhere", "--data", "nowhere"],
+        ["analyse", "neighbours", "s.npz", "--data", "nowhere"],
     ]  # fmt: skip
     subprocess.run([sys.executable, "-c", LIGHT.format(commands=[[w for w in c if w] for c in commands])], check=True)
 

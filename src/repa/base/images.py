@@ -1,17 +1,18 @@
-"""Reading and writing images: any image file to RGB, the ADM crop, tensors, grids, PNG."""
+"""Reading and writing images: any image file to RGB, the ADM crop, tensors, grids, PNG. Imports torch only for tensors."""
 
 import io
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
-from torch import Tensor
 
 from repa.base import files
 from repa.base.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # None of these formats runs another program, as EPS runs Ghostscript. The build of Pillow decides which it supports.
 FORMATS = (
@@ -122,13 +123,15 @@ def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> "Tensor":
     """RGB image -> uint8 (3, H, W)."""
+    import torch
+
     assert image.mode == "RGB", image.mode
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
-def grid(images: Tensor, columns: int | None = None, padding: int = 2, background: int = 255) -> np.ndarray:
+def grid(images: "Tensor", columns: int | None = None, padding: int = 2, background: int = 255) -> np.ndarray:
     """Lay images row by row on a sheet; returns uint8 (height, width, C).
 
     Args:
@@ -137,6 +140,8 @@ def grid(images: Tensor, columns: int | None = None, padding: int = 2, backgroun
         padding: pixels between images, none at the rim.
         background: value of these pixels in every channel: white; 0 is transparent in RGBA.
     """
+    import torch
+
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (3, 4):
         raise ValueError(f"Images are uint8 (N, 3 or 4, H, W), but got {images.dtype} {tuple(images.shape)}.")
     num, channels, height, width = images.shape

@@ -77,7 +77,7 @@ class NetworksArguments(options.WeightsOfRun):
 
     runs: tuple[str, ...] = Field(min_length=1)
     """run folders"""
-    data: str
+    data: options.DataFolder
     """Folder of prepared data."""
     checkpoints: tuple[int, ...] = ()
     """Steps of the checkpoints; empty: the newest."""
@@ -110,7 +110,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
 
     runs: tuple[str, ...] = Field(min_length=1)
     """run folders, or encoders by name"""
-    val: str = ""
+    val: options.DataFolder = ""
     """Folder of prepared data for testing; empty: a fifth of --data."""
     encoder_weights: LocalWeights = ()
     """Local weights of encoders, written ENCODER=PATH."""
@@ -135,16 +135,16 @@ class EncodersArguments(EncodersConfig, options.Command):
     verb = "analyse encoders"
     positional = ("data",)
 
-    data: str
+    data: options.DataFolder
     """folder of prepared data"""
-    val: str = ""
+    val: options.DataFolder = ""
     """Folder of prepared data for testing the probe; empty: a fifth of the images."""
     out: str = ""
     """Name of a .json; the .csv is written beside it. Empty: only print."""
 
 
 def cknna(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(CknnaArguments, argv)
+    given = options.require_folders(options.parse(CknnaArguments, argv))
     config = options.part(SimilarityConfig, given)
     # Variants are not comparable, so each has its own file.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
@@ -170,7 +170,7 @@ def cknna(argv: list[str], held: ExitStack) -> int:
 
 
 def depth(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(DepthArguments, argv)
+    given = options.require_folders(options.parse(DepthArguments, argv))
     config = options.part(DepthConfig, given)
     checkpoints = checkpoints_of(given.runs, given.checkpoints)
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "depth.json")
@@ -185,7 +185,7 @@ def depth(argv: list[str], held: ExitStack) -> int:
 
 
 def probe(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(ProbeArguments, argv)
+    given = options.require_folders(options.parse(ProbeArguments, argv))
     config = options.part(ProbeConfig, given)
     for name in given.encoders:
         if "/" in name:  # a mistyped folder, which no encoder is called like
@@ -239,7 +239,7 @@ def probe(argv: list[str], held: ExitStack) -> int:
 
 
 def encoders(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(EncodersArguments, argv)
+    given = options.require_folders(options.parse(EncodersArguments, argv))
     config = options.part(EncodersConfig, given)
     out = tables.output(held, given.out, Path()) if given.out else None
     from repa.analysis import compare_encoders

@@ -34,9 +34,9 @@ class PicturesArguments(options.CheckpointOfRun):
     verb = "analyse pictures"
     positional = ("run",)
 
-    run: str
+    run: options.RunFolder
     """run folder"""
-    data: str
+    data: options.DataFolder
     """Folder of prepared data."""
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny",)
     """Vision encoders to show beside the run; `--encoders` without a value shows none."""
@@ -86,9 +86,9 @@ class NeighboursArguments(NeighboursConfig, options.Command):
 
     samples: str
     """samples: an .npz with arr_0, a folder or zip of images"""
-    data: str
+    data: options.DataFolder
     """Folder of prepared data that the model was trained on."""
-    held_out: str = ""
+    held_out: options.DataFolder = ""
     """Folder of prepared data outside the training data; empty: compare each training image with its nearest other image."""
     out: str = ""
     """Name of the .json; the .csv and .png are written beside it. Empty: analysis/neighbours.json in the run of the
@@ -96,7 +96,7 @@ class NeighboursArguments(NeighboursConfig, options.Command):
 
 
 def pictures(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(PicturesArguments, argv)
+    given = options.require_folders(options.parse(PicturesArguments, argv))
     (checkpoint,) = checkpoints_of([given.run], [] if given.step is None else [given.step])
     out = tables.output(held, given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
@@ -155,7 +155,7 @@ def progress(argv: list[str], held: ExitStack) -> int:
 
 
 def neighbours(argv: list[str], held: ExitStack) -> int:
-    given = options.parse(NeighboursArguments, argv)
+    given = options.require_folders(options.parse(NeighboursArguments, argv))
     config = options.part(NeighboursConfig, given)
     run = _run_of(Path(given.samples))
     out = tables.output(held, given.out, Path("neighbours.json") if run is None else run / FOLDER / "neighbours.json")

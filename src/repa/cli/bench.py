@@ -22,12 +22,12 @@ class BenchArguments(options.Command):
 
     recipe: str
     """recipe name, .yaml file, or run folder"""
-    data: str = ""
+    data: options.DataFolder = ""
     """Folder of prepared data; empty: random latents and tokens with the size of ImageNet at 256 pixels."""
     batch_size: tuple[int, ...] = ()
     """One or more batch sizes; empty: the recipe's."""
-    precision: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("fp32", "bf16")
-    """Precisions to measure in addition to the recipe's."""
+    precision: tuple[Literal["bf16", "fp16", "fp32"], ...] = ()
+    """Precisions to measure in addition to the recipe's; empty: fp32, and bf16 if this machine is faster with it."""
     compiled: bool = False
     """Also measure compiled steps, which takes minutes."""
     rounds: int = Field(5, ge=1)
@@ -44,7 +44,7 @@ class BenchArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(BenchArguments, argv)
+    given = options.require_folders(options.parse(BenchArguments, argv))
     recipe = load_recipe(given.recipe)
     if given.compiled and recipe.compile:
         raise UserError("--compiled has no effect: the recipe compiles its step already. Leave it out.")
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
     sizes = given.batch_size or (recipe.batch_size,)
-    precisions = dict.fromkeys((own, *given.precision))
+    precisions = dict.fromkeys((own, *(given.precision or ("fp32", resolved("auto", device)))))
     rates = {precision: rate(precision, device) for precision in precisions}
     say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items()))  # fmt: skip

@@ -18,7 +18,7 @@ class CheckArguments(options.Command):
     verb = "check"
     positional = ("data",)
 
-    data: str
+    data: options.DataFolder
     """folder of prepared data"""
     full: bool = False
     """Verify all checksums, count equal images, and encode a sample of the images again."""
@@ -35,7 +35,7 @@ class CheckArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(CheckArguments, argv)
+    given = options.require_folders(options.parse(CheckArguments, argv))
     from repa.data import open_data
 
     manifest = open_data(given.data).manifest

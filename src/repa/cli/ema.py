@@ -16,7 +16,7 @@ class EmaArguments(options.Command):
     verb = "ema"
     positional = ("run",)
 
-    run: str
+    run: options.RunFolder
     """run folder"""
     width: float = Field(gt=0, le=0.28)
     """Relative width, such as 0.05 (short) or 0.2 (long)."""
@@ -25,13 +25,11 @@ class EmaArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(EmaArguments, argv)
+    given = options.require_folders(options.parse(EmaArguments, argv))
     from repa.base import files, lock
     from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    # Checked before the lock creates a folder for a mistyped name.
-    layout.read_config(Path(given.run))
     averages = Path(given.run) / layout.AVERAGES
     with lock.exclusive(averages, "repa ema"):
         for folder in averages.glob("*"):

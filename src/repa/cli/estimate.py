@@ -35,7 +35,7 @@ class EstimateArguments(TrainConfig, options.Command):
 
     recipe: str
     """recipe name, .yaml file, or run folder"""
-    data: str = ""
+    data: options.DataFolder = ""
     """Folder of prepared data, whose images, classes, resolution and autoencoder the estimate uses."""
     images: int = Field(0, ge=0)
     """Number of images, flipped copies included; 0: that of --data or of the run, otherwise ImageNet's 1,281,167."""
@@ -76,6 +76,7 @@ class EstimateArguments(TrainConfig, options.Command):
 
 def main(argv: list[str]) -> int:
     given, config = of_recipe(EstimateArguments, argv)
+    options.require_folders(given)
     images, classes, resolution = given.images, given.classes, given.resolution
     if given.data:
         from repa.data import open_data

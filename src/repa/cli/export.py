@@ -15,7 +15,7 @@ class ExportArguments(options.OneCheckpoint):
     verb = "export"
     positional = ("run", "out")
 
-    run: str
+    run: options.RunFolder
     """run folder"""
     out: str
     """folder to make"""
@@ -24,7 +24,7 @@ class ExportArguments(options.OneCheckpoint):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ExportArguments, argv)
+    given = options.require_folders(options.parse(ExportArguments, argv))
     from repa.runs.export import export_run
 
     step = export_run(Path(given.run), Path(given.out), given.format, given.step)

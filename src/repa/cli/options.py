@@ -10,7 +10,8 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
@@ -19,6 +20,9 @@ from pydantic import BaseModel, Field
 
 from repa.base.config import Config, option, refuse_idle
 from repa.base.errors import UserError, nearest
+from repa.data.manifest import require_data
+from repa.data.remote import is_url
+from repa.runs import layout
 
 HELP = ("-h", "--help")
 TRUTHS = ("true", "false", "yes", "no", "on", "off")  # values of a switch; any other word is not its value
@@ -31,6 +35,19 @@ class Command(Config):
     positional: ClassVar[tuple[str, ...]] = ()
     """Names of positional fields, in order; a name ending in "..." takes all remaining words."""
 
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Marks the options that name a folder, for `require_folders`. Commands call that before they import torch, so that
+    a mistyped folder is reported at once.
+    """
+
+    require: Callable[[Path], object]
+
+
+DataFolder = Annotated[str, OnDisk(require_data)]
+RunFolder = Annotated[str, OnDisk(layout.require_run)]
+RunFolders = Annotated[tuple[str, ...], OnDisk(layout.require_run)]
 
 C = TypeVar("C", bound=Config)
 V = TypeVar("V", bound=Command)
@@ -82,6 +99,18 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
     given = cls.parse(start, typed=True)
     # Only typed options: a recipe may hold settings that another option makes ineffective.
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
+    return given
+
+
+def require_folders(given: V) -> V:
+    """The same options; raises UserError if a folder that they name is missing or of another kind."""
+    for name, info in type(given).model_fields.items():
+        for mark in info.metadata:
+            if isinstance(mark, OnDisk):
+                value = getattr(given, name)
+                for folder in [value] if isinstance(value, str) else value:
+                    if folder and not is_url(folder):
+                        mark.require(Path(folder))
     return given
 
 

@@ -108,6 +108,9 @@ def main(argv: list[str]) -> int:
     elif given.plan:
         _plan(given)
     else:
+        from repa.data.sources.opening import require_source
+
+        require_source(given.source, given.labels)
         is_whole = start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
         if is_whole:
             fitting = _recipes_for(given)

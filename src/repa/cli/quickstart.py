@@ -55,10 +55,14 @@ class QuickstartArguments(options.Command):
 
 def main(argv: list[str]) -> int:
     given = options.parse(QuickstartArguments, argv)
+    is_own = given.source != PHOTOGRAPHS
+    if is_own:
+        from repa.data.sources.opening import require_source
+
+        require_source(given.source, given.labels)
     for package in ("jinja2", "matplotlib"):  # time of the report, which comes last
         extras.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
-    is_own = given.source != PHOTOGRAPHS
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
     source = given.source if is_own else crops()

@@ -13,7 +13,7 @@ class ReportArguments(options.Command):
     verb = "report"
     positional = ("runs...",)
 
-    runs: tuple[str, ...]
+    runs: options.RunFolders
     """run folders, the baseline first"""
     out: str = "report.html"
     """Name of the page; .md and .csv are written beside it."""
@@ -28,7 +28,7 @@ class ReportArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(ReportArguments, argv)
+    given = options.require_folders(options.parse(ReportArguments, argv))
     out = options.file_of("--out", given.out, ".html")
     if given.picture:
         options.file_of("--picture", given.picture, ".png")

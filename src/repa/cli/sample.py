@@ -50,7 +50,7 @@ class SampleArguments(SamplesOfRun):
     verb = "sample"
     positional = ("run",)
 
-    run: str
+    run: options.RunFolder
     """run folder"""
     out: str
     """Name of an .npz, such as samples.npz; a name without a suffix makes a folder of PNG files."""
@@ -64,7 +64,7 @@ class SampleArguments(SamplesOfRun):
 
 
 def main(argv: list[str]) -> int:
-    given = options.parse(SampleArguments, argv)
+    given = options.require_folders(options.parse(SampleArguments, argv))
     if given.folders and not given.out.endswith(".npz"):
         raise UserError("--folders needs an .npz: give --out a name such as samples.npz.")
     import torch

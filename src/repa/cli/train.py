@@ -34,7 +34,7 @@ class TrainArguments(TrainConfig, options.Command):
 
     recipe: str
     """recipe name, .yaml file, or run folder"""
-    data: str
+    data: options.DataFolder
     """Folder of prepared data, or the URL of a copy of it such as s3://bucket/data."""
     out: str
     """Run folder."""
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> int:
     given, config = of_recipe(TrainArguments, argv)
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
+    options.require_folders(given)
     typed = options.names_given(TrainArguments, argv)
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv), typed=typed)
     # Schedulers end a job by SIGTERM. The checkpoint is written, so this is not a failure.

@@ -56,6 +56,16 @@ class Settings(Config):
     """Origin of the labels, and what was left out."""
 
 
+def require_data(folder: Path) -> Path:
+    """The manifest of a data folder; raises UserError if there is none. Reads nothing."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / PARTS).is_dir():
+            raise UserError(f"The preparation of {folder} is not finished: run the same `repa prepare` again.")
+        raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.")
+    return path
+
+
 class Manifest(Settings):
     """A complete data set: its settings and its files."""
 
@@ -163,12 +173,7 @@ class Manifest(Settings):
     @classmethod
     def open(cls, folder: str | Path) -> Self:
         """Read and check DATA/manifest.json; raises UserError if it is missing, damaged or of another version."""
-        folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
-            if (folder / PARTS).is_dir():
-                raise UserError(f"The preparation of {folder} is not finished: run the same `repa prepare` again.")
-            raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.")
+        path = require_data(Path(folder))
         values = files.read_json(path)
         if not isinstance(values, dict):
             raise UserError(f"{path} is damaged: it must hold an object, but holds {type(values).__name__}.")

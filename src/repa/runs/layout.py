@@ -157,13 +157,19 @@ def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
     return [items[-1]] if most == 1 else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-    """The resolved configuration of a run as plain values, checked against TYPES; must contain `needed`."""
-    path = Path(run) / CONFIG
+def require_run(run: Path) -> Path:
+    """The configuration of a run; raises UserError if the folder is not a run."""
+    path = run / CONFIG
     if not path.is_file():
-        inside = [found.parent for found in sorted(Path(run).glob(f"*/{CONFIG}"))]
+        inside = [found.parent for found in sorted(run.glob(f"*/{CONFIG}"))]
         meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{meant}")
+    return path
+
+
+def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
+    """The resolved configuration of a run as plain values, checked against TYPES; must contain `needed`."""
+    path = require_run(Path(run))
     values = read_yaml(path)
     for name in sorted(TYPES.keys() & values.keys()):
         try:

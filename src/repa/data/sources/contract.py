@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, overload
 
 import numpy as np
-import torch
 from PIL import Image
 
 from repa.base import faults, files
@@ -76,6 +75,8 @@ class Source(ABC):
 
     def _repr_png_(self) -> bytes:
         """For notebooks: up to 16 evenly spaced images at 64 pixels."""
+        import torch
+
         number = min(16, len(self))
         shown = [to_tensor(self.image(place * len(self) // number, 64)) for place in range(number)]
         return encode_png(grid(torch.stack(shown), columns=8, padding=0))

@@ -10,7 +10,6 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from repa.base.images import decode_image
-from repa.base.rng import fold
 from repa.data.sources.contract import Classes, Source, one_class
 
 FOLDER = Path(__file__).parents[1] / "photographs"  # CC0; ATTRIBUTION.md there has the origin of each
@@ -50,6 +49,8 @@ class Crop(NamedTuple):
 
 def crop_of(index: int, seed: int, width: int, smallest: float = SMALLEST) -> Crop:
     """Crop `index` of a photograph of `width` pixels, by (seed, index, smallest) alone: uniform share and place."""
+    from repa.base.rng import fold
+
     rng = np.random.Generator(np.random.Philox(fold(seed, "photograph", index)))
     share = rng.uniform(smallest, 1.0)
     left, top = rng.uniform(0, width - share * width, size=2)
@@ -73,6 +74,8 @@ def photograph_crop(index: int, resolution: int, seed: int, smallest: float = SM
 
 def light_of(index: int, seed: int) -> str:
     """dark, bright or "", uniform over the lights of this photograph: all but those in `unseen`."""
+    from repa.base.rng import fold
+
     names = list(load_photographs())
     place = index % len(names)
     lights = [light for light in LIGHTS if (names[place], light) not in unseen()]
