@@ -1,8 +1,9 @@
 """`repa bench RECIPE [--data DATA]`: what a recipe's step costs on this machine, and what to change next."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,9 @@ from repa.base.errors import UserError
 from repa.cli import options
 from repa.cli.console import say
 from repa.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from repa.performance.measure import Advice, Measurement
 
 
 class BenchArguments(options.Command):
@@ -56,7 +60,7 @@ def main(argv: list[str]) -> int:
     from repa.base.precision import resolved
     from repa.data import open_data
     from repa.performance.batches import prepared, random_batch
-    from repa.performance.measure import advise, table
+    from repa.performance.measure import table
     from repa.performance.profiling import profile_step, rate, summary
 
     device = dist.setup()
@@ -93,14 +97,22 @@ def main(argv: list[str]) -> int:
     say("", *table(figures).split("\n"), "")
     # The advice is relative to the recipe's own step.
     now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
-    advice = advise(now, [f for f in figures if f is not now])
-    if not advice:
-        say(f"No measured setting makes it faster. Its MFU is {now.utilisation:.0%}.")
-    for number, (_, sentence) in enumerate(advice):
-        say(f"{'Next' if number == 0 else 'Then'}: {sentence}")
+    advice = _say_advice(now, [f for f in figures if f is not now])
     say(
         f"Peak memory: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'of the process'}."
     )
     if given.out:
         files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows, "advice": advice})
     return 0
+
+
+def _say_advice(now: "Measurement", others: Sequence["Measurement"]) -> list["Advice"]:
+    """Print what would make the recipe's step faster, the largest gain first; returns it."""
+    from repa.performance.measure import advise
+
+    advice = advise(now, others)
+    if not advice:
+        say(f"No measured setting makes it faster. Its MFU is {now.utilisation:.0%}.")
+    for number, (_, sentence) in enumerate(advice):
+        say(f"{'Next' if number == 0 else 'Then'}: {sentence}")
+    return advice
