@@ -105,8 +105,8 @@ def test_check_finds_damage(repa, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["data"], "needs a source and a folder, but got 'data' alone"),
-        (["data", "--only", "base"], "--only base needs the source too"),
+        (["data"], "needs a source and a folder, but got only 'data'"),
+        (["data", "--only", "base"], "--only base needs the source"),
         (["data", "--only", "features:tinny"], "Did you mean 'tiny'"),
         ([SOURCE, "data"], "needs --resolution for a new folder"),
         ([SOURCE, "data", "--resolution", "4"], "resolution"),

@@ -22,40 +22,40 @@ from repa.recipes.own_images import GROUP
 
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
-FIRST_GROUPS = ("Small runs", GROUP)  # of recipes, those to begin with
-CLASSES_SHOWN = 10  # with their counts; the manifest has all
+FIRST_GROUPS = ("Small runs", GROUP)  # groups of recipes for a first run
+CLASSES_SHOWN = 10  # classes listed with their counts; the manifest has all
 
 
 class PrepareArguments(PrepareConfig, options.Command):
-    """Images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or `photographs`, those inside the
-    package) -> shards for training: cropped images, latents, labels and target tokens. The same command continues
-    after any stop; settings that are left out are then those of the folder. `repa prepare DATA --only ...` and
-    `--remove ...` work on what a folder already holds. `torchrun --nproc-per-node 8 -m repa prepare ...` shares the
-    work.
+    """Turn images (a folder or zip of class folders, tar shards, parquet, arrays, ..., or the packaged `photographs`)
+    into shards for training: cropped images, latents, labels and target tokens. If interrupted, run the same command
+    again: it continues. Settings that you omit are those of the folder. `repa prepare DATA --only ...` and
+    `repa prepare DATA --remove ...` change prepared data without their source. `torchrun --nproc-per-node 8 -m repa
+    prepare ...` shares the work.
     """
 
     verb = "prepare"
     positional = ("source", "out")
 
     resolution: int = 0
-    """Side of the square images, in pixels: ADM's centre crop of every picture. A new folder needs it."""
+    """Side of the square images in pixels (ADM's centre crop); required for a new folder."""
     source: str
     """folder, zip, tar shards, parquet, array, hf:OWNER/NAME, or photographs:num=10000"""
     out: str = ""
-    """folder of the prepared data; left out with --only and --remove, whose only folder it is"""
+    """folder of the prepared data; omit it to change prepared data, which are then the only folder given"""
     only: tuple[str, ...] = ()
-    """Make only these parts: base (labels, images, latents), features:ENCODER, text. Without a source: no base, from what is stored."""
+    """Make only these parts: base (labels, images, latents), features:ENCODER, text. Without a source: not base."""
     remove: tuple[str, ...] = ()
-    """Delete these fields of the folder: features:ENCODER, text, images."""
+    """Delete these parts of the prepared data: features:ENCODER, text, images."""
     plan: bool = False
-    """Print counts, sizes and the time it takes, from a measurement of at most a minute, and write nothing."""
+    """Print counts, sizes and the predicted time, after a measurement of at most a minute; write nothing."""
 
     @model_validator(mode="before")
     @classmethod
     def _rest_from_folder(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Settings that are not given are the folder's; encoders, their weights and formats are added to its own."""
+        """Omitted settings are those of the folder; encoders, their weights and forms are added to the folder's."""
         folder = Path(values.get("out") or values.get("source", "."))
-        # The same command continues, and adds to a folder, without repeating what it was made with.
+        # So the command that continues, or adds to, a folder need not repeat its settings.
         before = started(folder) if (folder / MANIFEST).is_file() or (folder / PARTS).is_dir() else None
         old = before.config if before else None
         stored, known = (old.model_dump(), old.features) if old else ({}, ())
@@ -65,7 +65,7 @@ class PrepareArguments(PrepareConfig, options.Command):
         ]
         named = [ENCODERS.check(name) for name in named]
         new = [name for name in dict.fromkeys(named) if name not in known]
-        # A format without a name is of the encoders that this command adds or names; in a new folder, of all.
+        # A form without ENCODER= applies to the encoders that this command adds or names; in a new folder, to all.
         forms = [
             text
             for form in values.get("feature_forms", ())
@@ -92,7 +92,8 @@ class PrepareArguments(PrepareConfig, options.Command):
         if not self.out:
             read = {*removing, "only", "text", "text_weights", "text_form", "feature_weights", "feature_forms"}
             unread |= dict.fromkeys(
-                type(self).model_fields.keys() - read, "without a source: what is added is made of what is stored"
+                type(self).model_fields.keys() - read,
+                "without a source, because additions use the stored images and captions",
             )
         return unread
 
@@ -120,13 +121,13 @@ def main(argv: list[str]) -> int:
 
 
 def _recipes_for(given: PrepareArguments) -> list[str]:
-    """Recipes to begin with, that train a SiT on pixels of this side; those of latents fit all sides, and are many."""
+    """Recipes for a first run: a SiT on pixels of this size. Too many recipes for latents fit to list them."""
     fitting = {n: each for n, each in RECIPES.items() if each.pixels == given.resolution and each.group in FIRST_GROUPS}
     return [n for n, each in fitting.items() if given.autoencoder == "pixels" and each().model.backbone == "dit"]
 
 
 def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
-    """Prepare in this process: its share of the work, when torchrun started several. Returns whether the data are whole now."""
+    """Do this process's share of the preparation; returns whether the data are complete."""
     from repa.data import prepare
 
     return _work(out, partial(prepare, source, out, config, only=only)) is not None
@@ -134,11 +135,11 @@ def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = (
 
 def _add(folder: Path, given: PrepareArguments) -> None:
     if not given.only:
-        raise UserError(f"`repa prepare` needs a source and a folder, but got {given.source!r} alone: name both.")
+        raise UserError(f"`repa prepare` needs a source and a folder, but got only {given.source!r}: give both.")
     wrong = [part for part in given.only if part != TEXT and not part.startswith(FEATURES)]
     if wrong:
         raise UserError(
-            f"--only {wrong[0]} needs the source too: only features:ENCODER and text come from what is stored."
+            f"--only {wrong[0]} needs the source: only features:ENCODER and text can be made from stored images and captions."
         )
     from repa.data import add
 
@@ -152,10 +153,10 @@ def _add(folder: Path, given: PrepareArguments) -> None:
 
 
 def _work(folder: Path, share: Callable[..., Manifest | None]) -> Manifest | None:
-    """Do this process's share, with a bar, and say what the folder holds then; None: other processes are not done yet."""
+    """Do this process's share with a progress bar and print the inventory; None if other processes are not done yet."""
     from repa.base import dist
 
-    rank, world = launch.place()[:2]  # they never meet, so no group is joined
+    rank, world = launch.place()[:2]  # the processes do not communicate, so they join no group
     title = f"preparing {folder.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
     with ProgressBar(title, "images") as bar:
         manifest = share(rank=rank, world=world, progress=bar, device=dist.own_device())
