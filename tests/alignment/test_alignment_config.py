@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 
 from repa.alignment import AlignmentConfig
@@ -80,24 +76,3 @@ def test_a_missing_private_name_is_called_a_target_or_encoder(name):
     with pytest.raises(UserError, match="The target or encoder") as error:
         parse(target=name)
     assert name in str(error.value)
-
-
-def test_configuration_and_its_errors_need_no_torch():
-    code = """
-import sys
-from repa.alignment import AlignmentConfig
-from repa.base.errors import UserError
-AlignmentConfig(target="tiny", depth=1, loss="nt_xent", projector="conv:kernel=3", token_norm="zscore")
-try:
-    AlignmentConfig.parse({"target": "tiny", "depth": 1, "projector": "cnov"})
-except UserError:
-    pass
-assert "torch" not in sys.modules
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr

@@ -34,6 +34,15 @@ def test_lazy_names_come_from_their_module_and_subpackages_are_attributes():
     assert "models" not in repa.__all__
 
 
+def test_packages_and_names_are_available_after_importing_repa():
+    """In a separate process, because this one has already imported them."""
+    code = (
+        "import sys, repa; assert 'torch' not in sys.modules; repa.alignment.LOSSES, repa.models.BACKBONES, repa.attach; "
+        "assert repa.data.FeatureCache is repa.FeatureCache and repa.data.open_data is repa.open_data"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_importing_every_subpackage_imports_no_torch():
     code = f"import sys, {', '.join(ROOMS)}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -527,7 +527,7 @@ def test_metadata_with_semicolons_and_several_rows_per_image_is_read(tmp_path):
         ("dataset.json", '{"labels": null, "labels": [["0.png", 1]]}'),
     ],
 )
-def test_two_labels_for_one_image_are_refused(file, text, tmp_path):
+def test_duplicate_label_columns_and_keys_are_refused(file, text, tmp_path):
     tree(tmp_path, "0.png")
     (tmp_path / file).write_text(text)
     with pytest.raises(UserError, match="twice"):

@@ -191,7 +191,17 @@ def test_an_image_with_an_extreme_aspect_ratio_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.png", "a/../../evil.png", "/etc/evil.png", "C:/evil.png", "..\\evil.png", "../notes.txt"]
+    "name",
+    [
+        "../evil.png",
+        "a/../../evil.png",
+        "/etc/evil.png",
+        "C:/evil.png",
+        "C:\\evil.png",
+        "..\\evil.png",
+        "a\\..\\..\\evil.png",
+        "../notes.txt",
+    ],
 )
 def test_zips_with_paths_that_lead_out_are_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
@@ -239,16 +249,6 @@ def test_damaged_members_are_named(folder, tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"^ants/002\.png in .* cannot be read as a member of a zip file: Bad CRC"):
         source.image(2, 8)
-
-
-def test_encrypted_zips_are_refused(folder, tmp_path):
-    path = pack(folder, tmp_path / "p.zip")
-    data = bytearray(path.read_bytes())
-    at = data.index(b"PK\x01\x02") + 8
-    data[at] |= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="is encrypted"):
-        open_source(path)
 
 
 def test_zips_with_unsupported_compression_are_refused(folder, tmp_path):

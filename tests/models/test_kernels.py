@@ -1,22 +1,16 @@
 """The fused norm and modulation: gradients against float64 autograd, and the Triton kernel in its interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import repa
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig
 from repa.models.kernels import modulated_norm, modulated_norm_backward
 from repa.models.layers import NORM_EPS, BlockOptions, modulate, token_norm
 from repa.training import TrainConfig
 from repa.training.state import build_state
+from tests.interpreter import interpreted, needs_triton
 
 CPU = torch.device("cpu")
 EPS = NORM_EPS
@@ -112,14 +106,6 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_the_triton_kernel_equals_the_pytorch_version():
-    """In a separate process, because Triton selects its interpreter at import."""
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(repa.__file__).parents[1]), *sys.path]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+    interpreted(INTERPRETED)

@@ -5,12 +5,15 @@ The test's own process cannot be forked after a backward pass on a machine with 
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+import repa
 from repa.base import dist
 from repa.data import open_data
 from repa.training import Hook, train
@@ -34,6 +37,15 @@ def probes(config, autoencoder) -> list[Hook]:
         return {"probe": float(output.prediction.abs().mean()) if output else 0.0}
 
     return [Hook(10, probe)]
+
+
+def torchrun(*words: object, timeout: float) -> subprocess.CompletedProcess:
+    """Run `torchrun --nproc-per-node 2 ...` on the CPU."""
+    environment = {
+        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1])
+    }  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def begin(

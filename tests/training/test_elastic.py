@@ -1,15 +1,10 @@
 """torchrun restarts a job whose process was killed, and the run ends like an uninterrupted one."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from safetensors.torch import load_file
 
-import repa
 from repa.runs import layout
+from tests.training.processes import torchrun
 
 # Trains, and once kills the second process by SIGKILL at step 7.
 SCRIPT = """
@@ -36,36 +31,16 @@ dist.teardown()
 """
 
 
-def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
-    (folder / "script.py").write_text(SCRIPT)
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1])
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
-    return subprocess.run(
-        [*command, str(folder / "script.py"), *map(str, arguments)], env=environment, capture_output=True, text=True,
-        timeout=400, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_process_is_restarted_with_the_others_and_nothing_is_lost(tiny_config, data_folder, tmp_path):
-    recipe = tmp_path / "recipe.yaml"
+    script, recipe = tmp_path / "script.py", tmp_path / "recipe.yaml"
+    script.write_text(SCRIPT)
     recipe.write_text(tiny_config.override(num_steps=10, save_every=5, keep_checkpoints=0).to_yaml())
     never, marker = tmp_path / "never", tmp_path / "killed"
     never.touch()
     for run, mark in (("whole", never), ("killed-run", marker)):
-        done = torchrun(tmp_path, recipe, data_folder, tmp_path / run, mark)
+        done = torchrun("--max-restarts", 1, script, recipe, data_folder, tmp_path / run, mark, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
     assert marker.exists()
     log = (tmp_path / "killed-run" / layout.LOG).read_text()

@@ -1,21 +1,15 @@
 """AdamW and the average in one Triton kernel, against the two calls that it replaces, in Triton's interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import repa
 from repa.base.errors import UserError
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, in_memory
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
 from repa.training.fused_update import BLOCK, programs
+from tests.interpreter import interpreted, needs_triton
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
@@ -94,14 +88,6 @@ print("equal")
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_the_triton_kernel_equals_adamw_and_the_average():
-    """In a separate process, because Triton selects its interpreter at import."""
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(repa.__file__).parents[1]), *sys.path]),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+    interpreted(INTERPRETED)

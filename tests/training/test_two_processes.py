@@ -4,10 +4,8 @@ Each torchrun takes seconds, so there are only five: train, sample, evaluate, pr
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,31 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import repa
 from repa.alignment.config import AlignmentConfig
 from repa.cli.main import run
 from repa.runs import layout, read_metrics
+from tests.training.processes import torchrun
 
 
-def torchrun(*argv, check=True) -> subprocess.CompletedProcess:
-    """Run `torchrun --nproc-per-node 2 -m repa ...` on the CPU; fails after two minutes."""
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(repa.__file__).parents[1])
-    }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "repa",
-        *argv,
-    ]
-    done = subprocess.run(
-        [str(word) for word in command], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+def repa_twice(*argv: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Run `torchrun --nproc-per-node 2 -m repa ...`; fails after two minutes."""
+    done = torchrun("-m", "repa", *argv, timeout=120)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -86,7 +68,7 @@ def runs(recipe, data_folder, tmp_path_factory) -> tuple[Path, Path]:
     """(one, two): ten steps by one process; six by two processes, then four more by one."""
     one, two = (tmp_path_factory.mktemp("two") / name for name in ("one", "two"))
     alone("train", recipe, "--data", data_folder, "--out", one, "--save-every", 6, "--keep-checkpoints", 0)
-    torchrun("train", recipe, "--data", data_folder, "--out", two, "--num-steps", 6, "--keep-checkpoints", 0)
+    repa_twice("train", recipe, "--data", data_folder, "--out", two, "--num-steps", 6, "--keep-checkpoints", 0)
     alone("train", recipe, "--data", data_folder, "--out", two, "--save-every", 6, "--keep-checkpoints", 0)
     return one, two
 
@@ -151,7 +133,7 @@ def test_samples_equal_those_of_one_process(random_run, tmp_path):
         "--out",
     )
     alone(*command, tmp_path / "one.npz")
-    done = torchrun(*command, tmp_path / "two.npz")
+    done = repa_twice(*command, tmp_path / "two.npz")
     assert (tmp_path / "two.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"{n}.{s}" for n in ("one", "two") for s in ("json", "npz", "png")
@@ -164,7 +146,7 @@ def test_evaluation_equals_that_of_one_process(random_run, data_folder, tmp_path
     command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
                "--features", "tiny-classifier", "--out")  # fmt: skip
     results = []
-    for launch in (torchrun, alone):
+    for launch in (repa_twice, alone):
         shutil.rmtree(data_folder / "reference", ignore_errors=True)  # computed again by each
         out = tmp_path / f"{launch.__name__}.json"
         launch(*command, out)
@@ -179,7 +161,7 @@ def test_shards_equal_those_of_one_process(image_folder, tmp_path):
     command = ("prepare", image_folder)
     settings = ("--resolution", 16, "--features", "tiny", "--shard-size", 9, "--batch-size", 5)
     alone(*command, tmp_path / "one", *settings)
-    torchrun(*command, tmp_path / "two", *settings)
+    repa_twice(*command, tmp_path / "two", *settings)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).rglob("*")} for name in ("one", "two"))
     assert len(one) >= 15
     assert one == two
@@ -188,7 +170,7 @@ def test_shards_equal_those_of_one_process(image_folder, tmp_path):
 def test_an_error_in_only_the_main_process_ends_both(runs, recipe, data_folder):
     """The other process is waiting at a barrier."""
     begin = time.monotonic()
-    done = torchrun(
+    done = repa_twice(
         "train", recipe, "--data", data_folder, "--out", runs[0], "--seed", 7, "--num-steps", 99, check=False
     )
     assert done.returncode != 0
