@@ -57,7 +57,7 @@ class SampleConfig(Config):
     """Precision of the decoder's convolutions; fp32 means TF32 on CUDA."""
 
     guide_image: str = ""
-    """Image for the guidance `representation`, such as --guidance representation:scale=5000,low=0.3."""
+    """Image for the guidance `representation`, such as --guidance representation:scale=5000,high=0.8."""
     guide_weights: str = ""
     """Local weights of that alignment's encoder; empty: the recorded location, otherwise the hub's."""
 
