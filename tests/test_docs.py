@@ -49,7 +49,7 @@ def defined(path: Path) -> set[str]:
     return names
 
 
-def test_there_are_pages():
+def test_documentation_pages_are_found():
     assert {"architecture.md", "extending.md", "files.md", "methods.md"} <= {page.name for page in PAGES}
 
 
@@ -61,7 +61,7 @@ def test_relative_links_have_targets(page):
 
 
 @pages
-def test_files_exist(page):
+def test_named_files_exist(page):
     for path in re.findall(r"(?<![\w./-])((?:src|tests|tools|examples|benchmarks|docs)/[\w./-]+\.\w+)", READ[page]):
         assert (ROOT / path).exists(), path
 

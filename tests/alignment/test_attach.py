@@ -408,7 +408,7 @@ def test_blocks_are_found_by_the_end_of_their_name_and_by_patterns():
         find_blocks(net, "a.block.0")
 
 
-def test_the_grid_of_an_input():
+def test_the_grid_is_computed_from_the_shape_of_the_input():
     assert image_grid((1, 4, 32, 48), (2, 2), 16 * 24 + 77) == (16, 24)
     assert image_grid((1, 4, 32, 48), None, 8 * 12) == (8, 12)
     assert image_grid((1, 16, 5, 32, 48), (1, 2, 2), 5 * 16 * 24) == (5, 16, 24)

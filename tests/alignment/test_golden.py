@@ -7,7 +7,7 @@ from repa.alignment import LOSSES, PROJECTORS, TIME_WEIGHTS, TOKEN_NORMS, Alignm
 from tests import golden
 
 
-def test_haste_attention():
+def test_haste_attention_equals_the_released_code():
     case = golden.load("haste_attention")
     student, target = golden.tensor(case["inputs"]["S"]), golden.tensor(case["inputs"]["U"])
     loss = LOSSES.build("attention_ce:heads=12")
@@ -19,13 +19,13 @@ def test_haste_attention():
     assert features == pytest.approx(case["expected"]["feature_loss"], rel=1e-9)
 
 
-def test_layersync():
+def test_layersync_equals_the_released_code():
     case = golden.load("layersync")
     shallow, deep = (golden.tensor(case["inputs"][name]) for name in ("shallow", "deep_detached"))
     assert float(LOSSES.build("cosine")(shallow, deep).mean()) == pytest.approx(case["expected"]["reg"], rel=1e-9)
 
 
-def test_urepa():
+def test_urepa_equals_the_released_code():
     case = golden.load("urepa")
     student, target = (golden.tensor(case["inputs"][name]) for name in ("student", "teacher"))
     wanted = case["expected"]
@@ -37,7 +37,7 @@ def test_urepa():
     assert 0.5 * (cosine + 3 * sample) == pytest.approx(wanted["total_lambda_0_5_w_3"], rel=1e-9)
 
 
-def test_irepa():
+def test_irepa_equals_the_released_code():
     case = golden.load("irepa")
     target, hidden, weight, bias = (
         golden.tensor(case["inputs"][name]) for name in ("target", "hidden", "conv_weight", "conv_bias")
@@ -51,14 +51,14 @@ def test_irepa():
     assert loss.mean().item() == pytest.approx(case["expected"]["align_loss_alpha_0_6"], rel=1e-9)
 
 
-def test_sra_head():
+def test_the_sra_head_equals_the_released_code():
     case = golden.load("sra_head")
     head = PROJECTORS.build("mlp2")(6, 6).double()
     golden.fill([head[0].bias, head[0].weight, head[2].bias, head[2].weight])  # in the order of their official names
     golden.check(head(golden.tensor(case["inputs"])), case["expected"])
 
 
-def test_sra_with_two_times():
+def test_sra_with_two_times_equals_the_released_code():
     case = golden.load("sra_dts_as")
     velocity, wanted_velocity, student, target = (
         golden.tensor(case["inputs"][name]) for name in ("v_tokens", "target_tokens", "student", "teacher")
@@ -72,7 +72,7 @@ def test_sra_with_two_times():
     assert denoising.tolist() == pytest.approx(wanted["denoising_per_sample"], rel=1e-9)
 
 
-def test_vavae_vf_loss():
+def test_the_vavae_vf_loss_equals_the_released_code():
     """VA-VAE's tokenizer loss consists of terms that exist here: relations with a margin, and the cosine."""
     case = golden.load("vavae_vf")
     own, target = (golden.tensor(case["inputs"][name]).mT for name in ("z_proj", "f"))  # (2, 4, 6)
@@ -85,7 +85,7 @@ def test_vavae_vf_loss():
         assert found == pytest.approx(wanted[name], rel=1e-9)
 
 
-def test_self_transcendence():
+def test_self_transcendence_equals_the_released_code():
     case = golden.load("self_transcendence")
     conditional, null, projected = (golden.tensor(case["inputs"][name]) for name in ("cond", "uncond", "projected"))
     target = null + case["cfg"] * (conditional - null)
@@ -93,7 +93,7 @@ def test_self_transcendence():
     assert float(LOSSES.build("mse")(projected, target).mean()) == pytest.approx(case["expected"]["mse"], rel=1e-9)
 
 
-def test_reed():
+def test_reed_equals_the_released_code():
     case = golden.load("reed")
     inputs = {name: golden.tensor(formula) for name, formula in case["inputs"].items()}
     wanted, cosine = case["expected"]["constant"], LOSSES.build("cosine")
@@ -110,7 +110,7 @@ def test_reed():
      ("distance=2,normalize=true", "d2_tau1_cumulative"),
      ("distance=2,normalize=true,cumulative=false", "d2_tau1_adjacent")],
 )  # fmt: skip
-def test_crepa(settings, wanted):
+def test_crepa_equals_the_released_code(settings, wanted):
     case = golden.load("crepa")
     student, target = (golden.tensor(case["inputs"][name]).flatten(1, 2) for name in ("projected", "features"))
     found = LOSSES.build(f"crepa:frames=4,{settings}")(student, target)
@@ -119,7 +119,7 @@ def test_crepa(settings, wanted):
 
 
 @pytest.mark.parametrize("name", ["linear", "loglinear", "cosine", "sigmoid"])
-def test_reed_weights_over_times(name):
+def test_reeds_weights_over_time_apply_to_each_image(name):
     """The released code multiplies the mean weight by the mean loss; here each image is weighted by its own time."""
     case = golden.load("reed")
     inputs = {key: golden.tensor(formula) for key, formula in case["inputs"].items()}
@@ -132,7 +132,7 @@ def test_reed_weights_over_times(name):
     assert float((weights * losses).mean()) != pytest.approx(released, rel=1e-3)
 
 
-def test_reed_cuts_off_times():
+def test_reeds_cut_off_in_time_is_a_time_interval():
     """Of the times 0.2 and 0.6 the released cut-off at 0.3 counts one, and so does the time interval of a term."""
     case = golden.load("reed")
     own, target = (golden.tensor(case["inputs"][name]) for name in ("z_img_tilde", "z_img"))
@@ -144,7 +144,7 @@ def test_reed_cuts_off_times():
     assert share * case["expected"]["constant"]["proj_loss"] == pytest.approx(case["expected"]["cutoff"]["proj_loss"])
 
 
-def test_dispersive_is_the_formula_written_out():
+def test_dispersive_equals_the_formula_written_out():
     """The published PyTorch form: the log of the mean over all pairs, including the zero diagonal."""
     z = torch.randn(5, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pairs = [[float(((a - b) ** 2).sum()) / 12 for b in z] for a in z]
@@ -155,7 +155,7 @@ def test_dispersive_is_the_formula_written_out():
         torch.testing.assert_close(found, wanted.expand(5))
 
 
-def test_token_relation_distillation_is_the_formula_written_out():
+def test_token_relation_distillation_equals_the_formula_written_out():
     stream = torch.Generator().manual_seed(0)
     student, target = (torch.randn(2, 5, width, dtype=torch.float64, generator=stream) for width in (3, 4))
     found = LOSSES.build("gram:norm=l1,margin=0.1")(student, target)
@@ -170,7 +170,7 @@ def test_token_relation_distillation_is_the_formula_written_out():
         assert float(found[n]) == pytest.approx(total, rel=1e-9)
 
 
-def test_smooth_l1_is_torchs():
+def test_smooth_l1_equals_torchs():
     a, b = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     wanted = torch.nn.functional.smooth_l1_loss(a, b, beta=0.05)
     torch.testing.assert_close(LOSSES.build("smooth_l1:beta=0.05")(a, b).mean(), wanted)

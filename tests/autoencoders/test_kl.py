@@ -156,14 +156,14 @@ def test_missing_and_broken_diffusers_are_reported(monkeypatch, kl_folder):
         (lambda x: x > 0, "the type 'BOOL'"),
     ],
 )
-def test_weights_that_are_no_numbers_are_refused(changed, message, kl_folder, tmp_path):
+def test_non_finite_and_quantised_weights_are_refused(changed, message, kl_folder, tmp_path):
     """diffusers converts any type to float32, so quantised weights would give other latents in silence."""
     folder = copy_of(kl_folder, tmp_path, lambda state: {key: changed(value) for key, value in state.items()})
     with pytest.raises(UserError, match=message):
         load_autoencoder("kl", weights=folder)
 
 
-def test_a_flipped_bit_in_a_pickled_file_is_noticed(kl_folder, tmp_path):
+def test_a_flipped_bit_in_a_pickled_file_is_found(kl_folder, tmp_path):
     """Neither diffusers nor torch checks the checksums of such a file."""
     folder = copy_of(kl_folder, tmp_path, lambda state: state)
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
@@ -186,7 +186,7 @@ def test_a_flipped_bit_in_a_pickled_file_is_noticed(kl_folder, tmp_path):
         {"shift_factor": None, "latents_mean": 0, "latents_std": 1},
     ],
 )  # fmt: skip
-def test_scales_that_are_no_numbers_are_refused(changed, kl_folder, tmp_path):
+def test_invalid_scales_are_refused(changed, kl_folder, tmp_path):
     folder = copy_of(kl_folder, tmp_path, lambda state: state)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))

@@ -24,7 +24,7 @@ class Outer(Config):
     """Several."""
 
 
-def test_yaml_round_trip(tmp_path):
+def test_configurations_round_trip_through_yaml(tmp_path):
     config = Outer(rate=3e-5, several=(Inner(depth=3), Inner(target="other")))
     path = tmp_path / "c.yaml"
     path.write_text(config.to_yaml())
@@ -86,7 +86,7 @@ def test_a_huge_configuration_file_is_refused(tmp_path):
         Outer.load(tmp_path / "large.yaml")
 
 
-def test_frozen_and_override_validates():
+def test_configurations_are_frozen_and_override_validates():
     config = Outer()
     with pytest.raises(ValueError):
         config.rate = 1.0

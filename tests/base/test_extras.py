@@ -91,7 +91,7 @@ def run_without_extras(script: str, folder: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
 
 
-def test_alignment_imports_with_the_core_alone(tmp_path):
+def test_alignment_imports_with_only_the_core(tmp_path):
     done = run_without_extras(LIBRARY, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2])" in done.stdout

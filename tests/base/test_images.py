@@ -22,7 +22,7 @@ def pixels(image) -> np.ndarray:
     return np.asarray(image)
 
 
-def test_adm_crop_of_the_usual_imagenet_image():
+def test_a_typical_imagenet_image_is_cropped_like_adm():
     """500 x 375 -> 341 x 256, cut from x = 42 (SPEC 1.10)."""
     image = noise_image(0, 500, 375)
     expected = pixels(image.resize((341, 256), Image.Resampling.BICUBIC))[:, 42 : 42 + 256]
@@ -158,7 +158,7 @@ def test_tensors_keep_rows_columns_and_channels():
     np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), pixels(image))
 
 
-def test_grid_places_every_image_and_nothing_else():
+def test_the_grid_contains_every_image_and_nothing_else():
     tiles = torch.randint(0, 255, (5, 3, 4, 6), dtype=torch.uint8)
     sheet = grid(tiles, columns=3, padding=2)
     assert sheet.shape == (4 * 2 + 2, 6 * 3 + 4, 3)
@@ -172,7 +172,7 @@ def test_grid_places_every_image_and_nothing_else():
     assert grid(tiles[:1], columns=8).shape == (4, 6, 3)
 
 
-def test_png_round_trip(tmp_path):
+def test_png_files_round_trip(tmp_path):
     sheet = pixels(noise_image(7))
     save_png(sheet, tmp_path / "deep" / "a.png")
     assert (tmp_path / "deep" / "a.png").read_bytes() == encode_png(sheet)

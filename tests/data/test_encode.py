@@ -64,7 +64,7 @@ def test_every_field_of_every_image_is_stored(folder, tmp_path, fakes):
     data.check()
 
 
-def test_pixels_and_the_real_tiny_encoder(folder, tmp_path):
+def test_pixels_are_prepared_with_the_real_tiny_encoder(folder, tmp_path):
     prepare(folder, tmp_path / "out", SMALL.override(features=("tiny",)))
     data = open_data(tmp_path / "out")
     assert not data.has_moments
@@ -74,7 +74,7 @@ def test_pixels_and_the_real_tiny_encoder(folder, tmp_path):
     assert data.manifest.autoencoder["name"] == "pixels"
 
 
-def test_a_zip_and_photographs_prepare_too(folder, tmp_path):
+def test_a_zip_and_the_packaged_photographs_are_prepared(folder, tmp_path):
     prepare(folder, tmp_path / "a", SMALL)
     prepare(pack(folder, tmp_path / "p.zip"), tmp_path / "b", SMALL)
     for field in ("images", "labels"):
@@ -306,7 +306,7 @@ def test_a_source_of_only_bad_images_is_refused(folder, tmp_path):
         prepare(folder, tmp_path / "out", SMALL.override(skip_bad=True))
 
 
-def test_grey_and_palette_and_deep_images_mix(tmp_path):
+def test_grey_palette_and_16_bit_images_can_be_mixed(tmp_path):
     root = tmp_path / "mixed"
     root.mkdir()
     Image.new("L", (9, 9), 50).save(root / "a.png")

@@ -78,7 +78,7 @@ def test_ten_billion_images_cost_no_more_than_a_few():
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 100])
-def test_windows_visit_every_image_once_an_epoch(window):
+def test_windows_visit_every_image_once_per_epoch(window):
     order = WindowShuffle(SIZES, seed=3, window=window)
     epochs = [order.rows(epoch, np.arange(sum(SIZES))) for epoch in range(4)]
     for rows in epochs:

@@ -190,7 +190,7 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
         (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which contradicts"),
     ],
 )
-def test_damaged_manifests_are_refused_in_one_sentence(out, change, message):
+def test_damaged_manifests_give_one_line_errors(out, change, message):
     edit(out, change)
     with pytest.raises(UserError, match=message) as caught:
         open_data(out)

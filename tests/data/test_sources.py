@@ -20,7 +20,7 @@ from tests.data.conftest import pack, spoil
 from tests.oracles.data import noise_image
 
 
-def test_class_folders_in_sorted_order(folder):
+def test_class_folders_are_sorted(folder):
     source = open_source(folder)
     assert len(source) == 11
     assert source.class_names == ["ants", "bees"]

@@ -242,7 +242,7 @@ def test_image_files_next_to_the_table_are_read(tmp_path):
         source.decode(1)
 
 
-def test_files_name_no_image_outside_of_their_folder(tmp_path, monkeypatch):
+def test_images_outside_the_tables_folder_are_refused(tmp_path, monkeypatch):
     """A stranger's table could name any image of this machine, which would be stored with the data."""
     (tmp_path / "private.png").write_bytes(BYTES[0])
     saved = tmp_path / "saved"
@@ -269,7 +269,7 @@ def test_files_name_no_image_outside_of_their_folder(tmp_path, monkeypatch):
                 source.decode(index)
 
 
-def test_a_saved_data_set_takes_no_arrow_file_outside_of_its_folder(tmp_path):
+def test_arrow_files_outside_a_saved_data_sets_folder_are_refused(tmp_path):
     saved = Path(as_saved(tmp_path, pictures()))
     inside = next(saved.glob("*.arrow"))
     outside = tmp_path / "other.arrow"

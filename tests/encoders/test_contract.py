@@ -36,7 +36,7 @@ def test_wrong_inputs_are_refused_with_what_arrived(tiny, images, names):
     assert all(name in str(error.value) for name in ["tiny", "uint8", *names])
 
 
-def test_grid_below_one_is_refused(tiny):
+def test_a_grid_below_one_is_refused(tiny):
     with pytest.raises(UserError, match="at least 1, but got 0"):
         tiny(noise_images(1, 32), 0)
 

@@ -97,7 +97,7 @@ def test_resampled_positions_equal_the_loops(native, grid):
     assert torch.equal(resampled[:, :1], table[:, :1])
 
 
-def test_position_table_is_untouched_at_its_own_grid():
+def test_positions_are_unchanged_at_the_native_grid():
     table = torch.randn(1, 26, 4)
     assert torch.equal(resample_positions(table, 5), table)
 
@@ -163,7 +163,7 @@ def test_another_family_is_refused(folders):
         load_encoder("dinov2-reg-b", weights=folders["dinov2-b"])
 
 
-def test_folder_without_the_files_is_refused(tmp_path):
+def test_a_folder_without_the_files_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load_encoder("dinov2-b", weights=tmp_path)
 

@@ -113,7 +113,7 @@ def test_changed_bytes_give_a_one_line_error(save, tmp_path):
 
 @pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_two_arrays_of_one_name_are_refused(packing, tmp_path):
+def test_duplicate_arrays_are_refused(packing, tmp_path):
     with zipfile.ZipFile(tmp_path / "s.npz", "w", packing) as archive:
         for array in (pixels(), 255 - pixels()):
             with archive.open("arr_0.npy", "w") as file:

@@ -179,7 +179,7 @@ def test_damaged_and_unexpected_files_are_refused(tmp_path, samples):
         ({"resolution": 16.5}, "resolution must be a whole number, but is 16.5"),
     ],
 )
-def test_statistics_that_no_features_have_are_refused(changed, message, tmp_path, samples):
+def test_impossible_statistics_are_refused(changed, message, tmp_path, samples):
     path = adm_file(tmp_path / "r.npz", small_inception(), samples, "arr_0")
     assert measured(path, samples, ("fid", "sfid"))["fid"] < 1e-5
     np.savez(path, **{**np.load(path), **changed})

@@ -34,7 +34,7 @@ def test_the_first_half_of_a_position_encodes_its_column():
     assert positions[0, 3, 0].item() == torch.tensor(math.sin(3.0)).item()
 
 
-def test_frequencies_are_as_exact_as_float32_can_be():
+def test_frequencies_have_full_float32_precision():
     exact = [10000 ** (-k / 128) for k in range(128)]
     assert torch.equal(timestep_frequencies(256), torch.tensor(exact, dtype=torch.float64).float())
 

@@ -312,7 +312,7 @@ def test_an_averaged_network_as_target_costs_one_forward():
     assert not found.storable
 
 
-def test_two_times_an_image_cost_two_modulations():
+def test_two_times_per_image_cost_two_modulations():
     width, depth = 768, 12
     found, plain = estimated(recipe("sit-b2-self-flow")), estimated(recipe("sit-b2"))
     modulations = 2 * width * width * (6 * depth + 2)

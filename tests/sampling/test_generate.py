@@ -434,7 +434,7 @@ def test_a_finished_job_is_not_repeated_or_replaced(run, tmp_path, monkeypatch):
     assert out.read_bytes() == before
 
 
-def test_other_samples_of_the_same_name_are_not_taken_for_the_job(run, tmp_path):
+def test_a_file_with_other_samples_is_not_taken_as_finished(run, tmp_path):
     out = write_samples(run, ODE, 5, tmp_path / "s.npz")
     record = json.loads(out.with_suffix(".json").read_text())
     images = np.load(out)["arr_0"]

@@ -50,7 +50,7 @@ def asked(run, state, t, label):
     return run.model(state, torch.tensor([t]), Condition(torch.tensor([label])))
 
 
-def test_internal_guidance_then_cfg():
+def test_internal_guidance_is_applied_before_cfg():
     run = random_network(heads=(1,))
 
     def velocity(state, t):
