@@ -157,14 +157,14 @@ def test_missing_and_broken_diffusers_are_reported(monkeypatch, kl_folder):
     ],
 )
 def test_non_finite_and_quantised_weights_are_refused(changed, message, kl_folder, tmp_path):
-    """diffusers converts any type to float32, so quantised weights would give other latents in silence."""
+    """diffusers converts every type to float32, so quantised weights would silently give other latents."""
     folder = copy_of(kl_folder, tmp_path, lambda state: {key: changed(value) for key, value in state.items()})
     with pytest.raises(UserError, match=message):
         load_autoencoder("kl", weights=folder)
 
 
 def test_a_flipped_bit_in_a_pickled_file_is_found(kl_folder, tmp_path):
-    """Neither diffusers nor torch checks the checksums of such a file."""
+    """Neither diffusers nor torch verifies the checksums of such a file."""
     folder = copy_of(kl_folder, tmp_path, lambda state: state)
     state = load_file(folder / "diffusion_pytorch_model.safetensors")
     (folder / "diffusion_pytorch_model.safetensors").unlink()

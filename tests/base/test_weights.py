@@ -194,7 +194,7 @@ def test_an_oversized_header_is_not_read(size, tmp_path):
     "wrap", [lambda t: {"a": t}, lambda t: {"x": [{"a": t}]}, lambda t: {"a": [t[i] for i in range(99)]}]
 )
 def test_tensors_that_expand_a_few_numbers_hugely_are_refused(wrap, tmp_path):
-    """Two kilobytes that would fill any memory when they are used."""
+    """A file of two kilobytes could fill any memory when its tensors are used."""
     torch.save(wrap(torch.zeros(1).expand(2**20, 2**14)), tmp_path / "x.pt")
     with pytest.raises(UserError, match="its tensors have more numbers than the file holds"):
         read_weights(tmp_path / "x.pt")
@@ -204,7 +204,7 @@ def test_tensors_that_expand_a_few_numbers_hugely_are_refused(wrap, tmp_path):
 
 
 def test_torchs_advice_to_unpickle_a_file_is_not_shown(tmp_path):
-    (tmp_path / "x.pt").write_bytes(b"\0" * 2**14)  # torch takes it for a tar
+    (tmp_path / "x.pt").write_bytes(b"\0" * 2**14)  # torch takes it for a tar archive
     with pytest.raises(UserError, match="not written by torch.save, or is damaged") as error:
         read_weights(tmp_path / "x.pt")
     assert "weights_only" not in str(error.value)

@@ -243,7 +243,7 @@ def test_image_files_next_to_the_table_are_read(tmp_path):
 
 
 def test_images_outside_the_tables_folder_are_refused(tmp_path, monkeypatch):
-    """A stranger's table could name any image of this machine, which would be stored with the data."""
+    """Otherwise a foreign table could copy any image of this machine into the data."""
     (tmp_path / "private.png").write_bytes(BYTES[0])
     saved = tmp_path / "saved"
     saved.mkdir()
