@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 
 
 class SharedError(UserError):
-    """An error that every process raises: only the main process prints it."""
+    """An error that every process raises: it is printed once per machine."""
 
 
 def own_device() -> torch.device:
