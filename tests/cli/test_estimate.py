@@ -115,3 +115,11 @@ def test_disk_space_and_reading_use_the_prepared_images(data_folder, capsys):
     number, unit = re.search(r"read at ([\d.]+) (MB|GB)/s", reading).groups()
     assert float(number) > 0, reading
     assert unit == "MB"
+
+
+def test_the_cpu_of_this_machine_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr("repa.base.device.quick_product_rate", lambda precision, device: 2.5e11)
+    assert run([*SMALL, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "time on 1 x cpu of 0.25 TFLOP/s at 35% utilisation (assumed)" in out
+    assert re.search(r"fits in the [\d.]+ GB of one cpu", out)

@@ -1,5 +1,6 @@
 """`repa estimate RECIPE --data DATA --devices K [overrides]`."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from repa.performance.estimate import Estimate, Passes
 
 
+CPU = "cpu"  # this machine
+
+
 class EstimateArguments(TrainConfig, options.Command):
     """Predict the cost of a recipe without downloading or training: parameters, FLOPs, device memory, disk, time, and
     whether stored tokens pay off. Any setting of the recipe can be overridden as in `repa train`.
@@ -44,7 +48,7 @@ class EstimateArguments(TrainConfig, options.Command):
     devices: int = Field(1, ge=1)
     """Devices that share the batch."""
     device: str = "h100"
-    """Device, such as h100 or rtx4090; for others give `--tflops` and `--memory`."""
+    """Device, such as h100 or rtx4090, or cpu: this machine, measured; for others give `--tflops` and `--memory`."""
     tflops: float = Field(0.0, ge=0)
     """Peak TFLOP/s of a device in the precision of the run; 0: that of --device."""
     memory: float = Field(0.0, ge=0)
@@ -67,9 +71,9 @@ class EstimateArguments(TrainConfig, options.Command):
     @field_validator("device")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in PEAKS:
+        if name not in (known := [CPU, *PEAKS]):
             raise ValueError(
-                f"{name!r} is not a known device{choices(name, PEAKS)} For others give --tflops and --memory."
+                f"{name!r} is not a known device{choices(name, known)} For others give --tflops and --memory."
             )
         return name
 
@@ -91,7 +95,10 @@ def main(argv: list[str]) -> int:
     pixels = RECIPES[given.recipe].pixels if given.recipe in RECIPES else 0
     if not config.autoencoder:
         config = config.override(autoencoder="pixels" if pixels else AUTOENCODER)
-    peak = given.tflops or PEAKS[given.device]
+    if given.device == CPU and not given.tflops:
+        peak, memory = _of_this_machine(config.precision)
+    else:
+        peak, memory = given.tflops or PEAKS[given.device], 0 if given.tflops else MEMORY[given.device]
 
     from repa.diffusion import build_process
     from repa.performance.estimate import estimate, passes_of, side_of
@@ -101,9 +108,9 @@ def main(argv: list[str]) -> int:
         config, num_images=images, num_devices=given.devices, resolution=resolution,
         rate=peak * 1e12 * given.utilisation, num_classes=classes,
     )  # fmt: skip
-    where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:g} TFLOP/s"
+    where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:.4g} TFLOP/s"
     theirs = "" if {"device", "tflops"} & given.model_fields_set else "; --device or --tflops for yours"
-    memory = given.memory or (0 if given.tflops else MEMORY[given.device])
+    memory = given.memory or memory
     whose = "a device" if given.memory or given.tflops else f"one {given.device}"
     fits = fitting(found, memory, whose, classes, resolution) if memory else []
     say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed{theirs})", fits))
@@ -112,6 +119,18 @@ def main(argv: list[str]) -> int:
     asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
     say(*sampling(found, passes_of(*asked), given))
     return 0
+
+
+def _of_this_machine(precision: str) -> tuple[float, float]:
+    """TFLOP/s of matrix products on the CPU in the precision of the run, measured in seconds, and GB of memory."""
+    import torch
+
+    from repa.base.device import quick_product_rate
+    from repa.base.precision import resolved
+
+    device = torch.device("cpu")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return quick_product_rate(resolved(precision, device), device) / 1e12, round(memory / 1e9, 1)
 
 
 def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
@@ -210,7 +229,7 @@ def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> l
         "", head,
         _row("network calls", f"{passes.whole + passes.short}", note=f"per image{around}"),
         _row("GFLOP/image", f"{flops:,.0f}", note=f"the decoder {decoder:,.0f} of them"),
-        _row("images/s", f"{rate:,.3g}"),
+        _row("images/s", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"),
         _row("time", duration(given.samples / rate)),
     ]  # fmt: skip
 
