@@ -90,3 +90,24 @@ def test_private_code_is_built_by_its_dotted_name():
     assert table.build("textwrap.dedent") is textwrap.dedent
     with pytest.raises(UserError, match="cannot be imported"):
         table.build("no_such_package.thing")
+
+
+def right(x, n, draw=None, *, power): ...
+
+
+def too_few(x): ...
+
+
+def too_many(x, n, draw, extra): ...
+
+
+def other_name(x, n, noise): ...
+
+
+def test_private_functions_with_other_arguments_are_refused():
+    table = Registry("thing", {}, takes="x, n, draw=")
+    assert table.load(f"{__name__}.right") is right
+    for name in ("too_few", "too_many", "other_name"):
+        with pytest.raises(UserError, match=rf"{name}' takes \(x.*is called with \(x, n, draw\): change its arguments"):
+            table.load(f"{__name__}.{name}")
+    assert Registry("thing", {}).load(f"{__name__}.too_few") is too_few

@@ -172,3 +172,18 @@ def test_a_function_as_guidance_is_refused():
         UserError, match=r"must be a class with the methods of repa.diffusion.guidance.Guidance, but is function"
     ):
         GUIDANCES.build(f"{__name__}.guided")
+
+
+class WithoutTime:
+    """Its `needs` has no argument t."""
+
+    def needs(self):
+        return frozenset()
+
+    def mix(self, predictions, t):
+        return predictions["conditional"]
+
+
+def test_a_private_guidance_needs_the_arguments_of_the_protocol():
+    with pytest.raises(UserError, match=r"WithoutTime.needs' takes \(self\), but is called with \(self, t\)"):
+        GUIDANCES.build(f"{__name__}.WithoutTime")

@@ -57,8 +57,9 @@ class Registry:
     """
 
     def __init__(
-        self, kind: str, table: dict[str, str], base: str = "", listing: str = "", facts: dict[str, str] | None = None
-    ):
+        self, kind: str, table: dict[str, str], base: str = "", listing: str = "", facts: dict[str, str] | None = None,
+        takes: str = "",
+    ):  # fmt: skip
         """
         Args:
             kind: the noun for one entry, for errors.
@@ -67,8 +68,11 @@ class Registry:
                 class with callable instances.
             listing: the word after `repa list` that prints the names.
             facts: name -> description, for entries that share a function.
+            takes: the arguments of a function, "student, target", to refuse private code with others; "steps=" is passed
+                by name. Empty: not checked.
         """
         self.kind, self.table, self.base, self.listing, self.facts = kind, table, base, listing, facts or {}
+        self.takes = takes
 
     def __repr__(self) -> str:
         return f"{self.kind}: {', '.join(self.names())}"
@@ -154,11 +158,15 @@ class Registry:
         # Only a class can fulfil a protocol, not a function that returns an instance.
         protocol = getattr(kind, "_is_protocol", False)
         if inspect.isfunction(component) and not protocol:
+            self._check_arguments(name, component, [word.strip() for word in self.takes.split(",") if word.strip()])
             return
         if inspect.isclass(component):
             if module == "callable" and any("__call__" in vars(each) for each in component.__mro__):
                 return
             if kind and issubclass(component, kind):
+                for method in [each for each in vars(kind) if protocol and not each.startswith("_")]:
+                    takes = [*inspect.signature(getattr(kind, method)).parameters]
+                    self._check_arguments(f"{name}.{method}", getattr(component, method), takes)
                 return
         dotted = self.base.replace(":", ".")
         wanted = {"": "a function", "callable": "a function or a class whose instances are called"}.get(
@@ -167,6 +175,25 @@ class Registry:
         raise UserError(
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
         )
+
+    def _check_arguments(self, name: str, function: Any, takes: list[str]) -> None:
+        """Refuse a function that cannot be called with the arguments `takes`; an empty list is not checked."""
+        signature = inspect.signature(function)
+        # required settings have their own check
+        given = {
+            p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+        }
+        given |= {word.rstrip("="): None for word in takes if word.endswith("=")}
+        plain = [word for word in takes if not word.endswith("=")]
+        try:
+            if takes:
+                signature.bind(*plain, **given)
+        except TypeError:
+            wanted = ", ".join(word.rstrip("=") for word in takes)
+            raise UserError(
+                f"The {self.kind} {name!r} takes {signature}, but is called with ({wanted}): change its arguments, and put "
+                "your own settings after *."
+            ) from None
 
 
 def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str, Setting]) -> None:

@@ -14,6 +14,7 @@ TEXT_ENCODERS = Registry(
         **dict.fromkeys(families.text_encoder_names(), "repa.conditions.hub:load_hub"),
     },
     listing="text-encoders",
+    takes="name, weights",
     facts={name: families.about(name) for name in families.text_encoder_names()},
 )
 

@@ -14,6 +14,7 @@ PATHS = Registry(
     },
     base="callable",
     listing="paths",
+    takes="t",
 )
 PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
@@ -36,6 +37,7 @@ SAMPLERS = Registry(
         "ddim": "repa.diffusion.ddpm:ddim",
     },
     listing="samplers",
+    takes="denoiser, noise, num_steps, randn_like=",
 )
 GUIDANCES = Registry(
     "guidance",

@@ -15,7 +15,8 @@ OF_ENCODERS = ("fd", "kd", "precision", "recall")
 OF_CAPTIONS = ("caption_agreement", "clip_score", "clip_agreement")  # of samples that have prompts
 OF_NEIGHBOURS = ("precision", "recall")
 OF_CLIP = ("clip_score", "clip_agreement")
-METRICS = Registry("metric", {})  # of the user's own: f(samples (N, D), reference (M, D), *, settings) -> number
+# of the user's own: f(samples (N, D), reference (M, D), *, settings) -> number
+METRICS = Registry("metric", {}, takes="samples, reference")
 ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only on request: papers' tables do not have them
 
 
