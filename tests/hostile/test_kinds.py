@@ -244,3 +244,51 @@ def test_the_default_dtype_does_not_change_samples(random_run):
             assert torch.equal(generate(load_run(random_run), config, [0, 1]).images, wanted)
     finally:
         torch.set_default_dtype(before)
+
+
+def test_a_log_that_is_a_pipe_is_refused(tiny_config, data_folder, tmp_path):
+    """Opening it for writing would wait for a reader without end."""
+    recipe, run = tmp_path / "r.yaml", tmp_path / "run"
+    recipe.write_text(tiny_config.override(num_steps=2, save_every=2).to_yaml())
+    train = ["train", recipe, "--data", data_folder, "--out", run]
+    assert outcome([*map(str, train)])[0] == 0
+    (run / layout.LOG).unlink()
+    os.mkfifo(run / layout.LOG)
+    assert "log.txt is refused: it is a named pipe" in refused([*train, "--num-steps", "3"])
+
+
+MEASURED = ["--features", "tiny", "--metrics", "fd"]
+FEW = ["--num-images", "4", "--steps", "1"]
+COMPARED = ["--data", "data", "--encoder", "tiny", "--times", "0.5"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["sample", "run", "--out", "run/data", *FEW],
+        ["sample", "run", "--out", "data/manifest.npz", *FEW],
+        ["sample", "run", "--out", "photo.npz", *FEW],
+        ["evaluate", "run", "--reference", "data", *MEASURED, *FEW, "--out", "run/data.json"],
+        ["evaluate", "run", "--reference", "data", *MEASURED, *FEW, "--out", "data/manifest.json"],
+        ["evaluate", "reference", "data", "--features", "tiny", "--out", "mine.npz"],
+        ["analyse", "cknna", "run", *COMPARED, "--out", "data/manifest.json"],
+        ["analyse", "cknna", "run", *COMPARED, "--out", "photo.json"],
+        ["report", "run", "--out", "README.html"],
+    ],
+)
+def test_an_output_destroys_no_other_file(argv, random_run, data_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_run, "run")
+    shutil.copytree(data_folder, "data")
+    (tmp_path / "photo.png").write_bytes(png())
+    (tmp_path / "README.md").write_text("mine")
+    np.savez("mine.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "exists" in refused(argv)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path in before} == before
+    # another name is free, and its results are replaced when they are made again
+    free = [
+        word if i != argv.index("--out") + 1 else f"free/new{word[word.rfind('.') :]}" for i, word in enumerate(argv)
+    ]
+    for _ in range(2):
+        assert outcome(free)[0] == 0

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,26 @@ def require_writable(path: str | Path) -> None:
     require_place(path.parent, path)
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder. Choose another name.")
+
+
+def require_replaceable(path: str | Path, keys: Collection[str] = (), beside: Collection[str] = ()) -> None:
+    """Refuse before work starts if writing a result to `path` would destroy a file that is not an earlier result.
+
+    Args:
+        path: the result; a folder is left to the caller.
+        keys: entries of the JSON object that an earlier result has; empty: any file may be replaced.
+        beside: suffixes of the files that are written with it: only an earlier result explains that they exist.
+    """
+    path = Path(path)
+    if path.is_file() and keys:
+        with contextlib.suppress(UserError):
+            values = read_json(path)
+            if isinstance(values, dict) and values.keys() >= set(keys):
+                return
+        raise UserError(f"{path} exists and holds something else than earlier results: choose another name.")
+    others = [] if path.exists() else [other for other in map(path.with_suffix, beside) if other.exists()]
+    if others:
+        raise UserError(f"{others[0]} exists and would be replaced: choose another name than {path}.")
 
 
 def size(num_bytes: float) -> str:

@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
         open_data(given.data)  # a wrong folder is reported before anything is measured
     for path in filter(None, (given.out, given.trace)):
         files.require_writable(path)
+    if given.out:
+        files.require_replaceable(given.out, ("rates", "rows"))
     # The advice is for the recipe's own step; the other steps are measured for comparison.
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")

@@ -82,6 +82,8 @@ def main(argv: list[str]) -> int:
     written = Path(given.out) if given.out else of_run if given.is_run else None
     if written:
         files.require_writable(given.out or of_run / "results.json")
+    if given.out:
+        files.require_replaceable(given.out, ("metrics", "num_samples"))
     # The main process locks for all. The others join the group later, once torch is imported.
     mine = written if launch.place().rank == 0 else None
     with lock.exclusive(mine, "repa evaluate") if mine else contextlib.nullcontext():

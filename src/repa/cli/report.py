@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
         files.require_writable(given.picture)
     # Two calls at once would mix their pages and tables.
     with lock.exclusive(out, "repa report"):
+        files.require_replaceable(out, beside=(".md", ".csv"))
         files.remove_leftovers(out.parent, [out.with_suffix(ending).name for ending in (".md", ".csv")].__contains__)
         write_report(
             given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from repa import __version__
 from repa.base import dist, files
+from repa.base.arrays import load_npz
 from repa.base.errors import UserError
 from repa.base.reporting import Progress, silent
 from repa.conditions.loading import prompts_in
@@ -179,6 +180,8 @@ def make_reference(
             f"{where} holds images of {images.height} pixels, which are not resized to {config.resolution}: leave --resolution out."
         )
     files.require_writable(out)  # before an hour of computation
+    if out.exists() and not load_npz(out, "a reference", ("mu",)):
+        raise UserError(f"{out} exists and is not a reference: choose another --out.")
     extractor = _load_extractor(config, images, device)
     reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
     if dist.is_main():

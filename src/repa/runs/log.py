@@ -125,6 +125,7 @@ def _appended(path: Path) -> TextIO:
     """Open a text file for appending; refuses symbolic links, which lead out of an untrusted run folder."""
     if path.is_symlink():
         raise UserError(f"{path} is a symbolic link, and links are not followed: remove it.")
+    faults.require_plain(path)
     # Line-buffered: a kill leaves complete lines, and readers of the file see them immediately.
     return path.open("a", buffering=1, encoding="utf-8")
 
