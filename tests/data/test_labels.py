@@ -192,3 +192,25 @@ def test_names_take_little_memory():
     assert sys.getsizeof(compact._letters) + compact._ends.nbytes < 40 * 100_000
     assert compact[99_999] == "n00000999/n00000999_99999.JPEG"
     assert isinstance(compact._ends, np.ndarray)
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.txt"])
+def test_a_table_in_the_source_is_found_from_anywhere_and_is_not_left_out(edm, monkeypatch, tmp_path, name):
+    mark = " " if name.endswith(".txt") else ","
+    rows = [("file", "kind"), *zip(NAMES, "aba", strict=True)]
+    table(edm, "".join(f"{mark.join(row)}\n" for row in rows), name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for labels in (f"{name}:kind", f"{edm / name}:kind"):
+        source = open_source(edm, labels=labels)
+        assert source.class_names == ["a", "b"]
+        assert not source.left_out
+    with pytest.raises(UserError, match=r"no such file here or in .*: correct the path"):
+        open_source(edm, labels="label.csv:kind")
+
+
+def test_a_table_beside_an_archive_is_found(edm, tmp_path, monkeypatch):
+    table(tmp_path, "file,kind\n" + "".join(f"{name},a\n" for name in NAMES))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert open_source(pack(edm, tmp_path / "d.zip"), labels="labels.csv:kind").class_names == ["a"]

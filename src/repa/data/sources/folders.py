@@ -27,7 +27,7 @@ from repa.data.sources.contract import (
     plain_text,
     read_image_file,
 )
-from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, table_columns
+from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, split_file, table_columns
 from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
 from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, split_folders
 
@@ -35,6 +35,18 @@ METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention
 LISTING = "dataset.json"  # of EDM2 and REPA: the labels of images in folders that are not classes
 MAX_VISITS = 100  # of one folder, by way of links
 MOST_TABLES = 20  # tables that are searched for labels
+
+
+def _folder_of(where: str) -> Path:
+    """The folder in which a file of labels is looked for: the source itself, or the folder of an archive."""
+    return Path(where) if Path(where).is_dir() else Path(where).parent
+
+
+def _labels_inside(where: str, labels: str) -> str:
+    """The path within a folder of the file that gives the labels; "" if it is elsewhere."""
+    path = Path(split_file(labels, _folder_of(where))[0]).absolute()
+    inside = labels and path.is_file() and path.is_relative_to(root := Path(where).absolute())
+    return path.relative_to(root).as_posix() if inside else ""
 
 
 class FileSource(Source):
@@ -56,11 +68,12 @@ class FileSource(Source):
                 f"{where} holds no images{listed and f', but {listed}'}: give a folder or archive with files named "
                 f"{' '.join(EXTENSIONS)}, at any depth."
             )
-        texts = {path for path in stamps if path.lower().endswith(CAPTION_ENDING)}
+        used = _labels_inside(where, labels)
+        texts = {path for path in stamps if path.lower().endswith(CAPTION_ENDING) and path != used}
         above = _folders_above(paths)  # files in other folders do not describe these images
         metadata = {os.path.join(folder, name) for folder in above for name in METADATA}
         self._described = ({LISTING} | metadata) & stamps.keys()
-        others = stamps.keys() - {*texts, *paths, *self._described}
+        others = stamps.keys() - {*texts, *paths, *self._described, used}
         # a .txt beside an image of its name is a caption; any other .txt may be a table of labels
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
         unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
@@ -100,7 +113,7 @@ class FileSource(Source):
         if labels.partition(":")[0] == "folders":
             return None
         if labels:
-            return from_file(labels, paths)
+            return from_file(labels, paths, _folder_of(where))
         if LISTING in self._described:
             name, data = f"{LISTING} of {where}", self.read(LISTING, LISTING)
             with faults.reading(name, "JSON"):

@@ -19,20 +19,28 @@ FILE_COLUMNS = (
 Rows = list[Mapping[str, Any]]
 
 
-def from_file(spec: str, names: Sequence[str]) -> Classes:
+def split_file(spec: str, folder: Path | None = None) -> tuple[str, str]:
+    """(path, column) of a file of labels; "" is no column. A path that does not exist here is looked for in `folder`."""
+    # the path itself may contain a colon, after a drive for example
+    for path, column in ((spec, ""), *([spec.rpartition(":")[::2]] if ":" in spec else ())):
+        for place in (Path(path), *([folder / path] if folder else ())):
+            if place.is_file():
+                return str(place), column
+    return path, column
+
+
+def from_file(spec: str, names: Sequence[str], folder: Path | None = None) -> Classes:
     """The classes of images by their names in a file.
 
     Args:
         spec: a `dataset.json`, or `TABLE.csv[:COLUMN]`, also .tsv, .txt, .jsonl, .parquet; default column: "label".
         names: paths of the images in the source.
+        folder: another place of the file: the source itself, or the folder of an archive.
 
     Raises:
         UserError: the file is unreadable, or does not label exactly the images of the source.
     """
-    path, column = spec, ""
-    # the path itself may contain a colon, after a drive for example
-    if not Path(spec).is_file() and ":" in spec:
-        path, _, column = spec.rpartition(":")
+    path, column = split_file(spec, folder)
     suffix = Path(path).suffix.lower()
     if suffix not in (".json", *TABLES):
         raise UserError(
@@ -40,7 +48,8 @@ def from_file(spec: str, names: Sequence[str]) -> Classes:
             "dataset.json, or a table such as labels.csv:COLUMN (.csv, .tsv, .txt, .jsonl, .parquet)."
         )
     if not Path(path).is_file():
-        raise UserError(f"labels names {path!r}, but there is no such file: correct the path.")
+        also = f" here or in {folder}" if folder else ""
+        raise UserError(f"labels names {path!r}, but there is no such file{also}: correct the path.")
     if suffix == ".json":
         return from_listing(files.read_json(path), names, path)
     column = column or "label"
