@@ -269,7 +269,7 @@ def _on_imagenet(place: Scale, key: str) -> Recipe:
     name, method, known = f"{place.name}-{key}", METHODS[key], PUBLISHED.get(key, ())
     parts = [
         [f"{name}: {place.model} with {method.title}, arXiv {method.paper}. docs/methods/{method.page} explains it."],
-        ["All other settings are as in sit-b2-repa and sit-xl2-repa.", *method.notes],
+        [f"The settings that do not belong to the method are those of {place.name}-repa, unless noted.", *method.notes],
         commands_of(name, guidance=method.guidance.format(aligned=place.aligned)),
         results_table(known),
     ]

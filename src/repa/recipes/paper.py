@@ -74,7 +74,7 @@ class Row:
 
 _SWAPPED = "Table 6 of the paper swaps the columns of the depths: 4 belongs to B, as in appendix G, and 8 to L and XL."
 _L = "Table 3 prints 9.7 for SiT-L/2, which is NT-Xent's result: sit-l2-repa-dinov2-b-ntxent."
-_INTERVAL = "Guidance is on for t in [0, 0.7], where t = 0 is data."
+_INTERVAL = "A guidance with high=0.7 is on for t in [0, 0.7], where t = 0 is data; without high it is always on."
 _512 = "Results of the paper's final version, by epochs (80 are 400K steps); the sampling settings are unknown."
 _NEGATIVES = (
     "The paper gives neither the temperature nor the negatives of NT-Xent: docs/methods.md gives those used here."
