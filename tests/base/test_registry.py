@@ -111,3 +111,16 @@ def test_private_functions_with_other_arguments_are_refused():
         with pytest.raises(UserError, match=rf"{name}' takes \(x.*is called with \(x, n, draw\): change its arguments"):
             table.load(f"{__name__}.{name}")
     assert Registry("thing", {}).load(f"{__name__}.too_few") is too_few
+
+
+def test_a_setting_that_is_given_twice_is_refused():
+    with pytest.raises(UserError, match="'cfg:scale=2,low=0,scale=3' has the setting 'scale' twice: remove one"):
+        parse_spec("cfg:scale=2,low=0,scale=3")
+
+
+@pytest.mark.parametrize("sign", ["-", "~", "not "])
+def test_a_value_that_is_nested_without_end_is_plain_text(sign):
+    """Such a spec may come from the configuration of a stranger's run."""
+    for number in (3_000, 100_000):
+        value = sign * number + "1"
+        assert parse_spec(f"cfg:scale={value}")[1] == {"scale": value}

@@ -43,10 +43,13 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
             raise UserError(
                 f"{spec!r} cannot be read: settings are written name:key=value,key=value, but got {item!r}."
             )
+        key = key.strip()
+        if key in settings:
+            raise UserError(f"{spec!r:.200} has the setting {key!r} twice: remove one.")
         try:
-            settings[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            settings[key.strip()] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
+            settings[key] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
+            settings[key] = {"true": True, "false": False}.get(value.strip().lower(), value.strip())
     return name.strip(), settings
 
 

@@ -55,7 +55,8 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
     """
     out = options.file_of("--out", given or default, suffix)
     files.require_writable(out)
-    files.require_replaceable(out, ("analysis", "rows") if suffix == ".json" else (), (".csv", ".png"))
+    if suffix == ".json":
+        files.require_replaceable(out, ("analysis", "rows"), (".csv", ".png"))
     if launch.place().rank == 0:
         held.enter_context(lock.exclusive(out, "repa analyse"))
         for beside in (".json", ".csv", ".png"):

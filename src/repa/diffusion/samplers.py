@@ -10,10 +10,10 @@ first call.
 
 from collections.abc import Callable
 from itertools import count, pairwise
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-from pydantic import PositiveFloat
+from pydantic import Field
 from torch import Tensor
 
 from repa.base import extras
@@ -130,14 +130,14 @@ def dopri5(
     randn_like: RandnLike = torch.randn_like,
     callback: Callback | None = None,
     *,
-    rtol: PositiveFloat = 1e-3,
-    atol: PositiveFloat = 1e-6,
+    rtol: Annotated[float, Field(ge=1e-12)] = 1e-3,
+    atol: Annotated[float, Field(ge=1e-12)] = 1e-6,
 ) -> Tensor:
     """Probability flow by the adaptive Dormand-Prince 5(4) method of torchdiffeq; no noise.
 
     The first step is 1 / num_steps, later ones follow the tolerances: the NFE is not known in advance. The error is that of
     the batch, so a sample depends on the others of its batch within the tolerances. The callback is called at every
-    evaluation, six per step.
+    evaluation, six per step. Below the least tolerances the rounding of a network would keep the steps endlessly small.
     """
     check_steps(num_steps)
     odeint = extras.need("torchdiffeq", "The sampler dopri5").odeint
