@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
@@ -232,6 +234,21 @@ class TestReference:
             reference_of(copy, extractor, "tiny-classifier")
         path.unlink()
         assert torch.equal(reference_of(copy, extractor, "tiny-classifier").subset, first.subset)
+
+    def test_other_data_in_the_same_folder_have_another_reference(self, copy, image_folder, extractor, tmp_path):
+        """As after `rsync` or `cp -r` of new data over old, which leaves the folder `reference`."""
+        first = reference_of(copy, extractor, "tiny-classifier")
+        for path in image_folder.rglob("*.png"):
+            (tmp_path / "other" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            ImageOps.invert(Image.open(path).convert("RGB")).save(tmp_path / "other" / path.parent.name / path.name)
+        config = PrepareConfig(resolution=16, features=("tiny",), shard_size=16)
+        prepare(str(tmp_path / "other"), tmp_path / "new", config)
+        shutil.copytree(tmp_path / "new", copy.folder, dirs_exist_ok=True)
+        second = reference_of(open_data(copy.folder), extractor, "tiny-classifier")
+        assert torch.equal(
+            second.subset, reference_of(open_data(tmp_path / "new"), extractor, "tiny-classifier").subset
+        )
+        assert not torch.allclose(second.subset, first.subset)
 
     def test_a_subset_is_evenly_spaced(self, copy, extractor, features, monkeypatch):
         monkeypatch.setattr(reference, "SUBSET", 10)

@@ -155,19 +155,14 @@ def accumulator_of(extractor: Extractor) -> torch.device:
 
 
 def _kept_path(images: Images, extractor: Extractor, spec: str) -> Path:
-    # The name has the extractor's weights, settings and precision: a change of any needs another file.
-    key = [spec, extractor.identity]
+    # A change of the extractor's weights, settings or precision needs another file. So does one of the images: in their
+    # own folder too, where a copy of other data may have replaced them.
+    name = f"{extractor.name}-{files.json_sha256([spec, extractor.identity, images.identity])[:12]}.npz"
     if images.home is not None:
         folder = images.home / "reference"
-        path = folder / _file_name(extractor, key)
-        if path.is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
-            return path
-    # In the shared cache the name also identifies the images; in their own folder that is not needed.
-    return files.cache_folder() / "reference" / _file_name(extractor, [*key, images.identity])
-
-
-def _file_name(extractor: Extractor, key: list) -> str:
-    return f"{extractor.name}-{files.json_sha256(key)[:12]}.npz"
+        if (folder / name).is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
+            return folder / name
+    return files.cache_folder() / "reference" / name
 
 
 def _read_kept(path: Path) -> Reference:
