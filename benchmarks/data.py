@@ -3,7 +3,7 @@
     python benchmarks/data.py                     everything: takes minutes and about 2 GB under --work
     python benchmarks/data.py --only loader
     python benchmarks/data.py --only loader memory
-    python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     a trial run: takes seconds
+    python benchmarks/data.py --rows 2048 --token-rows 64 --prepare-images 16 --tiny     a trial on little data
 
 loader    Shuffled batches of stored latents (8 x 32 x 32, float16), of latents with tokens (256 x 768) and of latents
           with images. All come from the page cache and are compared with a plain copy of the same bytes. They are also
