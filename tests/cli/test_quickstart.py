@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def table_of(said):
 
 def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "quick"
-    command = ["quickstart", "--source", str(image_folder), "--out", str(out)]
+    source = shutil.copytree(image_folder, tmp_path / "images")
+    next(source.rglob("*.png")).with_suffix(".txt").write_text("a picture")
+    command = ["quickstart", "--source", str(source), "--out", str(out)]
     assert run(command) == 0
     for name in ("baseline", "aligned"):
         rows = list(read_metrics(out / name))
@@ -74,6 +77,7 @@ def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder
     assert "40 images of 2 classes" in said
     assert "32 pixels, from sides of about" in said
     assert "features of lite0" in said
+    assert f"repa train quickstart-text --data {out}/data --out {out}/text" in said  # because of the caption
 
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     monkeypatch.setattr(quickstart, "run_together", None)  # the second call has nothing to do

@@ -14,6 +14,7 @@ from PIL import Image
 from repa.base.errors import UserError
 from repa.cli import main
 from repa.report import write_report
+from repa.report.page import with_code
 from repa.report.pictures import tile
 from repa.runs import MetricsLog, layout
 from tests.report.fakes import config, fake_run
@@ -136,6 +137,13 @@ def test_everything_from_outside_is_escaped(tmp_path):
     assert not page.all("script")
     assert page.balanced
     assert page.text.count(evil) >= 8
+
+
+def test_commands_in_sentences_are_code_that_does_not_break_within_an_option():
+    assert (
+        with_code("use `--a-b 5 <x>` & go") == "use <code>--a-b</code> <code>5</code> <code>&lt;x&gt;</code> &amp; go"
+    )
+    assert with_code("a ` in <name>") == "a ` in &lt;name&gt;"
 
 
 def test_the_same_input_gives_the_same_page(two, tmp_path):

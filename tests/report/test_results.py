@@ -234,3 +234,23 @@ def test_results_guided_by_another_network_are_not_compared(repa_xl):
     told = [how_made(table.protocol) for table in tables_of([repa_xl])]
     assert sum("guided by a weaker network (checksum aaaaaaaa)" in text for text in told) == 1
     assert sum("guided by a weaker network (checksum bbbbbbbb)" in text for text in told) == 1
+
+
+def test_private_metrics_and_those_of_captions_have_columns(tmp_path):
+    run = fake_run(tmp_path / "a")
+    found = {
+        "fid": 3.0,
+        "mylab.metrics.energy:power=2": 0.25,
+        "caption_agreement": 0.9,
+        "caption_agreement_shuffled": 0.5,
+    }
+    results_file(run / layout.EVALUATIONS / "x.json", found, made_by(run, 100))
+    alone = results_file(tmp_path / "y.json", {"mylab.metrics.energy:power=2": 0.5}, None, samples="adm.npz")
+    first, second = tables_of([run], [alone])
+    assert list(first.columns.values()) == ["FID ↓", "Caption agreement ↑", "mylab.metrics.energy:power=2"]
+    assert [cell_text(first.lines[0], key) for key in first.columns] == ["3.00", "0.9", "0.25"]
+    assert list(second.columns) == ["mylab.metrics.energy:power=2"]
+    write_report([run], tmp_path / "r.html", tables=True)
+    assert '<th scope="col" class="number">mylab.metrics.energy:power=2</th>' in (tmp_path / "r.html").read_text()
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text()))
+    assert row["mylab.metrics.energy:power=2"] == "0.25"

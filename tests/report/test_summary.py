@@ -149,12 +149,15 @@ def test_a_run_that_was_stopped_early_is_compared_at_its_own_end(tmp_path):
 def test_one_evaluation_per_run_gives_no_speedup(tmp_path):
     sentence = sentence_of(tmp_path, {100: 10.0}, {100: 5.0})
     assert "in the only evaluation to compare, 5.00 against 10.00 at 100 steps" in sentence
-    assert "--preview.score-every 20" in sentence
+    advice = [note for note in verdict(read_runs([tmp_path / "b", tmp_path / "a"])).notes if "--preview" in note]
+    assert advice == [
+        "For more evaluations train both again into new folders with `--preview.num-scored 500 --preview.score-every 20`."
+    ]
     assert "fewer" not in sentence
     assert summary_table([tmp_path / "b", tmp_path / "a"])[1]["steps to the baseline's"] == "too few evaluations"
     apart = sentence_of(tmp_path / "apart", {100: 10.0}, {50: 5.0})
     assert "not compared: Fréchet distance 5.00 at 50 steps and 10.00 at 100 steps" in apart
-    assert "--preview.score-every 20" in apart
+    assert "--preview.score-every 20" in verdict(read_runs([tmp_path / "apart" / name for name in "ba"])).notes[-2]
     rows = summary_table([tmp_path / "apart" / name for name in "ba"])
     assert rows[1]["steps to the baseline's"] == "too few evaluations"
 

@@ -25,6 +25,7 @@ from repa.training.config import TrainConfig
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PAGE = "report.html"
 PHOTOGRAPHS = "photographs"
+TEXT = "tiny-text:tokens=12"  # of quickstart-text
 GRID = 8  # side of the token grid at both resolutions, for the target's features
 # crops of the photographs: an eighth of what a run sees; the distances need the features of all of them
 NUM_CROPS = 4_000
@@ -107,6 +108,12 @@ def main(argv: list[str]) -> int:
     if not is_own:
         say("To do the same with 20 to 100,000 images of your own (a folder or zip, one folder per class):")
         say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
+    elif _has_captions(data):
+        say("The images have captions, which the quickstart does not use. To train on them (docs/text.md):")
+        say(f"  {shlex.join([*_program(), 'prepare', str(data), '--only', 'text', '--text', TEXT])}")
+        say(
+            f"  {shlex.join([*_program(), 'train', 'quickstart-text', '--data', str(data), '--out', str(folder / 'text')])}"
+        )
     return 0
 
 
@@ -145,6 +152,12 @@ def _compute_reference(data: Path, extractor: str) -> None:
 
     with ProgressBar(f"features of {extractor} for the training images", "images") as bar:
         reference_of(open_data(data), load_extractor(extractor), extractor, bar)
+
+
+def _has_captions(data: Path) -> bool:
+    from repa.data import open_data
+
+    return bool(open_data(data).manifest.inventory.captioned)
 
 
 def _is_finished(training: list[str]) -> bool:
@@ -189,9 +202,11 @@ def _write_page(folder: Path, data: Path, commands: list[str], seconds: float) -
 
     runs = [folder / name for name in RUNS]
     dataset = open_data(data)
-    # First one image per class in the order of the previews, then others up to the number in a preview.
-    first = np.unique(dataset.labels, return_index=True)[1]
-    shown = np.concatenate([first, np.setdiff1d(np.arange(len(dataset.labels)), first)])[:16]
+    # One image of each class in turn, as in the previews: first the first of each class, then the second.
+    by_class = np.argsort(dataset.labels, kind="stable")
+    place = np.empty(len(by_class), np.int64)  # of an image among those of its class
+    place[by_class] = np.arange(len(by_class)) - np.searchsorted(dataset.labels[by_class], dataset.labels[by_class])
+    shown = np.lexsort((dataset.labels, place))[:16]
     names = dataset.class_names
     images = dataset.gather("images", shown).transpose(0, 2, 3, 1)  # (16, H, W, 3)
     captions = [names[label] for label in dataset.labels[shown]] if len(names) > 1 else []

@@ -80,7 +80,7 @@ def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
         ours_last, theirs_last = (_distance_at(row) for row in (found.aligned_final, found.baseline_final))
         return (
             f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
-            f"{what} {ours_last} and {theirs_last}. {_advice_to_evaluate(found)}"
+            f"{what} {ours_last} and {theirs_last}."
         )
     num, ends = len(overlap.steps), f"{short_number(overlap.aligned[-1])} against {short_number(overlap.baseline[-1])}"
     end = f"{count(overlap.steps[-1])} steps"
@@ -89,7 +89,7 @@ def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
     if num == 1:
         sentence = (
             f"{start} is {higher} than {theirs}’s in the only evaluation to compare, {ends} at {end}: one evaluation shows "
-            f"no curve and no speed-up. {_advice_to_evaluate(found)}"
+            "no curve and no speed-up."
         )
     elif overlap.num_lower == num or overlap.num_higher == num:
         sentence = f"{start} is {higher} than {theirs}’s at all {num} compared steps: {ends} at {end}."
@@ -159,6 +159,8 @@ def _notes_of_pair(ours: str, theirs: str, found: Speedup) -> list[str]:
     if found.aligned_final["step"] != found.baseline_final["step"]:
         last = _distance_at(found.aligned_final), _distance_at(found.baseline_final)
         notes.append(f"Last evaluations: {ours} {last[0]}, {theirs} {last[1]}.")
+    if len(found.overlap.steps) <= 1:
+        notes.append(_advice_to_evaluate(found))
     return notes
 
 

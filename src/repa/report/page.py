@@ -131,7 +131,7 @@ def _environment() -> Any:
     environment.filters |= {
         "count": count, "duration": duration, "short_number": short_number, "how_made": how_made, "short_count": short_count,
         "printed": printed, "reached_text": reached_text, "cell_text": cell_text, "has_seeds": has_seeds,
-        "distance_name": distance_name, "breakable": breakable,
+        "distance_name": distance_name, "breakable": breakable, "with_code": with_code,
     }  # fmt: skip
     return environment
 
@@ -144,6 +144,20 @@ def _without_control_characters(value: Any) -> Any:
 def breakable(name: str) -> Markup:
     """A run's name that may wrap after a slash."""
     return Markup("/<wbr>").join(escape(part) for part in name.split("/"))
+
+
+def with_code(text: str) -> Markup:
+    """Text in which `words between backquotes` are code, whose options do not break at their hyphens."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a name holds a backquote
+        return escape(text)
+    words = [
+        Markup(" ").join(Markup("<code>{}</code>").format(word) for word in part.split(" "))
+        if number % 2
+        else escape(part)
+        for number, part in enumerate(parts)
+    ]
+    return Markup("").join(words)
 
 
 def _evaluation_table(run: RunRecord) -> tuple[list[str], list[list[str]]]:

@@ -12,7 +12,7 @@ from repa.autoencoders import AUTOENCODER
 from repa.base import files
 from repa.base.errors import in_markdown
 from repa.diffusion.config import DiffusionConfig
-from repa.evaluation.config import INCEPTION
+from repa.evaluation.config import INCEPTION, is_private
 from repa.models.config import ModelConfig
 from repa.recipes.paper import ROWS, Row
 from repa.recipes.published import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, PublishedResult, printed
@@ -41,7 +41,10 @@ METRICS = {
     "accuracy": "Acc. ↑",
     "kid": "KID ↓",
     "kd": "Kernel distance ↓",
-}
+    "caption_agreement": "Caption agreement ↑",
+    "clip_score": "CLIP score ↑",
+    "clip_agreement": "CLIP agreement ↑",
+}  # key -> title; a private metric has its dotted name as both
 
 
 # (name of the run, step) -> per cent, of the linear probe of its best block
@@ -73,7 +76,8 @@ class Table:
     def columns(self) -> dict[str, str]:
         """Key and title of every column that some line fills."""
         titles = {DISTANCE: f"{distance_name(self.protocol)} ↓", **METRICS}
-        return {key: title for key, title in titles.items() if any(key in line.values for line in self.lines)}
+        filled = dict.fromkeys(key for line in self.lines for key in line.values)
+        return {key: titles.get(key, key) for key in [*titles, *sorted(filled.keys() - titles.keys())] if key in filled}
 
     @property
     def has_paper(self) -> bool:
@@ -85,10 +89,15 @@ def results(
 ) -> list[Table]:
     """One table per protocol, in the order of the runs; `thin` keeps a few steps per run."""
     rows = [row for group in groups for run in group.runs for row in run.evals] + [other.row for other in others]
-    measured = [row for row in rows if any(is_number(row.get(key)) for key in (DISTANCE, *METRICS))]
+    measured = [row for row in rows if _measured(row)]
     return [
         _table(protocol, groups, others, accuracies, thin) for protocol in dict.fromkeys(map(protocol_of, measured))
     ]
+
+
+def _measured(row: Mapping[str, Any]) -> list[str]:
+    """The metrics of an evaluation: those of METRICS, then private ones."""
+    return [key for key in (DISTANCE, *METRICS, *filter(is_private, row)) if is_number(row.get(key))]
 
 
 def unmatched_paper_rows(tables: Sequence[Table], groups: Sequence[SeedGroup]) -> list[tuple[RunRecord, Row]]:
@@ -111,7 +120,7 @@ def _table(
             lines += _paper_lines(group, number, protocol)
     for other in others:
         if protocol_of(other.row) == protocol:
-            values = {key: spread([other.row[key]]) for key in (DISTANCE, *METRICS) if is_number(other.row.get(key))}
+            values = {key: spread([other.row[key]]) for key in _measured(other.row)}
             lines.append(Line(other.name, other.row.get("step"), values))
     return Table(protocol, lines, is_thinned)
 
@@ -127,8 +136,8 @@ def _measured_lines(group: SeedGroup, number: int, protocol: Protocol, accuracie
     lines = []
     for step in sorted({row["step"] for row in rows}):
         here = [row for row in rows if row["step"] == step]
-        numbers = {key: [row[key] for row in here if is_number(row.get(key))] for key in (DISTANCE, *METRICS)}
-        values = {key: spread(of_runs) for key, of_runs in numbers.items() if of_runs}
+        measured = dict.fromkeys(key for row in here for key in _measured(row))
+        values = {key: spread([row[key] for row in here if is_number(row.get(key))]) for key in measured}
         if values.keys() - {"accuracy"}:
             lines.append(Line(group.name, step, values, here[0].get("images"), len(here), number))
     return lines
