@@ -292,3 +292,23 @@ def test_an_output_destroys_no_other_file(argv, random_run, data_folder, tmp_pat
     ]
     for _ in range(2):
         assert outcome(free)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "run", "--reference", "data", *MEASURED, *FEW],
+        ["analyse", "cknna", "run", *COMPARED],
+        ["analyse", "probe", "run", "--data", "data", "--times", "0.5"],
+        ["analyse", "encoders", "data", "--encoders", "tiny"],
+        ["train", "run", "--data", "data", "--out", "other"],
+    ],
+)
+@pytest.mark.parametrize("field", ["images", "labels"])
+def test_changed_bytes_of_data_spoil_no_result(field, argv, random_run, data_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(random_run, "run")
+    shutil.copytree(data_folder, "data")
+    path = tmp_path / "data" / f"{field}-00000.npy"
+    np.save(path, np.load(path) ^ 1)  # of the same size and type
+    assert f"do not match their checksums ({field}-00000.npy)" in refused(argv)

@@ -201,11 +201,11 @@ def probe(argv: list[str], held: ExitStack) -> int:
     from repa.analysis import probe_of_encoder, probe_of_run
     from repa.analysis.collection import best
     from repa.base import dist
-    from repa.data import open_data
+    from repa.data import open_checked
     from repa.data.dataset import load_encoder_of
 
     device = dist.setup()
-    val = open_data(given.val) if given.val else None
+    val = open_checked(given.val) if given.val else None
     rows = _rows_of_each(
         checkpoints,
         given,
@@ -213,7 +213,7 @@ def probe(argv: list[str], held: ExitStack) -> int:
             run, data, config, val, bars.of(name), bars.of(f"heads of {name}", "epochs")
         ),
     )
-    data = open_data(given.data)
+    data = open_checked(given.data)
     for spec in given.encoders:
         encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
         with Bars() as bars:
@@ -245,10 +245,10 @@ def encoders(argv: list[str], held: ExitStack) -> int:
     from repa.analysis import compare_encoders
     from repa.analysis.hidden import spaced_rows
     from repa.base import dist
-    from repa.data import open_data
+    from repa.data import open_checked
 
-    device, data = dist.setup(), open_data(given.data)
-    val = open_data(given.val) if given.val else None
+    device, data = dist.setup(), open_checked(given.data)
+    val = open_checked(given.val) if given.val else None
     with Bars() as bars:
         shown, heads = bars.of(f"encoders on {given.data}"), bars.of("their heads", "epochs")
         found = compare_encoders(data, config, val=val, device=device, progress=shown, heads_progress=heads)
@@ -271,9 +271,9 @@ def _rows_of_each(
 ) -> list[dict[str, Any]]:
     """Rows {run, step, ...}: the results of `find(run, data, name, bars)` for each checkpoint."""
     from repa.base import dist
-    from repa.data import open_data
+    from repa.data import open_checked
 
-    device, data = dist.setup(), open_data(given.data)
+    device, data = dist.setup(), open_checked(given.data)
     rows = []
     for each in checkpoints:
         run = each.load(given.weights, given.autoencoder_weights, device)

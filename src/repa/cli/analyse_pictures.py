@@ -104,12 +104,12 @@ def pictures(argv: list[str], held: ExitStack) -> int:
     from repa.analysis.hidden import spaced_rows
     from repa.analysis.pictures import token_pictures
     from repa.base import dist
-    from repa.data import open_data
+    from repa.data import open_checked
     from repa.data.dataset import load_encoder_of
     from repa.report.pictures import picture_table
     from repa.report.style import write_png
 
-    device, data = dist.setup(), open_data(given.data)
+    device, data = dist.setup(), open_checked(given.data)
     if wrong := [i for i in given.images if not 0 <= i < data.num_images]:
         raise UserError(f"{given.data} has no image {wrong[0]}: give indices from 0 to {data.num_images - 1}.")
     indices = np.array(given.images) if given.images else spaced_rows(data, given.num_images)
@@ -162,14 +162,14 @@ def neighbours(argv: list[str], held: ExitStack) -> int:
     import numpy as np
 
     from repa.analysis import find_copies
-    from repa.data import open_data
+    from repa.data import open_checked
     from repa.evaluation import open_images
     from repa.report.pictures import picture_table
     from repa.report.style import write_png
 
     device = _of_one_process("neighbours")
-    data, samples = open_data(given.data), open_images(given.samples)
-    held_out = open_data(given.held_out) if given.held_out else None
+    data, samples = open_checked(given.data), open_images(given.samples)
+    held_out = open_checked(given.held_out) if given.held_out else None
     if (samples.height, samples.width) != (data.resolution, data.resolution):
         raise UserError(
             f"{given.samples} holds images of {samples.height}x{samples.width} pixels, {given.data} of {data.resolution}: "

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 
 MANY_PASSES = 1_000  # passes over the data above which a run is likely to memorise images
-CHECKED_AT_START = 4 * 2**30  # bytes of data whose checksums take seconds; `repa check DATA --full` verifies more
 
 
 class TrainArguments(TrainConfig, options.Command):
@@ -96,18 +95,15 @@ def start(
     """
     from repa.base import dist
     from repa.cli.hooks import preview_hooks
-    from repa.data import open_data
+    from repa.data import open_checked
     from repa.training import train
     from repa.training.inputs import idle_with
     from repa.training.log import readable
 
     device = dist.setup()
     with dist.together():
-        data = open_data(data_folder)
+        data = open_checked(data_folder)
         refuse_idle(idle_with(config, data), typed)
-        # Streamed files are checked when they arrive.
-        if data.num_bytes <= CHECKED_AT_START and not data.stream:
-            data.check()
     if note := about_passes(config, data.num_images):
         say(note)
     with ProgressBar(run.name, "steps") as bar:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from repa.data.checking import count_duplicates as count_duplicates
     from repa.data.config import PrepareConfig as PrepareConfig
     from repa.data.dataset import DataSet as DataSet
+    from repa.data.dataset import open_checked as open_checked
     from repa.data.dataset import open_data as open_data
     from repa.data.feature_cache import FeatureCache as FeatureCache
     from repa.data.finishing import remove as remove

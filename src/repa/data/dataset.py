@@ -23,6 +23,7 @@ from repa.encoders.loading import weights_for
 # one byte per image in memory instead of a read of 8 bytes per image and batch
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels; if they take more, each batch reads its labels
 LABELS_CHUNK = 1 << 16  # labels read at a time
+CHECKED_AT_START = 4 << 30  # bytes of data whose checksums take seconds
 
 
 class DataSet:
@@ -180,6 +181,17 @@ def open_data(path: str | Path) -> DataSet:
         stream = RemoteFiles(str(path))
         return DataSet(str(path), stream.manifest(), stream)
     return DataSet(Path(path), Manifest.open(path))
+
+
+def open_checked(path: str | Path) -> DataSet:
+    """`open_data`, with the checksums of all files of a small set, for commands whose results changed bytes would spoil.
+
+    Files of a URL are checked when they arrive; `repa check DATA --full` checks any folder.
+    """
+    data = open_data(path)
+    if data.num_bytes <= CHECKED_AT_START and not data.stream:
+        data.check()
+    return data
 
 
 # Commands that use a prepared folder reuse the local weights of `prepare`. A folder may be untrusted: a path in it is

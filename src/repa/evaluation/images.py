@@ -20,7 +20,7 @@ from repa.base import dist, faults
 from repa.base.arrays import map_npz, read_header, require_once
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
-from repa.data import DataSet, Source, open_data, open_source
+from repa.data import DataSet, Source, open_checked, open_source
 from repa.data.manifest import MANIFEST, PARTS
 from repa.data.remote import is_url
 
@@ -185,5 +185,5 @@ def open_images(where: str | Path, resolution: int | None = None) -> Images:
     if path.suffix == ".npz":
         return NpzImages(path)
     if is_url(where) or (path / MANIFEST).is_file() or (path / PARTS).is_dir():
-        return DataImages(open_data(where))
+        return DataImages(open_checked(where))
     return SourceImages(open_source(str(where), labels="none"), str(where), resolution)
