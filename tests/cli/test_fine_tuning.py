@@ -110,7 +110,7 @@ def test_alignment_can_be_added_to_a_released_network(tune, tmp_path):
 
 def test_a_dit_is_fine_tuned_with_its_own_objective(tune, tmp_path):
     state = released.random_state(learn_sigma=True)
-    torch.save(released.sit_training(state), tmp_path / "dit.pt")
+    torch.save(released.dit_training(state), tmp_path / "dit.pt")
     options = ("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm")
     code, new = tune(f"dit:{tmp_path / 'dit.pt'}", *STILL, *options)
     assert code == 0

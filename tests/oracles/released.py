@@ -48,9 +48,15 @@ def repa_training(state, **settings):
 
 
 def sit_training(state, **settings):
-    """The content saved by train.py of SiT and DiT; steps are only in the file's name."""
+    """The content saved by SiT's train.py; steps are only in the file's name."""
+    settings = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", **settings}
+    return dit_training(state, **settings)
+
+
+def dit_training(state, **settings):
+    """The content saved by DiT's train.py."""
     live = {key: value + 0.01 for key, value in state.items()}
-    arguments = argparse.Namespace(**{"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity", **settings})
+    arguments = argparse.Namespace(**{"model": "DiT-XL/2", **settings})
     return {"model": live, "ema": state, "opt": {"state": {}, "param_groups": []}, "args": arguments}
 
 

@@ -98,9 +98,7 @@ def test_sit_checkpoints_become_runs(training, tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_dit_checkpoints_become_runs(training, tmp_path):
     state = released.random_state(learn_sigma=True)
-    code, run = convert(
-        released.sit_training(state, model="DiT-XL/2") if training else state, tmp_path, "--kind", "dit"
-    )
+    code, run = convert(released.dit_training(state) if training else state, tmp_path, "--kind", "dit")
     assert code == 0
     check(latents(run, "ddim", 4), released.dit_ddim(state, NOISE, LABELS, 4))
     config = TrainConfig.load(run / layout.CONFIG)
@@ -222,6 +220,20 @@ def test_a_missing_or_ambiguous_average_is_reported(tmp_path, capsys):
     code, run = convert(two, tmp_path / "two", "--weights", "ema_1")
     assert code == 0
     assert torch.equal(load_checkpoint(run).ema["pos_embed"], STATE["pos_embed"] + 0.01)
+
+
+@pytest.mark.parametrize(
+    ("saved", "kind", "right"),
+    [
+        (released.sit_training, "dit", "sit"), (released.sit_training, "repa", "sit"), (released.dit_training, "sit", "dit"),
+        (released.repa_training, "sit", "repa"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_code_is_refused(saved, kind, right, tmp_path, capsys):
+    """Its tensors have the right shapes, but its time runs backwards, or it predicts something else."""
+    state = released.random_state(learn_sigma=True)
+    assert convert(saved(state), tmp_path, "--kind", kind)[0] == 2
+    assert f"saved by the code of kind {right!r}" in capsys.readouterr().err
 
 
 def test_converted_runs_sample_like_the_released_code(tmp_path, capsys):

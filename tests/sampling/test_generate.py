@@ -532,3 +532,13 @@ def test_a_decoder_precision_without_a_decoder_is_refused(run):
     with pytest.raises(UserError, match="--decoder-precision bf16 has no effect: pixels"):
         prepared(run, ODE.override(decoder_precision="bf16"))
     assert prepared(run, ODE).autoencoder is run.autoencoder
+
+
+def test_parts_without_a_record_are_not_mixed_into_a_job(run, tmp_path):
+    """job.json says which job made them; without it they may be of any."""
+    out, other = tmp_path / "s.npz", ODE.override(seed=7)
+    with pytest.raises(ZeroDivisionError):
+        write_samples(run, other, 8, out, lambda done, total: 1 / (8 - done))
+    (out.with_suffix(".parts") / "job.json").unlink()
+    expected = write_samples(run, ODE, 8, tmp_path / "fresh.npz").read_bytes()
+    assert write_samples(run, ODE, 8, out).read_bytes() == expected

@@ -23,6 +23,7 @@ from repa.models.dit import DiT
 from repa.models.layers import timestep_frequencies
 
 KINDS = ("repa", "sit", "dit")
+CODES = {"repa": ("linear", "cosine"), "sit": ("Linear", "GVP", "VP")}  # the paths as each code spells them
 MOST_STEPS = 10**12  # largest plausible number of training steps
 FIRST_TIME_LAYER = "t_embedder.mlp.0.weight"
 # Tensors that show the options of a network.
@@ -58,14 +59,14 @@ def load_published(path_or_state_dict: str | Path | Mapping[str, Any], kind: str
     _check_kind(kind)
     given = path_or_state_dict
     content, where = (given, "The state dict") if isinstance(given, Mapping) else (read_weights(given), str(given))
+    arguments = content.get("args") if isinstance(content, Mapping) else None
+    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    settings = dict(settings) if isinstance(settings, Mapping) else {}
+    _require_code(settings, kind, where)
     chosen, raw, taken = choose_weights(content, where, kind, weights)
     ema, projectors = _translate(chosen.tensors, where, kind)
     model = _translate(raw.tensors, where, kind)[0] if raw else {}
-    arguments = content.get("args")
-    settings = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    return Published(
-        ema, projectors, model, _steps(content), dict(settings) if isinstance(settings, Mapping) else {}, taken
-    )
+    return Published(ema, projectors, model, _steps(content), settings, taken)
 
 
 def to_published(state: Mapping[str, Tensor], projectors: Mapping[str, Tensor], kind: str) -> StateDict:
@@ -187,6 +188,24 @@ def _qk_norm(state: Mapping[str, Tensor]) -> str:
 def heads_of_named(hidden_dim: int, depth: int) -> int | None:
     """Number of attention heads of the named size with this width and depth; None if there is none."""
     return next((heads for *size, heads in SIZES.values() if size == [hidden_dim, depth]), None)
+
+
+def _require_code(settings: Mapping[Any, Any], kind: str, where: str) -> None:
+    """Raises UserError if a checkpoint's settings are those of another code.
+
+    The tensors alone do not tell: time runs backwards in SiT, and a DiT predicts noise.
+    """
+    path, model = (settings.get(name) for name in ("path_type", "model"))
+    if isinstance(path, str):
+        found = next((code for code, paths in CODES.items() if path in paths), kind)
+    else:
+        found = "dit" if isinstance(model, str) and model.startswith("DiT") else kind
+    if found != kind:
+        shown = f"path_type {path!r}" if isinstance(path, str) else f"model {model!r:.40}"
+        raise UserError(
+            f"{where} was saved by the code of kind {found!r}, as its settings show ({shown}), not {kind!r}: give --kind {found}. "
+            "If that is wrong, save the weights without the settings."
+        )
 
 
 def _check_kind(kind: str) -> None:

@@ -234,6 +234,8 @@ def _claim(job: dict[str, Any], run: LoadedRun, num: int, out: Path, parts: Path
         _require_same(job, marker, f"{parts} belongs to another job")
     if not marker.exists():
         files.require_replaceable(out.with_suffix(".json"), ("num", "weights_sha256"), (".jsonl", ".png"))
+        for path in _found(parts).values():  # of a job that nothing records
+            path.unlink()
     side = run.latent_shape[1] * run.autoencoder.factor
     # Twice: the parts exist next to the file until it is complete.
     files.require_space(out.parent, 2 * num * side * side * 3, f"Writing {num:,} samples")
