@@ -339,11 +339,13 @@ def test_a_flipped_bit_of_a_part_or_of_the_samples_is_found(run, tmp_path):
 
 @both
 def test_processes_share_the_work_and_the_file_is_the_same(config, run, tmp_path, monkeypatch):
-    """Three processes run one after the other, the main one last, because it waits for the others."""
+    """Three processes run one after the other; the main one claims the job first, and assembles it last."""
     whole = write_samples(run, config, 11, tmp_path / "whole.npz").read_bytes()
     out = tmp_path / "shared.npz"
     monkeypatch.setattr(dist, "world", lambda: 3)
     made = []
+    with pytest.raises(UserError, match="contains 1 of 3 parts"):
+        write_samples(run, config, 11, out)
     for rank in (2, 1, 0):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         write_samples(run, config, 11, out, lambda done, total: made.append(done))
