@@ -95,6 +95,9 @@ def test_the_quickstart_goes_from_images_to_a_report(small_recipes, image_folder
     monkeypatch.setattr(quickstart, "_compute_reference", lambda data, extractor: None)
     assert run([*command, "--num-steps", "6"]) == 3  # more steps and another seed, so not finished
     assert run([*command, "--seed", "1"]) == 3
+    assert "one evaluation" not in capsys.readouterr().out
+    assert run([*command, "--num-steps", "2"]) == 0  # the runs are longer already
+    assert "note: 2 steps have one evaluation, at the end" in capsys.readouterr().out
     assert len(asked) == 4
     assert json.loads((out / "data" / "manifest.json").read_text())["num_images"] == 2 * 40  # including mirrored copies
 

@@ -70,6 +70,12 @@ def main(argv: list[str]) -> int:
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
     choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)
+    every = recipes["baseline"].preview.every
+    if 0 < given.num_steps <= every:
+        say(
+            f"  note: {given.num_steps:,} steps have one evaluation, at the end, so the report will show no curve and no "
+            f"speed-up. There is one every {every:,} steps."
+        )
     choice = replace(choice, changes={**choice.changes, "seed": given.seed})
     config = PrepareConfig(
         resolution=choice.resolution,
