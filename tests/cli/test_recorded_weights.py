@@ -77,6 +77,16 @@ def test_weight_folders_given_to_prepare_are_remembered(image_folder, tiny_confi
     assert "--autoencoder-weights" in refused("sample", "run", "--out", "t.npz", "--num-images", 2, "--steps", 1)
     assert "--autoencoder-weights" in refused("train", "r.yaml", "--data", "../data", "--out", "run2")
     run("sample", "run", "--out", "t.npz", "--num-images", 2, "--steps", 1, "--autoencoder-weights", tmp_path / "moved")
+    # the same weights with another scale, as a copy of them from another model has
+    other = shutil.copytree(tmp_path / "moved", tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "scaling_factor": 0.5}))
+    for argv in (
+        ("sample", "run", "--out", "u.npz", "--num-images", 2),
+        ("train", "r.yaml", "--data", "../data", "--out", "x"),
+    ):
+        said = refused(*argv, "--autoencoder-weights", other)
+        assert "have the scale 0.18215, but the loaded sd-vae-ft-mse has 0.5: give the same weights" in said
     save_kl(kl, latent_channels=4, seed=5)  # replace the weights
     assert "--autoencoder-weights" in refused("sample", "run", "--out", "u.npz", "--num-images", 2, "--steps", 1)
     assert "--autoencoder-weights" in refused("train", "r.yaml", "--data", "../data", "--out", "run2")

@@ -213,13 +213,21 @@ def load_autoencoder(
 
 
 def require_same_autoencoder(recorded: object, autoencoder: Autoencoder, where: object) -> None:
-    """Raises UserError if the latents of `where`, with the record `recorded`, have other weights of this autoencoder."""
-    sha256 = recorded.get("sha256") if isinstance(recorded, dict) else None
+    """Raises UserError if the latents of `where`, with the record `recorded`, have other weights or another scale."""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    sha256, remedy = recorded.get("sha256"), "give the same weights as --autoencoder-weights FOLDER."
     if sha256 is not None and autoencoder.identity["sha256"] != sha256:
         raise UserError(
             f"The latents of {where} were encoded with weights of {autoencoder.name} with the checksum {str(sha256)[:12]}, but the loaded "
-            f"weights have {str(autoencoder.identity['sha256'])[:12]}: give the same weights as --autoencoder-weights FOLDER."
+            f"weights have {str(autoencoder.identity['sha256'])[:12]}: {remedy}"
         )
+    # The config.json of a folder holds them, so equal weights may have others.
+    for key in ("scale", "shift", "stochastic"):
+        if key in recorded and recorded[key] != autoencoder.identity[key]:
+            raise UserError(
+                f"The latents of {where} have the {key} {recorded[key]!r:.80}, but the loaded {autoencoder.name} has "
+                f"{autoencoder.identity[key]!r:.80}: {remedy}"
+            )
 
 
 def not_finite(x: Tensor) -> list[int]:
