@@ -78,7 +78,8 @@ def test_a_name_of_two_kinds_shows_both(printed):
     shown = printed("show", "cosine")
     assert "loss cosine" in shown
     assert "weight schedule cosine" in shown
-    assert "cosine:steps=..." in shown
+    assert "cosine:steps=...\n" in shown
+    assert "cosine:axis=channels,margin=0.0 (the defaults)" in shown
 
 
 def test_every_listed_name_can_be_shown(printed):

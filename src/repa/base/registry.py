@@ -31,6 +31,8 @@ class Setting(NamedTuple):
     annotation: Any
     """The type of its values; Any in private code, which checks its values itself."""
     is_required: bool
+    default: str = ""
+    """Its value if it is left out, as in the source; "" if it is required, or of private code."""
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -105,9 +107,12 @@ class Registry:
         """The docstring of an entry, read from its source without an import."""
         return ast.get_docstring(_definition(self.table[name])) or ""
 
-    def settings(self, name: str) -> list[str]:
-        """Names of the settings of an entry."""
-        return sorted(_keyword_settings(self.table[name]))
+    def settings(self, name: str) -> dict[str, str]:
+        """Settings of an entry -> default, "..." if it has none: required ones first."""
+        found = _keyword_settings(self.table[name])
+        return {
+            key: found[key].default or "..." for key in sorted(found, key=lambda key: (bool(found[key].default), key))
+        }
 
     def target(self, spec: str) -> str:
         """The "module:attr" that a spec names; UserError for an unknown name."""
@@ -273,7 +278,11 @@ def _keyword_settings(target: str) -> dict[str, Setting]:
         fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
         named = [(f.target.id, f.annotation, f.value) for f in fields if isinstance(f.target, ast.Name)]
     return {
-        name: Setting(eval(ast.unparse(kind), ANNOTATIONS) if kind else Any, default is None)
+        name: Setting(
+            eval(ast.unparse(kind), ANNOTATIONS) if kind else Any,
+            default is None,
+            ast.unparse(default).strip("'") if default else "",
+        )
         for name, kind, default in named
     }
 

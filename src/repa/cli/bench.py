@@ -1,6 +1,7 @@
 """`repa bench RECIPE [--data DATA]`: what a recipe's step costs on this machine, and what to change next."""
 
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
     if given.compiled and recipe.compile:
         raise UserError("--compiled has no effect: the recipe compiles its step already. Leave it out.")
 
+    # torch's profiler would print its own stages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
     from repa.base import dist, files

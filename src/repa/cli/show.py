@@ -87,7 +87,9 @@ def _entry(registry: Registry, name: str) -> str:
     lines = [f"{registry.kind} {name}", *registry.docstring(name).splitlines()]
     if name in registry.facts:
         lines[1:] = [registry.facts[name]]
-    written = f"{name}:{'=...,'.join(settings)}=..." if settings else f"{name}, which has no settings"
+    values = ",".join(f"{key}={default}" for key, default in settings.items())
+    some = " (the defaults)" if any(default != "..." for default in settings.values()) else ""
+    written = f"{name}:{values}{some}" if settings else f"{name}, which has no settings"
     lines += [f"written as {written}", f"in {registry.table[name].partition(':')[0]}"]
     return "\n".join([lines[0], *(f"  {line}".rstrip() for line in lines[1:])])
 
