@@ -72,7 +72,9 @@ def alone(rank: int, tmp_path, **more) -> subprocess.CompletedProcess:
         "REPA_JOIN_MINUTES": "0.03", "CUDA_VISIBLE_DEVICES": "", **more,
     }  # fmt: skip
     script = "from repa.base import dist; dist.NOTE_AFTER = 0.3; from repa.cli import main; main.main()"
-    argv = ["sample", "nowhere", "--out", "s.npz"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("{}")
+    argv = ["sample", "run", "--out", "s.npz"]
     return subprocess.run(
         [sys.executable, "-c", script, *argv], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
     )  # fmt: skip
