@@ -1,13 +1,14 @@
 """Every family from a tiny random checkpoint in the hub's format, including text towers and decoders."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
@@ -361,3 +362,44 @@ def test_spellings_of_the_reference_code_are_accepted(spelling, name):
     from repa.encoders import canonical
 
     assert canonical(spelling) == name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 1}, r"has layers\.1\..*, but its config\.json describes a smaller network"),
+        ({"qkv_bias": False}, r"has layers\.0\.attention\..*bias, but its config\.json describes a smaller network"),
+        ({"num_attention_heads": 0}, r"does not fit its config\.json"),
+        ({"patch_size": 0}, r"does not fit its config\.json"),
+    ],
+)
+def test_a_configuration_that_leaves_out_parts_is_refused(changed, message, made, tmp_path):
+    """transformers only logs the tensors that it did not read: the features would be of another network."""
+    folder = shutil.copytree(made["dino-b"][0], tmp_path / "copy")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, **changed}))
+    with pytest.raises(UserError, match=message):
+        load_encoder("dino-b", weights=folder)
+
+
+def test_a_configuration_that_asks_for_tuples_changes_nothing(made, tmp_path):
+    folder = shutil.copytree(made["dino-b"][0], tmp_path / "copy")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "return_dict": False}))
+    pictures = noise_images(64)
+    found, wanted = (load_encoder("dino-b", weights=w)(pictures, 4)[0] for w in (folder, made["dino-b"][0]))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64])
+def test_weights_of_integers_are_refused(kind, pickled, made, tmp_path):
+    folder = shutil.copytree(made["dino-b"][0], tmp_path / "copy")
+    state = {name: (50 * x).to(kind) for name, x in load_file(folder / "model.safetensors").items()}
+    (folder / "model.safetensors").unlink()
+    if pickled:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"(weight|bias)' has the type .*Give weights of 16 or 32 bits"):
+        load_encoder("dino-b", weights=folder)

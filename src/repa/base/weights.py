@@ -14,7 +14,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -28,7 +28,12 @@ from repa.base.files import size, unique_keys
 
 MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors need a tenth of this
 DESCRIBED = 16  # least bytes of a tensor's name, type and shape in a file
-PRECISE = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16")  # types of safetensors; integers are those of positions
+PRECISE = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}  # safetensors' names
 MOST_VIEWS = 16  # bytes of a file's tensors for each byte of the file: several tensors may share a storage
 CHUNK = 2**20  # bytes that are read at a time for the checksum of a record
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
@@ -194,21 +199,42 @@ def _require_plain_header(path: Path) -> dict[str, Any]:
 
 
 def _require_sound(path: Path) -> None:
-    """Raises UserError for a file of a network's weights that is damaged, or has types that lose precision or are no numbers.
+    """Raises UserError for a file of a network's weights that is damaged, or has weights of 8 bits or of integers.
 
     Other libraries read these files: they check no checksum, and convert every type to float32.
     """
+
+    def check(name: str, kind: Any, allowed: Collection[Any]) -> None:
+        if name.rpartition(".")[2] in ("weight", "bias") and kind not in allowed:
+            raise UserError(
+                f"{path} is refused: its tensor {name!r:.80} has the type {str(kind).removeprefix('torch.')!r:.20}. Give weights of "
+                "16 or 32 bits."
+            )
+
     remedy = "Download or copy it again."
     with faults.reading(path, "a file of weights", remedy):
         if path.suffix == ".safetensors":
             for name, entry in _require_plain_header(path).items():
-                if entry["dtype"] not in PRECISE:
-                    raise UserError(
-                        f"{path} is refused: its tensor {name!r:.80} has the type {entry['dtype']!r:.20}. Give weights of 16 or 32 bits."
-                    )
+                check(name, entry["dtype"], PRECISE)
         elif zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 _check_records(archive, path, remedy)
+                for name, stored in _tensors_of(archive):
+                    check(name, stored.dtype, PRECISE.values())
+
+
+def unread_layer(unread: Iterable[str], network: nn.Module) -> str | None:
+    """A tensor of a file that `network` did not read although its other layers have one like it: its configuration
+    describes fewer layers, or layers with fewer parts. None if there is none.
+
+    Tensors of other towers and heads may stay unread.
+    """
+
+    def layer_of(name: str) -> str:
+        return re.sub(r"\d+", "#", name.rpartition(".")[0])
+
+    layers = {layer_of(name) for name in network.state_dict()}
+    return min((name for name in unread if "#" in layer_of(name) and layer_of(name) in layers), default=None)
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:

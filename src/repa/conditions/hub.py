@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.base.hub import CONFIG, Repository, found_of, weights_named
-from repa.base.weights import no_larger_than
+from repa.base.weights import no_larger_than, unread_layer
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.families import TextFamily, text_family_of
 
@@ -120,12 +120,21 @@ def read_network(name: str, model: str, folder: Path) -> Any:
         with no_larger_than(found_of(WEIGHTS, folder), folder / CONFIG):
             kind(kind.config_class.from_pretrained(folder, local_files_only=True))
         net, report = kind.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+            return_dict=True,
         )
     # transformers only warns about missing tensors and leaves them random.
     if report["missing_keys"]:
         raise UserError(
             f"{folder} lacks weights of the text encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
+        )
+    if spare := unread_layer(report["unexpected_keys"], net):
+        raise UserError(
+            f"{folder} has {spare}, but its {CONFIG} describes a smaller network: download or copy both again."
         )
     return net
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from repa.base import extras, faults, files
 from repa.base.errors import UserError
 from repa.base.hub import CONFIG, Repository, found_of
-from repa.base.weights import no_larger_than, read_weights
+from repa.base.weights import no_larger_than, read_weights, unread_layer
 from repa.encoders.families import TORCH_HUB, Family, Original
 from repa.encoders.originals import convert_original, state_dict_of
 
@@ -89,13 +89,25 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
         )
     except UserError:
         raise
-    except (StrictDataclassError, RuntimeError, ValueError, TypeError) as error:
+    except (
+        StrictDataclassError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+    ) as error:
         fits = f"the encoder {name}" if original else f"its {CONFIG}"
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
     # transformers only warns about missing weights and fills them with random values: the target would be noise.
     if report["missing_keys"]:
         raise UserError(
             f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
+        )
+    if spare := unread_layer(report["unexpected_keys"], net):
+        raise UserError(
+            f"{file} has {spare}, but its {CONFIG} describes a smaller network: download or copy both again."
         )
     # A folder of the hub may also hold a text tower or a decoder. The tensors of a project's own file were renamed, so any
     # others belong to another network.
@@ -115,6 +127,7 @@ def _contents(
     if original:  # the file has no configuration: it follows from the shapes
         settings, tensors = convert_original(state_dict_of(tensors, original, name, file), original)
         return config_class(**settings, **family.settings), tensors
-    config = config_class.from_pretrained(file.parent, local_files_only=True, **family.settings)
+    # return_dict, because a config.json may ask for tuples
+    config = config_class.from_pretrained(file.parent, local_files_only=True, return_dict=True, **family.settings)
     # A model with several towers: only the vision tower is used.
     return config, {key: value for key, value in tensors.items() if key.startswith(family.subset)} or tensors
