@@ -11,7 +11,7 @@ import repa
 from repa.base import dist
 from repa.base.errors import UserError
 
-# The real command line, where `open_data` fails in one process, or `claim_folder` in the main one.
+# The real command line, where `open_checked` fails in one process, or `claim_folder` in the main one.
 SCRIPT = """
 import os, sys
 import repa.data, repa.training.loop
@@ -22,7 +22,7 @@ who, mistake = int(sys.argv.pop(1)), sys.argv.pop(1)
 if int(os.environ["RANK"]) == who:
     def refuse(*arguments):
         raise UserError("This is the mistake.")
-    setattr(repa.data if mistake == "open_data" else repa.training.loop, mistake, refuse)
+    setattr(repa.data if mistake == "open_checked" else repa.training.loop, mistake, refuse)
 main.main()
 """
 
@@ -49,7 +49,7 @@ def start(tmp_path: Path, *argv) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(
-    ("who", "mistake"), [(1, "open_data"), pytest.param(0, "claim_folder", marks=pytest.mark.slow)]
+    ("who", "mistake"), [(1, "open_checked"), pytest.param(0, "claim_folder", marks=pytest.mark.slow)]
 )
 def test_a_user_error_in_one_process_ends_all_and_is_printed_once(who, mistake, data_folder, tiny_config, tmp_path):
     (tmp_path / "tiny.yaml").write_text(tiny_config.to_yaml())

@@ -78,7 +78,7 @@ def test_a_name_of_two_kinds_shows_both(printed):
     shown = printed("show", "cosine")
     assert "loss cosine" in shown
     assert "weight schedule cosine" in shown
-    assert "cosine:steps=...\n" in shown
+    assert "cosine:steps=400000 (the defaults)" in shown
     assert "cosine:axis=channels,margin=0.0 (the defaults)" in shown
 
 
@@ -131,3 +131,7 @@ def test_the_nearest_name_comes_before_a_long_list():
     assert choices("bb", ["aa", "ba"]) == ". Choose aa or ba. Did you mean 'ba'?"
     assert choices("temp", ["temperature"]) == ". Did you mean 'temperature'?"
     assert choices("x", []) == ". There are none."
+
+
+def test_a_setting_without_a_default_is_shown_open(printed):
+    assert "written as block:depth=...\n" in printed("show", "block")

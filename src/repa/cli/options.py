@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
 
+from repa.base import launch
 from repa.base.config import Config, option, refuse_idle
 from repa.base.errors import UserError, nearest
 from repa.data.manifest import require_data
@@ -103,7 +104,12 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
 
 
 def require_folders(given: V) -> V:
-    """The same options; raises UserError if a folder that they name is missing or of another kind."""
+    """The same options; raises UserError if a folder that they name is missing or of another kind.
+
+    Several processes first meet, because a folder may be missing on one machine only.
+    """
+    if launch.place().world > 1:
+        return given
     for name, info in type(given).model_fields.items():
         for mark in info.metadata:
             if isinstance(mark, OnDisk):
