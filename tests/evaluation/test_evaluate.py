@@ -173,10 +173,10 @@ def test_another_image_size_is_refused_before_slow_work(data, tmp_path, monkeypa
             evaluate_file(tmp_path / "s.npz", data.folder, EvaluateConfig(), device=CPU)
 
 
-@pytest.mark.parametrize("num", [0, 1])
-def test_too_few_images_are_refused(num, data, images, tmp_path):
+@pytest.mark.parametrize(("num", "message"), [(0, "holds no images"), (1, "has 1 image, but")])
+def test_too_few_images_are_refused(num, message, data, images, tmp_path):
     path = save(tmp_path / "s.npz", images[:num])
-    with pytest.raises(UserError, match=f"has {num} image"):
+    with pytest.raises(UserError, match=message):
         evaluate_file(path, data.folder, EvaluateConfig(), device=CPU)
 
 

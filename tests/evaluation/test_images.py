@@ -111,6 +111,13 @@ def test_changed_bytes_give_a_one_line_error(save, tmp_path):
         list(open_images(path).batches(4))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 4, 3), (3, 0, 0, 3)])
+def test_a_file_without_images_is_refused(shape, tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"s\.npz holds no images: arr_0 has the shape"):
+        open_images(tmp_path / "s.npz")
+
+
 @pytest.mark.parametrize("packing", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_duplicate_arrays_are_refused(packing, tmp_path):

@@ -89,6 +89,8 @@ class NpzImages(Images):
             raise UserError(
                 f"{path}: arr_0 must be uint8 (N, H, W, 3), but is {dtype} {shape}: save the images in this form."
             )
+        if 0 in shape:
+            raise UserError(f"{path} holds no images: arr_0 has the shape {shape}. Give a file with images.")
         self.num, self.height, self.width, _ = shape
         self._size = self.height * self.width * 3
         # Before any allocation: a header may declare more than the file contains.
