@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.runs import checkpoint, layout, read_metrics, writer
+from repa.runs.averaging import write_average
 from repa.training import Hook, TrainConfig, loop
 
 
@@ -234,10 +235,13 @@ def test_snapshots_of_repeated_steps_are_written_again(tiny_config, run_training
         return {path.parent.name: path.read_bytes() for path in sorted((run / layout.SNAPSHOTS).rglob("*.safetensors"))}
 
     run_training(config, tmp_path / "r")
+    for step in (3, 9):
+        write_average(tmp_path / "r", 0.07, step)
     shutil.rmtree(layout.checkpoint_folder(tmp_path / "r", 10))
     before = snapshots(tmp_path / "r")
     run_training(config.override(num_steps=12), tmp_path / "r")
     after = snapshots(tmp_path / "r")
+    assert layout.average_steps(tmp_path / "r", "ema-width-0.07") == [3]  # that of step 9 was of lost steps
     assert list(before) == ["0000003", "0000006", "0000009"]
     assert [name for name in before if before[name] == after[name]] == ["0000003"]
     assert list(after) == [*before, "0000012"]

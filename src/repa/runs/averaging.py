@@ -63,11 +63,10 @@ def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]]
             save_checked(half, temporary / f"{weights_name(width)}.safetensors")
 
 
-def drop_snapshots(run: Path, step: int) -> None:
-    """Remove the snapshots after `step`: training repeats these steps, perhaps with another end of the schedule."""
-    for later in layout.snapshot_steps(run):
-        if later > step:
-            folder = layout.snapshot_folder(run, later)
+def drop_later(run: Path, step: int) -> None:
+    """Remove the snapshots after `step`, and the averages of them: training repeats these steps, perhaps with other settings."""
+    for folder in (*layout.folders_of_steps(run / layout.SNAPSHOTS), *layout.folders_of_steps(run / layout.AVERAGES)):
+        if int(folder.name) > step:
             # Rename first: a file that is open on NFS cannot be removed, and the next snapshot tries again.
             hidden = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
             folder.rename(hidden)

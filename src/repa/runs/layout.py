@@ -127,8 +127,13 @@ def average_steps(run: Path, name: str) -> list[int]:
     return [step for step in _steps(run / AVERAGES) if average_file(run, step, name).is_file()]
 
 
+def folders_of_steps(folder: Path) -> list[Path]:
+    """The folders that are named by steps, in their order."""
+    return sorted(p for p in folder.iterdir() if _is_step(p.name) and p.is_dir()) if folder.is_dir() else []
+
+
 def _steps(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in folder.iterdir() if _is_step(p.name) and p.is_dir()) if folder.is_dir() else []
+    return sorted(int(p.name) for p in folders_of_steps(folder))
 
 
 def _is_step(name: str) -> bool:

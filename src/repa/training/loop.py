@@ -21,7 +21,7 @@ from repa.data import Batch, DataSet, Loader
 from repa.encoders.contract import Features
 from repa.models.contract import Condition, State
 from repa.runs import MetricsLog, Writer, layout
-from repa.runs.averaging import drop_snapshots
+from repa.runs.averaging import drop_later
 from repa.training.attention import fastest_kernels
 from repa.training.config import TrainConfig
 from repa.training.initial_weights import is_new_run
@@ -120,10 +120,11 @@ def _open_run(
     dist.on_main(lambda: claim_folder(run, config, data, texts.identity))
     state.resume(run)
     require_agreement(run, config, data, state.step)
-    # A complete run stays unchanged; otherwise partial files of a kill, and snapshots of later steps, are removed.
+    # A complete run stays unchanged; otherwise partial files of a kill, and snapshots and averages of later steps, are
+    # removed.
     if state.step < config.num_steps:
         dist.on_main(lambda: layout.tidy(run))
-        dist.on_main(lambda: drop_snapshots(run, state.step))
+        dist.on_main(lambda: drop_later(run, state.step))
     return state, encoders, texts
 
 
