@@ -111,7 +111,9 @@ def main(argv: list[str]) -> int:
     where = f"{given.devices} x {'a device' if given.tflops else given.device} of {peak:.4g} TFLOP/s"
     theirs = "" if {"device", "tflops"} & given.model_fields_set else "; --device or --tflops for yours"
     memory = given.memory or memory
-    whose = "a device" if given.memory or given.tflops else f"one {given.device}"
+    whose = (
+        "a device" if given.memory or given.tflops else "this machine" if given.device == CPU else f"one {given.device}"
+    )
     fits = fitting(found, memory, whose, classes, resolution) if memory else []
     say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed{theirs})", fits))
     if note := about_passes(found.config, images):
@@ -228,7 +230,7 @@ def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> l
     return [
         "", head,
         _row("network calls", f"{passes.whole + passes.short}", note=f"per image{around}"),
-        _row("GFLOP/image", f"{flops:,.0f}", note=f"the decoder {decoder:,.0f} of them"),
+        _row("GFLOP/image", f"{flops:,.0f}", note=f"the decoder {decoder:,.0f} of them" if decoder else ""),
         _row("images/s", f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"),
         _row("time", duration(given.samples / rate)),
     ]  # fmt: skip
