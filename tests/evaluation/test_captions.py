@@ -99,6 +99,9 @@ def test_captions_are_measured_on_data_samples_and_runs(captioned_data, text_run
     (tmp_path / "few.txt").write_text("one\ntwo\n")
     assert repa(["evaluate", str(path), "--reference", data, *words, "--prompts", str(tmp_path / "few.txt")]) == 2
     assert "needs the prompts of all 6" in capsys.readouterr().err
+    np.savez(path, arr_0=np.load(path)["arr_0"][::-1])  # the prompts beside it are those of other samples now
+    assert repa(["evaluate", str(path), "--reference", data, *words, "--clip-weights", str(clip)]) == 2
+    assert "needs the prompts of all 6 samples, but there are 0" in capsys.readouterr().err
 
 
 def test_invalid_combinations_are_refused(captioned_data, data_folder, tmp_path):

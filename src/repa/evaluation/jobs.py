@@ -55,10 +55,11 @@ def evaluate_file(
     if images.height != images.width:
         raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: crop them to squares first.")
     # Other samples may have replaced those of the record: it counts only if its checksum matches.
-    path = Path(samples).with_suffix(".json")
+    path, beside = Path(samples).with_suffix(".json"), Path(samples).with_suffix(".jsonl")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
     if not isinstance(made, dict) or made.get("crc32") != images.identity.get("crc32"):
-        made = None  # nothing, or about another file
+        # Nothing, or about other samples, as are the prompts that were written with it.
+        made, beside = None, Path() if made else beside
 
     def counted() -> ImageBatches:
         progress(0, images.num)
@@ -68,7 +69,7 @@ def evaluate_file(
 
     return evaluate_stream(
         counted(), images.num, images.height, reference, config, device=device, samples=str(samples), made=made,
-        prompts=_prompts_of(images, path.with_suffix(".jsonl"), config), progress=reference_progress,
+        prompts=_prompts_of(images, beside, config), progress=reference_progress,
     )  # fmt: skip
 
 
