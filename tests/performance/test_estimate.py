@@ -184,7 +184,7 @@ def test_time_is_flops_divided_by_the_rate(base):
 def test_memory_is_listed_by_content(base):
     weights = base.network.parameters + base.projectors.parameters
     memory = base.memory(cached=False)
-    assert (memory["weights"], memory["AdamW"]) == (4 * weights, 8 * weights)
+    assert (memory["weights"], memory["optimizer"]) == (4 * weights, 8 * weights)
     assert memory["averages"] == 4 * base.network.parameters
     assert memory["activations"] == 256 / 8 * base.activations
     assert base.memory(cached=True)["encoders"] == 0 < memory["encoders"]
@@ -194,7 +194,7 @@ def test_memory_is_listed_by_content(base):
 def test_memory_is_computed_for_the_faster_strategy(base):
     large = estimated(aligned("SiT-XL/2"))
     assert large.parallel == "fsdp"
-    assert large.memory(cached=True)["AdamW"] == 8 * (large.network.parameters + large.projectors.parameters) / 8
+    assert large.memory(cached=True)["optimizer"] == 8 * (large.network.parameters + large.projectors.parameters) / 8
     assert base.parallel == "ddp"  # as configured
     assert estimated(aligned("SiT-XL/2"), num_devices=1).parallel == "ddp"
 
@@ -203,7 +203,7 @@ def test_several_processes_share_memory(monkeypatch):
     monkeypatch.setattr("repa.performance.estimate.activation_bytes", lambda config, dims: 1000)
     whole = estimated(aligned("SiT-S/2", parallel="ddp")).memory(cached=True)
     shared = estimated(aligned("SiT-S/2", parallel="fsdp", accumulate=2)).memory(cached=True)
-    for what in ("weights", "gradients", "AdamW", "averages"):
+    for what in ("weights", "gradients", "optimizer", "averages"):
         assert shared[what] == whole[what] / 8
     assert (whole["activations"], shared["activations"]) == (32_000, 16_000)
 

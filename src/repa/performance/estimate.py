@@ -113,7 +113,8 @@ class Estimate:
         return {
             "weights": 4 * trained / divided,  # float32
             "gradients": 4 * trained / divided,
-            "AdamW": 8 * trained / divided,  # two float32 moments
+            # Two float32 moments of AdamW; Muon has one for matrices, so this is its upper bound.
+            "optimizer": 8 * trained / divided,
             "averages": 4 * averages * self.network.parameters / divided,
             "weights in half precision": 2.0 * trained * half,  # autocast keeps its copies until the end of the step
             "activations": images * self.activations,
