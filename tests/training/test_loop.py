@@ -97,7 +97,7 @@ def test_progress_and_log_show_the_alignment(finished):
     (row, *_), lines = trained(finished), (finished / layout.LOG).read_text().splitlines()
     first = next(line for line in lines if line.startswith("step 1/"))
     assert first.startswith(
-        f"step 1/10: denoising loss {row['denoising']:.4f}, alignment tiny@1 {row['alignment']['tiny@1']:.4f}, "
+        f"step 1/10: denoising loss {row['denoising']:.4f}, alignment loss tiny@1 {row['alignment']['tiny@1']:.4f}, "
     )
 
 

@@ -70,7 +70,9 @@ class TrainingLog:
 def readable(metrics: dict[str, float]) -> str:
     """One line of text: the denoising loss, the loss of each alignment, and the rate."""
     terms = [
-        f", {name.replace('/', ' ')} {value:.4f}" for name, value in metrics.items() if name.startswith("alignment/")
+        f", {name.replace('/', ' loss ')} {value:.4f}"
+        for name, value in metrics.items()
+        if name.startswith("alignment/")
     ]
     return f"denoising loss {metrics['denoising']:.4f}{''.join(terms)}, {metrics['images_per_second']:.1f} images/s"
 
