@@ -155,12 +155,12 @@ def test_a_run_without_results_gives_a_page(tmp_path):
     run = fake_run(tmp_path / "young", num_steps=0)
     page = page_of([run], tmp_path / "r.html")
     assert page.balanced
-    assert "has not logged a single step yet" in page.text
+    assert "has not logged any step yet" in page.text
     assert "no evaluations" in page.text
     assert not page.all("svg")
     (run / layout.METRICS).unlink()
     (run / layout.DATA).unlink()
-    assert "has not logged a single step yet" in page_of([run], tmp_path / "r.html").text
+    assert "has not logged any step yet" in page_of([run], tmp_path / "r.html").text
 
 
 def test_a_configuration_that_contradicts_the_results_is_refused(random_run, tmp_path):
