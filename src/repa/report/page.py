@@ -242,13 +242,13 @@ def _distance_curve(records: Sequence[RunRecord], protocol: Protocol, number: in
     axis = {"step": "training steps", "seconds": "time", "images": "training images"}[against]
     alt = f"{distance_name(protocol)} against {axis}: {'; '.join(parts)}."
     has_seeds = len(group_seeds(records)) < len(records)
-    seeds = " Thin: each seed; strong: their mean at the steps that all have." if has_seeds else ""
+    seeds = " Thin: each seed; strong: their mean at shared steps." if has_seeds else ""
     caption = {
-        "step": f"{distance_name(protocol)}, lower is better, 0 is the reference itself: {how_made(protocol)}.{seeds} "
-        "Lines are straight between evaluations. A dotted level is the baseline’s last value, a ring marks where "
-        "an aligned run first reached it. First values far above the rest may be cut off.",
-        "seconds": "The same against logged training time, which includes the cost of a step.",
-        "images": "The same against training images, repetitions counted: steps times batch size.",
+        "step": f"{distance_name(protocol)}: lower is better, 0 is the reference itself. Dotted: the baseline’s last value; "
+        f"ring: where an aligned run first reached it. First values far above the rest may be cut off.{seeds} Protocol: "
+        f"{how_made(protocol)}.",
+        "seconds": "The same against training time, which includes the cost of alignment.",
+        "images": "The same against training images, with repetitions: steps times batch size.",
     }
     return Curve(inline_svg(picture, f"distance-{number}-{against}", alt), caption[against])
 
