@@ -403,3 +403,18 @@ def test_weights_of_integers_are_refused(kind, pickled, made, tmp_path):
         save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"(weight|bias)' has the type .*Give weights of 16 or 32 bits"):
         load_encoder("dino-b", weights=folder)
+
+
+@every
+def test_another_setting_that_changes_features_changes_the_identity(made, name, tmp_path):
+    folder, _ = made[name]
+    usual, images = load_encoder(name, weights=folder), noise_images(NATIVE * PATCH[name])
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy/config.json"
+    config = json.loads(path.read_text())
+    config.get("vision_config", config)["hidden_act"] = "relu"
+    path.write_text(json.dumps(config))
+    other = load_encoder(name, weights=tmp_path / "copy")
+    assert not torch.equal(usual(images, NATIVE).patches, other(images, NATIVE).patches)
+    assert other.identity["weights_sha256"] == usual.identity["weights_sha256"]
+    assert other.identity["preprocessing"] == f"{usual.identity['preprocessing']}; hidden_act relu"

@@ -28,7 +28,7 @@ class ViTEncoder(VisionEncoder):
             name=name,
             dim=net.config.hidden_size,
             patch_size=net.config.patch_size,
-            preprocessing=preprocessing(family, positions_of(net)),
+            preprocessing="; ".join([preprocessing(family, positions_of(net)), *unusual_settings(family, net.config)]),
             weights_file=weights_file,
         )
         self.family = family
@@ -121,6 +121,14 @@ def preprocessing(family: Family, positions: Tensor | None) -> str:
         steps.reverse()
     tables = "rotary positions" if positions is None else "positions resampled bicubic with antialias"
     return "; ".join(["pixels / 255", *steps, tables])
+
+
+def unusual_settings(family: Family, config: Any) -> list[str]:
+    """Settings of a config.json that change the features but no weight, if they differ from those of the family."""
+    usual = vars(type(config)()) | dict(family.settings)
+    given = vars(config)
+    names = [name for name in ("hidden_act", "layer_norm_eps") if name in given]
+    return [f"{name} {given[name]}" for name in names if given[name] != usual[name]]
 
 
 def positions_of(net: nn.Module) -> Tensor | None:
