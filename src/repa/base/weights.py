@@ -28,12 +28,8 @@ from repa.base.files import size, unique_keys
 
 MOST_HEADER = 2**25  # bytes of a safetensors header; a hundred thousand tensors need a tenth of this
 DESCRIBED = 16  # least bytes of a tensor's name, type and shape in a file
-PRECISE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}  # safetensors' names
+# safetensors' names of the types that weights may have
+PRECISE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_VIEWS = 16  # bytes of a file's tensors for each byte of the file: several tensors may share a storage
 CHUNK = 2**20  # bytes that are read at a time for the checksum of a record
 NUMBERS = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",

@@ -55,11 +55,9 @@ def evaluate_file(
     if images.height != images.width:
         raise UserError(f"{samples} holds images of {images.height}x{images.width} pixels: crop them to squares first.")
     # Other samples may have replaced those of the record: it counts only if its checksum matches.
-    path, beside = Path(samples).with_suffix(".json"), Path(samples).with_suffix(".jsonl")
+    path, prompts = Path(samples).with_suffix(".json"), Path(samples).with_suffix(".jsonl")
     made = files.read_json(path) if Path(samples).suffix == ".npz" and path.is_file() else None
-    if not isinstance(made, dict) or made.get("crc32") != images.identity.get("crc32"):
-        # Nothing, or about other samples, as are the prompts that were written with it.
-        made, beside = None, Path() if made else beside
+    is_stale = made is not None and not (isinstance(made, dict) and made.get("crc32") == images.identity.get("crc32"))
 
     def counted() -> ImageBatches:
         progress(0, images.num)
@@ -68,8 +66,8 @@ def evaluate_file(
             progress(min(int(indices[0]) + dist.world() * config.batch_size, images.num), images.num)
 
     return evaluate_stream(
-        counted(), images.num, images.height, reference, config, device=device, samples=str(samples), made=made,
-        prompts=_prompts_of(images, beside, config), progress=reference_progress,
+        counted(), images.num, images.height, reference, config, device=device, samples=str(samples),
+        made=None if is_stale else made, prompts=_prompts_of(images, None if is_stale else prompts, config), progress=reference_progress,
     )  # fmt: skip
 
 
@@ -125,7 +123,7 @@ def evaluate_stream(
     }
 
 
-def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequence[str]:
+def _prompts_of(images: Images, beside: Path | None, config: EvaluateConfig) -> Sequence[str]:
     """Prompts of samples in a file: from the given file, the file next to them, or the first captions of data; empty if unneeded."""
     if not set(OF_CAPTIONS) & set(config.wanted):
         return ()
@@ -134,7 +132,7 @@ def _prompts_of(images: Images, beside: Path, config: EvaluateConfig) -> Sequenc
     if isinstance(images, DataImages):
         data = images.data
         return [next(iter(texts), "") for texts in data.captions(data.originals)] if data.has_captions else ()
-    return prompts_in(beside) if beside.is_file() else ()
+    return prompts_in(beside) if beside and beside.is_file() else ()
 
 
 def _caption_measures(
