@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from pydantic import BaseModel
@@ -34,13 +36,26 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Replace links to repository files that are not pages by their path, because the site does not contain them."""
+    """Convert equations to MathML, and replace links to repository files by their path: the site contains only pages."""
 
     def outside(match: re.Match) -> str:
         inside = (ROOT / "docs" / page.file.src_uri).parent.joinpath(match[2].partition("#")[0]).resolve()
         return match[0] if inside.is_relative_to(ROOT / "docs") else f"{match[1]} (`{inside.relative_to(ROOT)}`)"
 
+    markdown = re.sub(r"^```math\n(.*?)^```$", equation, markdown, flags=re.MULTILINE | re.DOTALL)
     return re.sub(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)", outside, markdown)
+
+
+def equation(block: re.Match) -> str:
+    """A ```math block of LaTeX, which code hosts render too, as MathML, which browsers render without a script."""
+    return f'<div class="equation">{latex2mathml.converter.convert(block[1].strip(), display="block")}</div>'
+
+
+def on_page_content(html: str, page: Page, **_: Any) -> str:
+    """Refuse lists that Markdown read as text, as it does after a table or paragraph indented by two spaces."""
+    if re.search(r"<p>[^<]*(<(?!/p>)[^<]*)*\n\* ", html):
+        raise PluginError(f"{page.file.src_uri} has a list read as text: indent the paragraph above it by four spaces.")
+    return html
 
 
 def room_page(room: str) -> str:
