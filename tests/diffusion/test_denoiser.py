@@ -59,6 +59,13 @@ def test_any_form_of_time_reaches_the_network_as_float32_per_sample(t):
     torch.testing.assert_close(data, x, rtol=1e-15, atol=0)  # v = 0, so state and coefficients stayed float64
 
 
+@pytest.mark.parametrize("t", [0.7, torch.full((3,), 0.7, dtype=torch.float64)])
+def test_a_float64_network_receives_float64_times(t):
+    spy = Spy(torch.zeros(3, 2, 2, 2))
+    Denoiser(spy, LINEAR, dtype=torch.float64).velocity(torch.zeros(3, 2, 2, 2, dtype=torch.float64), t)
+    assert torch.equal(spy.seen[0][1], torch.full((3,), 0.7, dtype=torch.float64))
+
+
 def test_low_precision_input_does_not_round_the_time():
     spy = Spy(torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16))
     out = Denoiser(spy, LINEAR, dtype=torch.bfloat16).velocity(torch.ones(1, 1, 1, 1), 0.996)

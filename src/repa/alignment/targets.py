@@ -14,6 +14,7 @@ from torch import Tensor
 from repa.alignment import TARGETS
 from repa.alignment.config import PARTS, AlignmentConfig
 from repa.base.errors import UserError
+from repa.base.precision import at_least_float32
 from repa.base.registry import parse_spec
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
@@ -124,7 +125,9 @@ class EncoderTarget(Target):
                     f"The encoder {self.encoder} has no pooled vector, which part=all needs: use part=patches."
                 )
             # Stored features are float16, which CPU autocast cannot concatenate.
-            return torch.cat([features.pooled.float()[:, None], features.patches.float()], dim=1)  # (N, 1 + M, F)
+            return torch.cat(
+                [at_least_float32(features.pooled)[:, None], at_least_float32(features.patches)], dim=1
+            )  # (N, 1 + M, F)
         return features.patches
 
 
@@ -173,11 +176,11 @@ class TextTarget(Target):
             raise UserError(
                 "A term has the target text, but the data has no caption tokens: prepare the data with `repa prepare --text`."
             )
-        tokens = seen.given.text.float()  # (N, S, E)
+        tokens = at_least_float32(seen.given.text)  # (N, S, E)
         if seen.given.text_mask is None:
             return tokens.mean(1, keepdim=True)
         # Padding is zero, so the mean is over the real tokens only; an empty caption has none.
-        there = seen.given.text_mask[..., None].float()  # (N, S, 1)
+        there = seen.given.text_mask[..., None].to(tokens.dtype)  # (N, S, 1)
         return (tokens * there).sum(1, keepdim=True) / there.sum(1, keepdim=True).clamp_min(1)
 
 

@@ -18,7 +18,7 @@ class Denoiser:
     """A network on a path.
 
     Args:
-        predict: (x_t (N, C, H, W), t (N,) float32) -> network output (N, C, H, W); a second half of the channels (a
+        predict: (x_t (N, C, H, W), t (N,)) -> network output (N, C, H, W); a second half of the channels (a
             learned variance) is allowed and only `output` returns it. If `predict` has a true attribute `takes_float_time`,
             like the function that `guided` returns, a Python float t is passed as it is: `predict` can then choose what to
             compute without a device synchronisation. For this reason samplers keep times as Python floats.
@@ -64,10 +64,11 @@ class Denoiser:
         # Reading a time on the CPU needs no synchronisation; a time on a GPU is not read here.
         if isinstance(t, Tensor) and t.ndim == 0 and t.device.type == "cpu":
             t = float(t)
-        if isinstance(t, Tensor) or not getattr(self.predict, "takes_float_time", False):
-            t = per_sample(t, x_t)  # (N,)
         # The state may be float64 but networks are not; the step itself is computed in the state's precision.
-        return self.predict(x_t.to(self.dtype), t).to(x_t.dtype)
+        x = x_t.to(self.dtype)
+        if isinstance(t, Tensor) or not getattr(self.predict, "takes_float_time", False):
+            t = per_sample(t, x)  # (N,)
+        return self.predict(x, t).to(x_t.dtype)
 
     def coefficients(self, x_t: Tensor, t: float | Tensor) -> Coefficients:
         """The path at t. A single time stays a 0-dim tensor on the CPU, which multiplies tensors on any device."""
@@ -106,12 +107,13 @@ class CountedCalls:
 
 
 def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
-    """Times for networks: (N,) float32 on x's device, from a Python float, a 0-dim or an (N,) tensor."""
+    """Times for networks: (N,) on x's device, float64 if x is and else float32, from a Python float, a 0-dim or an (N,) tensor."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(t, Tensor):
-        return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        return torch.full((len(x),), t, dtype=dtype, device=x.device)
     if t.ndim > 1 or (t.ndim == 1 and len(t) != len(x)):
         raise UserError(f"t has shape {tuple(t.shape)}, but must be a single time or one per sample, ({len(x)},).")
-    return t.to(x.device, torch.float32).expand(len(x))
+    return t.to(x.device, dtype).expand(len(x))
 
 
 class Layout:

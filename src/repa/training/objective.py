@@ -13,6 +13,7 @@ from repa.alignment import SCHEDULES, Alignment
 from repa.alignment.targets import Need, Seen, merged_needs
 from repa.base import dist
 from repa.base.errors import UserError
+from repa.base.precision import at_least_float32
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig
@@ -108,7 +109,7 @@ class Objective(nn.Module):
                     f"The stream {stream.name} needs an image vector, but the encoder {stream.source} has none: choose "
                     "another source."
                 )
-            found[stream.name] = vector.float()
+            found[stream.name] = at_least_float32(vector)
         return found
 
     def draw(self, clean: State, step: int) -> Draws:
@@ -200,7 +201,8 @@ class Objective(nn.Module):
             null = network(state, time, network.null(condition), taps).taps
             output = output._replace(
                 taps={
-                    tap: torch.lerp(null[tap].float(), seen.float(), target.scale) for tap, seen in output.taps.items()
+                    tap: torch.lerp(*map(at_least_float32, (null[tap], seen)), target.scale)
+                    for tap, seen in output.taps.items()
                 }
             )
         return output
