@@ -201,7 +201,7 @@ class Objective(nn.Module):
             null = network(state, time, network.null(condition), taps).taps
             output = output._replace(
                 taps={
-                    tap: torch.lerp(*map(at_least_float32, (null[tap], seen)), target.scale)
+                    tap: torch.lerp(at_least_float32(null[tap]), at_least_float32(seen), target.scale)
                     for tap, seen in output.taps.items()
                 }
             )
