@@ -6,6 +6,7 @@ from repa.base.errors import UserError
 from repa.models import Condition, MMDiT, Tap
 from repa.models.layers import by_head
 from tests import golden
+from tests.oracles import mmdit as oracle
 
 SIZES = {"latent_size": (4, 6), "hidden_dim": 16, "depth": 2, "num_heads": 2, "text_shape": (3, 5)}
 
@@ -38,6 +39,19 @@ def test_parameter_counts_match_the_paper():
         projector = PROJECTORS.build("mlp")(768, 768)
     assert sum(p.numel() for p in projector.parameters()) == wanted["projector"]
     assert sum(p.numel() for p in [*model.parameters(), *projector.parameters()]) == 512_415_504
+
+
+def test_forward_equals_the_literal_network():
+    """The released network attends to all text tokens, without a mask."""
+    model = network().double()
+    state, t, condition = inputs()
+    x, t, text = state["x"].double(), t.double(), condition.text.double()
+    output = model({"x": x}, t, Condition(condition.labels, text), (Tap(1), Tap(2)))
+    for n in range(2):
+        prediction, hidden = oracle.forward(model.state_dict(), x[n], float(t[n]), text[n], num_heads=2)
+        torch.testing.assert_close(output.prediction["x"][n], prediction, rtol=0, atol=1e-6)
+        for depth in (1, 2):
+            torch.testing.assert_close(output.taps[Tap(depth)][n], hidden[depth], rtol=0, atol=1e-6)
 
 
 def test_the_initial_prediction_is_zero_unless_reference_init_is_set():
