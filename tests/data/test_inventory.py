@@ -149,6 +149,18 @@ def test_numbered_shards_need_no_choice(tmp_path):
     assert open_source(tmp_path).class_names == ["all"]
 
 
+@pytest.mark.parametrize("names", [("class_0", "class_1"), ("0", "1"), ("n01440764", "n01440765")])
+def test_consecutive_numbers_may_be_classes(names, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for number, name in enumerate(names):
+        tar(tmp_path / "tars" / f"{name}.tar", **{f"{number}.png": png(number)})
+    with pytest.raises(UserError, match="--labels tars if each tar is a class"):
+        open_source(tmp_path / "tars")
+    with pytest.raises(UserError, match="leave --labels out"):  # not: --labels none, which would lose the classes
+        open_source(tmp_path / "tars", labels="folders")
+    assert open_source(tmp_path / "tars", labels="tars").class_names == list(names)
+
+
 def test_dots_in_sample_names_are_part_of_the_name(tmp_path):
     members = {}
     for number, label in enumerate(("cat", "dog")):
@@ -390,6 +402,47 @@ def test_tables_in_other_dialects_are_read(text, tmp_path):
     assert classes(open_source(tmp_path / "images", labels=f"{tmp_path / 'labels.csv'}:label")) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "choice"),
+    [
+        ("train.csv", "image,species\n0.png,a\n1.png,b\n", "train.csv:species"),
+        ("trainLabels.csv", "Id,level\n0.png,a\n1.png,b\n", "trainLabels.csv:level"),
+        ("metadata.csv", "file_name,label_id\n0.png,3\n1.png,4\n", "metadata.csv:label_id"),
+        ("metadata.json", '[{"file_name": "0.png", "label": 1}]', "metadata.json"),
+    ],
+)
+def test_a_table_of_the_images_needs_a_choice_under_any_column_name(file, text, choice, tmp_path):
+    tree(tmp_path, "0.png", "1.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"looks like labels: give --labels [^ ]*{choice},"):
+        open_source(tmp_path)
+    assert open_source(tmp_path, labels="none").class_names == ["all"]
+
+
+def test_a_table_of_captions_needs_no_choice(tmp_path):
+    tree(tmp_path, "0.png", "1.png")
+    (tmp_path / "captions.csv").write_text("image,caption\n0.png,a dog\n1.png,a cat\n")
+    assert open_source(tmp_path).class_names == ["all"]
+
+
+@pytest.mark.parametrize("column", ["label_id", "className", "image_category", "target.id"])
+def test_columns_that_may_be_labels_need_a_choice(column, tmp_path):
+    parquet.write_table(pa.table({"image": [png(), png(1)], column: [1, 0]}), tmp_path / "p.parquet")
+    tar(tmp_path / "s.tar", **{"0.png": png(), "0.json": json.dumps({column: 1}).encode()})
+    for source in (tmp_path / "p.parquet", tmp_path / "s.tar"):
+        with pytest.raises(UserError, match=rf"{column}: give .*:label={column}, or --labels none"):
+            open_source(source)
+        assert open_source(source, labels="none").class_names == ["all"]
+    assert classes(open_source(f"{tmp_path / 'p.parquet'}:label={column}")) == ["1", "0"]
+
+
+def test_endings_beyond_the_listed_ones_are_counted(tmp_path):
+    tree(tmp_path / "s", "cat/1.png", *(f"cat/x.u{number}" for number in range(30)))
+    left_out = open_source(tmp_path / "s").left_out
+    assert sum(left_out.values()) == 30
+    assert left_out["files with other endings"] == 10
+
+
 def test_unread_files_of_samples_are_counted_or_need_a_choice(tmp_path):
     tar(tmp_path / "a.tar", **{"0.png": png(), "0.label": b"1", "0.depth": b"x", "1.png": png(), "1.label": b"0"})
     source = open_source(tmp_path / "a.tar")
@@ -555,10 +608,12 @@ def test_split_names_in_camel_case_are_recognised(splits, tmp_path):
 
 
 def test_splits_inside_class_folders_need_a_choice(tmp_path):
-    tree(tmp_path, "cat/train/1.png", "cat/val/2.png", "dog/train/3.png")
-    with pytest.raises(UserError, match=r"look like splits \(train, val\)"):
-        open_source(tmp_path)
-    assert classes(open_source(tmp_path, labels="folders")) == ["cat", "cat", "dog"]
+    for inner in ("", "2019/"):
+        tree(tmp_path, *(f"{name}/{inner}{split}/1.png" for name in ("cat", "dog") for split in ("train", "val")))
+        with pytest.raises(UserError, match=r"look like splits \(train, val\)"):
+            open_source(tmp_path)
+        assert classes(open_source(tmp_path, labels="folders")) == ["cat", "cat", "dog", "dog"]
+        shutil.rmtree(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["metadata.csv", "train/metadata.csv", "dataset.json"])

@@ -264,6 +264,7 @@ def test_invalid_npy_headers_are_refused(tmp_path):
         ([1, 2, 3], ["0", "1", "2", "3"], [1, 2, 3]),
         ([-1, 1, 1], ["-1", "1"], [0, 1, 1]),
         (["10", "9", "9"], [str(n) for n in range(11)], [10, 9, 9]),
+        (["2,0", "0,0", "1,00"], ["0", "1", "2"], [2, 0, 1]),
         (["727", "A320", "727"], ["727", "A320"], [0, 1, 0]),
     ],
 )
@@ -273,7 +274,18 @@ def test_labels_keep_their_numbers_and_class_names(values, names, labels):
 
 
 @pytest.mark.parametrize(
-    "values", [[0, None, 1], [0.5, 1], [float("nan"), 1], [True, False], [-1, 0, 1], [0, 2**40], [[0], [1]], [1, "cat"]]
+    "values",
+    [
+        [0, None, 1],
+        [0.5, 1],
+        [float("nan"), 1],
+        [True, False],
+        [-1, 0, 1],
+        [0, 2**40],
+        [[0], [1]],
+        [1, "cat"],
+        ["0", "inf", "1"],
+    ],
 )
 def test_invalid_labels_are_refused(values):
     with pytest.raises(UserError):

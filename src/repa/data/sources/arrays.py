@@ -13,7 +13,7 @@ from repa.base.arrays import load_npy, map_npz
 from repa.base.errors import UserError
 from repa.data.sources.archives import open_zip
 from repa.data.sources.contract import Classes, Source, one_class
-from repa.data.sources.labels import classes_of, label_columns, named
+from repa.data.sources.labels import classes_of, like_labels, named
 
 IMAGE_KEYS = ("images", "image", "arr_0", "x", "x_train", "data")
 LABEL_KEYS = ("labels", "label", "arr_1", "y", "y_train", "targets")
@@ -87,8 +87,7 @@ class ArraySource(Source):
             return one_class(num)
         archive = _Npz(self.path)
         if not key and not any(name in archive.names for name in LABEL_KEYS):
-            worded = [n for n in archive.names if any(word in n.lower() for word in ("label", "class", "target"))]
-            if others := list(dict.fromkeys([*label_columns(archive.names), *worded])):
+            if others := like_labels(archive.names):
                 raise UserError(
                     f"{self.path} has no array called {' or '.join(LABEL_KEYS[:3])}, but it has {', '.join(others)}: "
                     f"choose the labels with {self.path}:label={others[0]}, or give --labels none for one class."

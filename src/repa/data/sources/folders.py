@@ -28,8 +28,8 @@ from repa.data.sources.contract import (
     read_image_file,
 )
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, split_file, table_columns
-from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, plain_path
-from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, split_folders
+from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, like_labels, plain_path
+from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, most_common, split_folders
 
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: one row per image
 LISTING = "dataset.json"  # of EDM2 and REPA: the labels of images in folders that are not classes
@@ -76,7 +76,7 @@ class FileSource(Source):
         others = stamps.keys() - {*texts, *paths, *self._described, used}
         # a .txt beside an image of its name is a caption; any other .txt may be a table of labels
         stems, tops = set(map(_stem, paths)), {path.partition("/")[0] for path in paths if "/" in path}
-        unknown = [*others, *(path for path in texts if _stem(path) not in stems)]
+        unknown = [*others, *metadata & stamps.keys(), *(path for path in texts if _stem(path) not in stems)]
         self.left_out = count_others(others, set(folders) - tops if tops else (), junk)
         self.paths = Strings(paths)
         captions = {_stem(path): path for path in texts}
@@ -159,7 +159,7 @@ class FileSource(Source):
             keys: dict[str, Any] = {}
             with contextlib.suppress(UserError):  # a .json without an object has no labels
                 keys = json_object(self.read(first, first), first) if ending == ".json" else {}
-            if label_columns([ending.removeprefix("."), *keys]):
+            if like_labels([ending.removeprefix("."), *keys]):
                 raise UserError(
                     f"{where} has no folders of classes, but files such as {printable(first)} beside its images look "
                     f"like labels: {unpacked}pack it with `tar --sort=name -cf images.tar -C {source} .` and give "
@@ -169,15 +169,25 @@ class FileSource(Source):
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
         """The columns of a file that could be labels; [""] if only its name looks like labels; [] for none."""
         columns = table_columns(file, lambda name: self.read(name, name))
+        names_images = not {*FILE_COLUMNS, "id"}.isdisjoint(map(str.lower, columns))
         if likely := label_columns(columns):
-            return likely if is_one or set(map(str.lower, columns)) & set(FILE_COLUMNS) else []
+            return likely if is_one or names_images else []
         if not is_one:
             return []
-        words = re.split("[^a-z]+", file.rpartition("/")[2].lower())
-        is_named_labels = file.endswith(f"/{LISTING}") or any(
+        if worded := like_labels(columns):
+            return worded
+        name = file.rpartition("/")[2]
+        if name in METADATA:  # captions, boxes and sizes
+            return []
+        # image,species: a table of images has labels under any name
+        others = [column for column in columns if column.lower() not in (*FILE_COLUMNS, "id", *CAPTION_COLUMNS, "")]
+        if names_images and others:
+            return others
+        words = [word.lower() for word in re.findall("[A-Z]*[a-z]+|[A-Z]+", name)]
+        is_named_labels = name == LISTING or any(
             word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
         )
-        return [columns[1] if len(columns) > 1 else ""] if is_named_labels or file.endswith("metadata.parquet") else []
+        return [columns[1] if len(columns) > 1 else ""] if is_named_labels or Path(name).stem == "metadata" else []
 
     def _from_metadata(self, where: str, paths: Sequence[str]) -> Classes | None:
         """The labels in the METADATA files (`imagefolder`), at the root or in folders; None without such labels."""
@@ -280,7 +290,7 @@ def count_others(paths: Iterable[str], empty_folders: Iterable[str], junk: int) 
     # an untrusted source may have any number of endings and folders: the bound keeps the manifest small
     named = {f"folder without images: {printable(name)[:60]}": 1 for name in empty[:20]}
     return {
-        **dict(endings.most_common(20)),
+        **most_common(endings, "files with other endings"),
         **named,
         **({"more folders without images": len(empty) - 20} if empty[20:] else {}),
         **({JUNK_KIND: junk} if junk else {}),

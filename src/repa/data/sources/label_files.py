@@ -84,7 +84,8 @@ def _key_column(path: str, columns: Sequence[str], column: str) -> str:
             f"{path} has no column {column!r}: it has {', '.join(map(repr, columns)) or 'none'}."
             f"{nearest(column, columns)} Choose a column with {path}:COLUMN."
         )
-    keys = [name for name in FILE_COLUMNS if name in columns and name != column]
+    lower = {name.lower(): name for name in reversed(columns) if name != column}
+    keys = [lower[name] for name in FILE_COLUMNS if name in lower]
     if not keys:
         raise UserError(
             f"{path} has no column of image names: call it {FILE_COLUMNS[0]!r} (or {', '.join(FILE_COLUMNS[1:])})."

@@ -10,11 +10,11 @@ import numpy as np
 
 from repa.base.errors import UserError, nearest, printable
 from repa.data.sources.contract import Classes, one_class, plain_text
-from repa.data.sources.names import SPLITS, several_splits, splits_among
+from repa.data.sources.names import SPLITS, split_folders, splits_among
 
 # a larger label is an identifier or a time; it would make that many class names and rows of the embedding
 MAX_CLASSES = 1_000_000
-MISSING = ("na", "n/a", "#n/a", "<na>", "none", "null", "?", "-")
+MISSING = ("na", "n/a", "#n/a", "<na>", "none", "null", "?", "-", "inf", "+inf", "-inf")
 LABEL_COLUMNS = (
     "label", "labels", "fine_label", "coarse_label", "class", "classes", "cls", "class_id", "class_name", "category", "target",
     "y",
@@ -90,11 +90,12 @@ def classes_by_name(texts: Sequence[str], origin: str) -> Classes:
 
 
 def _is_whole(value: Any) -> bool:
-    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,4000}(\.0*)?", value) is not None
+    # a decimal comma: tables with semicolons come from countries that write 10,0
+    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,4000}([.,]0*)?", value) is not None
 
 
 def _number_of(value: Any) -> int:
-    return int(value.partition(".")[0]) if isinstance(value, str) else int(value)
+    return int(re.split("[.,]", value)[0]) if isinstance(value, str) else int(value)
 
 
 def _numbered(labels: Sequence[int], name_of: Callable[[int], str], where: str) -> Classes:
@@ -137,6 +138,16 @@ def label_columns(columns: Iterable[str]) -> list[str]:
     columns = list(columns)
     lower = {name.lower(): name for name in columns}
     return [lower[name] for name in LABEL_COLUMNS if name in lower]
+
+
+def like_labels(columns: Iterable[str]) -> list[str]:
+    """The columns that may be the label: those of `label_columns`, else names such as label_id and image_class.
+
+    Only the first are used without a choice of the user, because target_size is no label.
+    """
+    columns = list(columns)
+    worded = [name for name in columns if any(word in name.lower() for word in ("label", "class", "categor", "target"))]
+    return label_columns(columns) or worded
 
 
 def from_listing(listing: Any, names: Sequence[str], where: str) -> Classes:
@@ -221,7 +232,8 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
         return one_class(len(paths), why="no folders")
     if depths == {0}:
         raise UserError(
-            f"labels is {labels!r}, but no image of {where} is in a folder: give --labels none for one class."
+            f"labels is {labels!r}, but no image of {where} is in a folder: leave --labels out for the labels of the "
+            "source itself, or give --labels none for one class."
         )
     folders = []
     for path in paths:
@@ -243,7 +255,7 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
         1: "the first folder of each path",
     }
     deeper = {path.split("/")[level] for path in paths if level and path.count("/") > level}
-    if not labels and (splits := several_splits(deeper)):
+    if deeper and not labels and (splits := split_folders([path.split("/", level or 0)[-1] for path in paths])):
         raise UserError(
             f"The class folders in {where} contain folders that look like splits "
             f"({', '.join(map(printable, splits))}): give a folder with one split, or --labels "

@@ -4,7 +4,7 @@ import collections
 import glob
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from repa.base.errors import UserError
@@ -18,7 +18,7 @@ BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of num
 JUNK = (
     "__macosx", "@eadir", "#recycle", "@recycle", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found",
     "thumbs.db", "desktop.ini", "__pycache__", "#snapshot", "~snapshot", "@tmp", "@sharebin", "recycler", "found.000",
-    "network trash folder", "temporary items",
+    "network trash folder", "temporary items", "@__thumb", "$extend",
 )  # fmt: skip
 JUNK_KIND = "hidden files and folders of the system"
 SPLITS = {
@@ -26,6 +26,13 @@ SPLITS = {
     "test": "test", "testing": "test", "holdout": "test",
 }  # fmt: skip
 """Names of folders and files that are splits, not classes -> the split."""
+
+
+def most_common(counts: Mapping[str, int], others: str) -> dict[str, int]:
+    """The 20 largest counts, in a fixed order; the rest as one, because an untrusted source may have any number."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(num for _, num in ordered[20:])
+    return dict(ordered[:20]) | ({others: rest} if rest else {})
 
 
 def is_hidden(name: str) -> bool:
@@ -91,14 +98,22 @@ def stem_of(shard: str) -> str:
 
 
 def counted_through(shards: Sequence[str]) -> bool:
-    """Whether these are consecutive parts of one set: train-0000.tar, train-0001.tar; 00000-of-00002.parquet."""
+    """Whether these are consecutive parts of one set: train-0000.tar, train-0001.tar; 00000-of-00002.parquet.
+
+    Names such as class_0.tar, 0.tar without leading zeros, and n01440764.tar may be those of classes.
+    """
     stems = [re.sub("-of-[0-9]+$", "", stem_of(shard)) for shard in shards]
     matches = [match for stem in stems if (match := re.search(r"([0-9]+)(?!.*[0-9])", stem))]
     if len(matches) < len(stems):
         return False
     numbers = sorted(int(match[1]) for match in matches)
     others = {stem[: match.start()] + stem[match.end() :] for stem, match in zip(stems, matches, strict=True)}
-    return len(others) == 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    if len(others) > 1 or numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+        return False
+    (other,) = others
+    is_plain_number = not other and all(match[1] == str(int(match[1])) for match in matches)
+    is_identifier = numbers[0] > MAX_FILES
+    return not (is_plain_number or is_identifier or "class" in other.lower() or "label" in other.lower())
 
 
 def named_by_first(shards: Sequence[str]) -> str:

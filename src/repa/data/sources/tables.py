@@ -23,8 +23,8 @@ from repa.data.sources.contract import (
     read_image_file,
     require_image_size,
 )
-from repa.data.sources.labels import classes_of, label_columns, named
-from repa.data.sources.names import named_by_first
+from repa.data.sources.labels import classes_of, label_columns, like_labels, named
+from repa.data.sources.names import most_common, named_by_first
 
 LABEL = "label"
 TEXTS = ("string", "large_string", "string_view")  # names of arrow types; not every version has the last one
@@ -94,7 +94,12 @@ class TableSource(Source):
         if not label and labels != "none":
             classes = [name for name, column in columns.items() if column.kind == "class"]
             usual = [name for name in label_columns(columns) if name != image]
-            likely = [LABEL] if LABEL in columns else classes if len(classes) == 1 else classes or usual
+            likely = [LABEL] if LABEL in columns else classes or usual
+            if not likely and (worded := [name for name in like_labels(columns) if name != image]):
+                raise UserError(
+                    f"{where} has no column called {LABEL!r}, but {', '.join(worded)}: give {where}:label={worded[0]}, "
+                    "or --labels none for one class."
+                )
             label = _only(where, likely, columns, "label", ", or give --labels none for one class") if likely else ""
         texts = [name for name in CAPTION_COLUMNS if name in columns and columns[name].kind == "text" and name != label]
         self._image, self._label, self._caption = image, label, caption or next(iter(texts), "")
@@ -105,7 +110,8 @@ class TableSource(Source):
         if others := [name for name in unread if name not in CAPTION_COLUMNS]:
             self._unlabelled += f" (not read: {', '.join(others)}; {where}:label={others[0]} selects one)"
         no_texts = {name for name in CAPTION_COLUMNS if name in columns and columns[name].kind != "text"}
-        self.left_out = {f"column {name!r}{', which holds no texts' * (name in no_texts)}": 1 for name in unread[:20]}
+        left_out = {f"column {name!r}{', which holds no texts' * (name in no_texts)}": 1 for name in unread}
+        self.left_out = most_common(left_out, "more columns")
 
     def _describe(
         self, where: str, num: int, labels: str, values: Callable[[], Sequence[Any]], facts: str, *, is_local: bool

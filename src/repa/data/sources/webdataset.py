@@ -28,11 +28,20 @@ from repa.data.sources.contract import (
     one_class,
 )
 from repa.data.sources.label_files import from_file
-from repa.data.sources.labels import classes_by_name, classes_of, from_folders, label_columns
-from repa.data.sources.names import JUNK_KIND, counted_through, is_remote, require_one_split, split_folders, stem_of
+from repa.data.sources.labels import classes_by_name, classes_of, from_folders, like_labels
+from repa.data.sources.names import (
+    JUNK_KIND,
+    counted_through,
+    is_remote,
+    most_common,
+    require_one_split,
+    split_folders,
+    stem_of,
+)
 
-INDEX_VERSION = 5  # part of the cache key, so that files of another format are computed again
+INDEX_VERSION = 6  # part of the cache key, so that files of another format are computed again
 MAX_TEXT = 1 << 24  # bytes of a label, a caption or a .json
+OTHERS = "other files of samples"
 ABSENT = (0, -1)  # a part that a sample lacks
 MAX_OPEN_SHARDS = 16  # at a time; rows are read in order, so few are enough
 IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
@@ -76,7 +85,7 @@ class WebDataset(Source):
         left_out: collections.Counter[str] = collections.Counter()
         for index in indices:
             left_out.update(index.left_out)
-        self.left_out = dict(left_out.most_common(20))
+        self.left_out = most_common(left_out, OTHERS)
         self.has_captions = bool((self._parts[:, TEXT, 1] >= 0).any() or (self._parts[:, JSON, 1] >= 0).any())
         label_like = list(dict.fromkeys(name for index in indices for name in index.label_like))
         classes = self._classes(labels, [value for index in indices for value in index.labels], label, label_like)
@@ -249,7 +258,7 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         cls = key_file if cls is ABSENT else cls  # some name the file 0001.label
         unused = [end for end, part in members.items() if part not in (image_part, text, meta, cls)]
         others.update(f"files .{printable(end)[:20]} of samples" for end in unused)
-        label_like.update(dict.fromkeys(end for end in unused if label_columns(end.split("."))))
+        label_like.update(dict.fromkeys(end for end in unused if like_labels(end.split("."))))
         for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
             if part[1] > MAX_TEXT:
                 raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
@@ -262,7 +271,7 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
                 values = json_object(slices.read(*meta), where)
                 in_json = values.get(label)
                 label_like.update(
-                    dict.fromkeys(label_columns(k for k, v in values.items() if v is not None and k != label))
+                    dict.fromkeys(like_labels(k for k, v in values.items() if v is not None and k != label))
                 )
             except UserError:
                 if value is None:  # beside a .cls, the .json may have other content, such as a list of boxes
@@ -280,7 +289,7 @@ def _scan(path: Path, name: str, image: str, label: str) -> Index:
         parts.append((image_part, text, meta))
     if not keys:
         raise UserError(f"{name} holds no images: give a shard with files named {' '.join(EXTENSIONS)}.")
-    left_out = dict(others.most_common(20)) | ({JUNK_KIND: len(junk)} if junk else {})
+    left_out = most_common(others, OTHERS) | ({JUNK_KIND: len(junk)} if junk else {})
     return Index(keys, labels, np.array(parts, np.int64), size, left_out, list(label_like)[:20])
 
 
@@ -302,6 +311,8 @@ def _text(data: bytes, name: str) -> str:
 
 
 def _label(value: Any, name: str) -> str | None:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, str, type(None))):
         raise UserError(
             f"The label in {name} is {str(value)[:80]}: it must be a whole number or the name of a class. Choose "
