@@ -195,10 +195,8 @@ def test_16_bit_pgm_has_a_known_range(most, bytes_of_white):
 
 @pytest.mark.parametrize("mode", ["RGB", "P"])
 def test_the_colour_profile_of_a_palette_image_is_applied(mode):
-    """Under a profile whose red and blue primaries are swapped, red is blue."""
-    profile = (
-        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes().replace(b"\0s\0R\0G\0B", b"\0x\0R\0G\0B")
-    )
+    """Under a profile whose red and blue primaries are swapped, red is blue, even if the profile is called sRGB."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile.replace(b"rXYZ", b"xXYZ").replace(b"bXYZ", b"rXYZ").replace(b"xXYZ", b"bXYZ")
     out = io.BytesIO()
     Image.new("RGB", (2, 2), "red").convert(mode).save(out, "PNG", icc_profile=profile)

@@ -1,5 +1,6 @@
 """Reading and writing images: any image file to RGB, the ADM crop, tensors, grids, PNG. Imports torch only for tensors."""
 
+import functools
 import io
 import warnings
 from pathlib import Path
@@ -97,15 +98,28 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if not profile or image.mode not in ("RGB", "CMYK", "L"):
         return image.convert("RGB")
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # The profile of most cameras: no conversion, so no grey level changes.
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return image.convert("RGB")
-        converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
-        assert converted is not None  # because it is not in place
-        return converted
+        return image.convert("RGB") if _is_srgb(profile, image.mode) else _converted(image, profile)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return image.convert("RGB")
+
+
+def _converted(image: Image.Image, profile: bytes) -> Image.Image:
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    converted = ImageCms.profileToProfile(image, source, SRGB, outputMode="RGB")
+    assert converted is not None  # because it is not in place
+    return converted
+
+
+@functools.lru_cache(8)
+def _is_srgb(profile: bytes, mode: str) -> bool:
+    """Whether a profile changes colours by rounding only, as that of most cameras: then no grey level should change."""
+    if mode == "CMYK":
+        return False
+    # the name in a profile proves nothing: edited profiles keep the name of the one they were made from
+    levels = np.arange(0, 256, 51, dtype=np.uint8)
+    cube = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(6, 36, 3)).convert(mode)
+    changes = np.asarray(_converted(cube, profile), np.int16) - np.asarray(cube.convert("RGB"), np.int16)
+    return int(np.abs(changes).max()) <= 2
 
 
 def adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
