@@ -116,4 +116,5 @@ def test_the_default_backend_gives_the_gradients_of_the_eager_step():
     losses_of(objective, x, labels, features).total.sum().backward()
     assert not any(name.startswith("_orig_mod") for name in objective.state_dict())
     for p, value in zip((p for p in objective.parameters() if p.requires_grad), wanted, strict=True):
-        torch.testing.assert_close(p.grad, value, rtol=1e-4, atol=1e-5)
+        # Sums in another order: the rounding of a small gradient is that of the large ones it was summed from.
+        torch.testing.assert_close(p.grad, value, rtol=0, atol=1e-5 * float(value.abs().max()))
