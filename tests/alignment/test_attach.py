@@ -332,6 +332,26 @@ def test_crepa_compares_neighbouring_video_frames():
         other(features)
 
 
+@pytest.mark.parametrize("scope", ["sample", "clip"])
+def test_relations_are_those_of_a_frame_or_of_all_frames_as_in_videorepa(scope):
+    """VideoREPA compares the tokens of each frame with those of all frames, and counts differences above 0.1."""
+    net, _, _ = net_and_batch()
+    x, features = torch.randn(2, 3 * 4, 8), torch.randn(2, 3, 4, 5)
+    aligner = repa.attach(net, "blocks.1", loss=f"gram:norm=l1,margin=0.1,scope={scope}", grid=(3, 2, 2))
+    net(x)
+    (tokens,) = (value.detach().unflatten(1, (3, 4)) for value in aligner.taps().values())
+    aligner(features)
+    total, cosine = 0.0, nn.functional.cosine_similarity
+    for n in range(2):
+        for frame in range(3):
+            others = [frame] if scope == "sample" else [0, 1, 2]
+            own, wanted = (
+                cosine(u[n, frame][:, None], u[n, others].flatten(0, 1)[None], dim=-1) for u in (tokens, features)
+            )
+            total += float(((own - wanted).abs() - 0.1).relu().mean()) / 6
+    assert float(next(iter(aligner.values.values()))) == pytest.approx(total, abs=1e-6)
+
+
 def of_frames(student, target):
     return torch.full((len(student),), float(student.shape[1]))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NORMS
 from repa.alignment.config import AlignmentConfig
-from repa.alignment.losses import grid_like, looks_at_other_images, resize_tokens
+from repa.alignment.losses import compares, grid_like, resize_tokens
 from repa.alignment.targets import Seen, Target, build_target
 from repa.base.errors import UserError
 from repa.base.precision import at_least_float32, no_autocast
@@ -103,7 +103,7 @@ class Alignment(nn.Module):
 
     def refuse_what_needs_all_tokens(self) -> None:
         """Raises UserError if the term cannot be computed from the tokens of a routed block, which differ between images."""
-        comparing = looks_at_other_images(self.loss)
+        comparing = compares("images", self.loss)
         needs = {
             "the tap attention": self.tap.kind == "attention",
             f"the projector {self.config.projector}": self.sees_condition

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from repa.alignment.aligner_inputs import Given, checked_grid, features_of, frames_as_images
 from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.alignment.losses import compares
 from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import declared, parse_spec
@@ -303,7 +304,7 @@ class Aligner(nn.Module):
         weight = next(term.parameters(), None)
         if weight is not None and not torch.is_autocast_enabled(student.device.type):
             student = student.to(weight.dtype)
-        if declared(term.loss, "compares_frames"):
+        if compares("frames", term.loss):
             if frames > 1 and parse_spec(term.config.loss)[1].get("frames", frames) != frames:
                 raise UserError(
                     f"Block {attached.block} outputs {frames} frames, but the loss is {term.config.loss!r}: set frames={frames}."

@@ -41,15 +41,20 @@ def compares_relations(loss: Callable) -> Callable:
     return loss
 
 
-def compares_frames(loss: Callable) -> Callable:
-    """Declare that a loss compares the frames of a video: `attach` then passes all of them, (N, frames * P, F), at once."""
-    loss.compares_frames = True  # type: ignore[attr-defined]  # a function may have any
-    return loss
+def compares_frames(always: Callable[..., bool] | bool = True) -> Callable:
+    """Declare that a loss compares the frames of a video, always or for some of its settings: `attach` then passes the tokens of
+    all frames, (N, frames * P, F), at once."""
+
+    def declare(loss: Callable) -> Callable:
+        loss.compares_frames = always  # type: ignore[attr-defined]  # a function may have any
+        return loss
+
+    return declare
 
 
-def looks_at_other_images(loss: Callable) -> bool:
-    """Whether a loss with bound settings compares images (see `compares_images`)."""
-    always = declared(loss, "compares_images")
+def compares(what: Literal["images", "frames"], loss: Callable) -> bool:
+    """Whether a loss with bound settings compares images of the batch, or frames of a video."""
+    always = declared(loss, f"compares_{what}")
     return always(**getattr(loss, "keywords", {})) if callable(always) else bool(always)
 
 
@@ -112,9 +117,10 @@ def mse(student: Tensor, target: Tensor) -> Tensor:
 
 @compares_relations
 @compares_images(lambda scope="sample", **_: scope == "batch")
+@compares_frames(lambda scope="sample", **_: scope == "clip")
 def gram(
     student: Tensor, target: Tensor, *, norm: Literal["mse", "l1", "relu"] = "mse", margin: NonNegativeFloat = 0.0,
-    scope: Literal["sample", "batch"] = "sample",
+    scope: Literal["sample", "clip", "batch"] = "sample",
 ) -> Tensor:  # fmt: skip
     """Difference between the cosines of the student's tokens and those of the target's: (N, T, F), (N, T, G) -> (N,).
 
@@ -124,7 +130,8 @@ def gram(
     Args:
         norm: mse is d^2, l1 is |d|, relu is max(d, 0): only similarities that exceed the target's count.
         margin: |d| (for relu, d) up to this value has no loss.
-        scope: sample compares the tokens of an image; batch the tokens of all images of all processes, (M T)^2 pairs.
+        scope: sample compares the tokens of an image or frame; clip those of all frames of a video, as VideoREPA does, (frames P)^2
+            pairs; batch those of all images of all processes, (M T)^2 pairs.
     """
     own, wanted = _unit_vectors(student), _unit_vectors(target)  # (N, T, F), (N, T, G)
     if scope == "batch":
@@ -138,7 +145,7 @@ def gram(
     return (excess.square() if norm == "mse" else excess).flatten(1).mean(1)
 
 
-@compares_frames
+@compares_frames()
 def crepa(
     student: Tensor,
     target: Tensor,

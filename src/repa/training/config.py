@@ -308,10 +308,10 @@ class TrainConfig(Config):
 
     def _check_accumulation(self) -> None:
         """Refuse losses that compare images with gradient accumulation: a micro-batch is another batch to them."""
-        from repa.alignment.losses import looks_at_other_images
+        from repa.alignment.losses import compares
 
         for alignment in self.alignments:
-            if looks_at_other_images(LOSSES.build(alignment.loss)):
+            if compares("images", LOSSES.build(alignment.loss)):
                 raise UserError(
                     f"--accumulate is {self.accumulate}, but the loss {alignment.loss!r} of the alignment {alignment.key!r} compares the "
                     "images of the whole batch: choose 1, or the loss cosine."
