@@ -16,5 +16,5 @@ def understood(name: str) -> dict[str, Config]:
         if words:
             verb, *arguments = words[words.index("repa") + 1 :]
             values = load_recipe(name) if verb == "train" else None
-            given[verb] = options.parse(*command_of(verb, arguments), values)
+            given[verb] = options.parse(*command_of(verb, arguments), values, on_disk=False)
     return given

@@ -164,7 +164,7 @@ def column(student, target):
 def test_a_loss_must_return_one_number_per_image(loss, shape):
     """A loss of shape (4, 1) would silently broadcast to (4, 4) with the denoising loss."""
     with pytest.raises(
-        UserError, match=rf"{loss}' must return one number for each of 4 images, \(N,\), but returned {shape}"
+        UserError, match=rf"{loss}' must return one loss per image, of shape \(4,\), but returned {shape}"
     ):
         build(loss=f"{__name__}.{loss}").compare(*inputs())
 

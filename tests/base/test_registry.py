@@ -3,11 +3,15 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
-from repa.alignment import LOSSES, TARGETS
+from repa.alignment import LOSSES, SCHEDULES, TARGETS
 from repa.base.errors import UserError
 from repa.base.registry import Registry, parse_spec
-from repa.diffusion import SAMPLERS
+from repa.conditions import TEXT_ENCODERS
+from repa.diffusion import SAMPLERS, TIMESTEPS
+from repa.encoders import ENCODERS
+from repa.models.hooked import NETS
 
 
 def test_specs_hold_literals_and_text():
@@ -111,6 +115,41 @@ def test_private_functions_with_other_arguments_are_refused():
         with pytest.raises(UserError, match=rf"{name}' takes \(x.*is called with \(x, n, draw\): change its arguments"):
             table.load(f"{__name__}.{name}")
     assert Registry("thing", {}).load(f"{__name__}.too_few") is too_few
+
+
+class Called:
+    def __call__(self, x): ...
+
+
+def test_private_classes_whose_instances_take_other_arguments_are_refused():
+    assert Registry("thing", {}, base="callable", takes="x").load(f"{__name__}.Called") is Called
+    with pytest.raises(UserError, match=r"Called.__call__' takes \(self, x\), but is called with \(self, x, n\)"):
+        Registry("thing", {}, base="callable", takes="x, n").load(f"{__name__}.Called")
+
+
+@pytest.mark.parametrize("registry", [TARGETS, ENCODERS, TEXT_ENCODERS, NETS, TIMESTEPS, SCHEDULES, SAMPLERS])
+def test_every_kind_of_private_code_is_refused_with_other_arguments(registry):
+    with pytest.raises(UserError, match=f"The {registry.kind} .* takes \\(\\), but is called with"):
+        registry.load(f"{__name__}.test_a_setting_that_is_given_twice_is_refused")
+
+
+@pytest.mark.parametrize(
+    ("value", "shape", "sentence"),
+    [
+        (None, (2,), r"must return things of shape \(2,\), but returned NoneType"),
+        (torch.zeros(1), (2,), r"must return things of shape \(2,\), but returned \(1,\)"),
+        ("1", (), "must return things, but returned str"),
+        (torch.zeros(1), (), r"must return things, but returned \(1,\)"),
+    ],
+)
+def test_a_returned_value_of_another_shape_is_refused(value, shape, sentence):
+    with pytest.raises(UserError, match=f"The thing 'own.f' {sentence}"):
+        Registry("thing", {}).returned("own.f", value, shape, "things")
+
+
+@pytest.mark.parametrize(("value", "shape"), [(torch.zeros(2), (2,)), (0.5, ()), (1, ()), (torch.tensor(0.5), ())])
+def test_a_returned_value_of_the_right_shape_is_passed_on(value, shape):
+    assert Registry("thing", {}).returned("own.f", value, shape, "things") is value
 
 
 def test_a_setting_that_is_given_twice_is_refused():

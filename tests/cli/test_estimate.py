@@ -117,6 +117,13 @@ def test_disk_space_and_reading_use_the_prepared_images(data_folder, capsys):
     assert unit == "MB"
 
 
+def test_processes_on_a_cpu_share_one_device(capsys):
+    words = [*SMALL, "--devices", "4", "--batch-size", "8"]
+    assert run([*words, "--device", "cpu"]) == 2
+    assert "--devices is 4, but --device cpu is this whole machine" in capsys.readouterr().err
+    assert run([*words, "--tflops", "1"]) == 0
+
+
 def test_the_cpu_of_this_machine_is_measured(capsys, monkeypatch):
     monkeypatch.setattr("repa.base.device.quick_product_rate", lambda precision, device: 2.5e11)
     assert run([*SMALL, "--device", "cpu"]) == 0

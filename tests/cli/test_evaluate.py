@@ -140,7 +140,7 @@ def test_a_reference_file_or_an_image_folder_replaces_its_data(data_folder, imag
         (("S", "--reference", "DATA", *FEATURES, "--out", "S.json"), "is the record of `repa sample` for"),
         (("S", "--reference", "DATA", *FEATURES, "--metrics", "fid"), "'fid' is not measured in the features of tiny-classifier"),
         (("S", "--reference", "RUN", *FEATURES), "is a run folder: give its training data"),
-        (("S", "--reference", "none.npz", *FEATURES), "There is no file none.npz"),
+        (("S", "--reference", "none.npz", *FEATURES), "There is no source 'none.npz'"),
         (("S", "--reference", "DATA", "--features", "incepton"), "inception"),
         (("S", "--reference", "DATA", "--features-weights", "no.pth"), "There is no file no.pth with Inception's weights"),
         (("S", "--reference", "DATA"), "weights of Inception-v3 are not on this machine"),

@@ -227,8 +227,8 @@ def test_an_invalid_start_is_refused(random_run, tune, tmp_path, capsys):
     shutil.rmtree(bare / layout.CHECKPOINTS)
     for init, sentence in [
         (tmp_path / "last.pt", "give its kind (repa:FILE, sit:FILE, dit:FILE)"),
-        (tmp_path / "nothing", "repa convert"),
-        (f"sit:{tmp_path / 'nothing.pt'}", "There is no checkpoint file"),
+        (tmp_path / "nothing", "nothing does not exist"),
+        (f"sit:{tmp_path / 'nothing.pt'}", "nothing.pt does not exist"),
         (bare, "has no checkpoint yet"),
     ]:
         code, new = tune(init, *STILL)

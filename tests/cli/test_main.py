@@ -70,10 +70,11 @@ def test_an_unknown_verb_suggests_the_nearest(refused):
         (["prepare", "photographs", "o"], "needs --resolution"),
         (["prepare", "photographs:nmu=3", "o", "--resolution", "32"], "Did you mean 'num'?"),
         (["sample", "nowhere", "--out", "s.npz"], "nowhere is not a run folder"),
-        (["evaluate", "nothing.npz", "--reference", "nowhere"], "There is no file nothing.npz"),
+        (["evaluate", "nothing.npz", "--reference", "nowhere"], "There is no source 'nothing.npz'"),
         (["report"], "needs RUNS"),
         (["report", "nowhere"], "nowhere"),
         (["show", "quickstrat"], "Did you mean 'quickstart'?"),
+        (["convert", "nothing.pt", "o"], "There is no file or folder nothing.pt"),
         (["list", "recipe"], "Did you mean 'recipes'?"),
         (["quickstart", "--num-steps", "-1"], "greater than or equal to 0"),
     ],
@@ -82,6 +83,15 @@ def test_mistakes_leave_no_trace(argv, sentence, refused, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(*argv)
     assert not any(tmp_path.iterdir())
+
+
+def test_a_mistyped_path_suggests_the_one_beside_it(refused, random_run, data_folder):
+    run, data = (path.with_name(path.name[:-1] + "x") for path in (random_run, data_folder))
+    assert f"Did you mean {random_run.name!r}?" in refused("sample", run, "--out", "s.npz")
+    assert f"Did you mean {data_folder.name!r}?" in refused("check", data)
+    assert f"Did you mean {data_folder.name!r}?" in refused("evaluate", random_run, "--reference", data)
+    started = refused("train", "quickstart", "--data", data_folder, "--out", "o", "--init", run)
+    assert f"{run} does not exist: give a run or a checkpoint. Did you mean {random_run.name!r}?" in started
 
 
 def test_unusable_sources_are_refused(refused, tmp_path):
@@ -176,7 +186,8 @@ for argv in commands:
 """
 
 
-def test_help_and_errors_import_nothing_heavy():
+def test_help_and_errors_import_nothing_heavy(random_run, data_folder, tmp_path):
+    run, data, new = map(str, (random_run, data_folder, tmp_path / "new"))
     commands = [
         *([verb, "--help"] for verb in main.VERBS), ["--help"], ["nonsense"], ["show", "quickstart"],
         *(["list", kind] for kind in ("", "recipes", "encoders", "losses", "models", "samplers")),
@@ -191,7 +202,13 @@ def test_help_and_errors_import_nothing_heavy():
         ["check", "nowhere"], ["bench", "quickstart", "--data", "nowhere"], ["report", "nowhere"],
         ["estimate", "quickstart", "--data", "nowhere"], ["export", "nowhere", "o"], ["ema", "nowhere", "--width", "0.1"],
         ["analyse", "encoders", "nowhere", "--encoders", "tiny"], ["analyse", "pictures", "nowhere", "--data", "nowhere"],
-        ["analyse", "neighbours", "s.npz", "--data", "nowhere"],
+        ["analyse", "neighbours", "s.npz", "--data", "nowhere"], ["analyse", "neighbours", "s.npz", "--data", data],
+        ["analyse", "cknna", "nowhere", "--data", data], ["analyse", "progress", "nowhere"], ["convert", "no.pt", "o"],
+        ["evaluate", "s.npz", "--reference", data], ["evaluate", run, "--num-images", "9", "--reference", "nowhere"],
+        ["evaluate", "reference", "nowhere", "--out", "r.npz"], ["sample", run, "--out", "s.npz", "--prompt-file", "no"],
+        ["train", "quickstart", "--data", data, "--out", new, "--init", "nowhere"],
+        ["train", "finetune-256", "--data", data, "--out", new, "--init", "sit:nowhere.pt"],
+        ["train", "finetune-256", "--data", data, "--out", new],
     ]  # fmt: skip
     subprocess.run([sys.executable, "-c", LIGHT.format(commands=[[w for w in c if w] for c in commands])], check=True)
 

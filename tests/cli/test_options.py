@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -18,25 +19,27 @@ from repa.cli.train import TrainArguments
 from repa.recipes import load_recipe
 from repa.sampling.config import SampleConfig
 
+parse = partial(options.parse, on_disk=False)
+
 
 def sample(*argv):
-    return options.parse(SampleArguments, list(argv))
+    return parse(SampleArguments, list(argv))
 
 
 def train(*argv, recipe="quickstart"):
-    return options.parse(TrainArguments, [recipe, "--data", "d", "--out", "o", *argv], load_recipe(recipe))
+    return parse(TrainArguments, [recipe, "--data", "d", "--out", "o", *argv], load_recipe(recipe))
 
 
 def prepare(*argv):
-    return options.parse(PrepareArguments, list(argv))
+    return parse(PrepareArguments, list(argv))
 
 
 def evaluate(*argv):
-    return options.parse(EvaluateArguments, list(argv))
+    return parse(EvaluateArguments, list(argv))
 
 
 def cknna(*argv):
-    return options.parse(CknnaArguments, list(argv))
+    return parse(CknnaArguments, list(argv))
 
 
 def test_defaults_come_from_the_configuration():
@@ -75,10 +78,10 @@ def test_values_may_be_negative_empty_or_start_with_a_dash():
 
 
 def test_list_options_take_all_following_values():
-    given = options.parse(EvaluateArguments, ["s.npz", "--metrics", "fid", "is", "--reference", "d"])
+    given = parse(EvaluateArguments, ["s.npz", "--metrics", "fid", "is", "--reference", "d"])
     assert given.metrics == ("fid", "inception_score")
     assert prepare("s", "o", "--resolution", "32", "--features").features == ()
-    report = options.parse(ReportArguments, ["a", "b", "c", "--names", "x", "y", "z"])
+    report = parse(ReportArguments, ["a", "b", "c", "--names", "x", "y", "z"])
     assert (report.runs, report.names) == (("a", "b", "c"), ("x", "y", "z"))
 
 
@@ -222,7 +225,7 @@ def test_help_shows_every_field_with_its_default(capsys):
 @pytest.mark.parametrize("recipe", [None, "sit-b2"])
 def test_help_without_alignments_shows_the_options_of_a_first_one(recipe, capsys):
     with pytest.raises(SystemExit):
-        options.parse(TrainArguments, ["--help"], load_recipe(recipe) if recipe else None)
+        parse(TrainArguments, ["--help"], load_recipe(recipe) if recipe else None)
     text = " ".join(capsys.readouterr().out.split())
     assert "--alignments.0.target" in text
     assert "--alignments.0.time-weight" in text
@@ -240,7 +243,7 @@ def test_help_without_alignments_shows_the_options_of_a_first_one(recipe, capsys
 )
 def test_usage_lists_each_word_once(cls, line, capsys):
     with pytest.raises(SystemExit):
-        options.parse(cls, ["--help"])
+        parse(cls, ["--help"])
     first, empty, description, *_ = capsys.readouterr().out.splitlines()
     assert (first, empty) == (line, "")
     assert description.split()[:3] == str(cls.__doc__).split()[:3]
@@ -253,7 +256,7 @@ def test_a_missing_required_field_is_named():
         """A number."""
 
     with pytest.raises(UserError, match=r"`repa x` needs --long-name \(A number\): see `repa x --help`"):
-        options.parse(Arguments, [])
+        parse(Arguments, [])
 
 
 # Importing and checking configurations, which every command does before it imports torch.
@@ -293,7 +296,7 @@ def test_no_configuration_imports_torch():
 def test_a_recipe_may_be_given_by_its_flag_but_only_once():
     assert options.first(TrainArguments, ["--recipe", "quickstart"], "recipe") == "quickstart"
     with pytest.raises(UserError, match="got an unexpected word 'sit-b2'"):
-        options.parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"])
+        parse(TrainArguments, ["sit-b2", "--recipe", "quickstart", "--data", "d", "--out", "o"])
 
 
 @pytest.mark.parametrize(
@@ -374,14 +377,14 @@ IDLE = [
 def test_an_option_that_nothing_reads_is_refused(begin, option, why):
     verb, *words = begin.split()
 
-    def parse(*more):
+    def parsed(*more):
         if verb == "train":
             return train(*words, *more, recipe="quickstart-repa")
-        return options.parse(*command_of(verb, [*words, *more]))
+        return parse(*command_of(verb, [*words, *more]))
 
-    parse()
+    parsed()
     with pytest.raises(UserError) as refused:
-        parse(*option.split())
+        parsed(*option.split())
     assert str(refused.value).startswith(f"{option.split()[0]} has no effect {why}")
     assert str(refused.value).endswith(": leave it out.")
 
@@ -389,7 +392,7 @@ def test_an_option_that_nothing_reads_is_refused(begin, option, why):
 def test_the_setting_that_enables_an_option_may_stand_anywhere():
     assert train("--compile-scope", "step", "--compile").compile_scope == "step"
     assert train("--head-weight", "0.1", "--model.heads", "2").head_weight == 0.1
-    probe = options.parse(ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"])
+    probe = parse(ProbeArguments, ["tiny", "--data", "d", "--epochs", "3", "--encoder-weights", "tiny=w"])
     assert probe.encoders == ["tiny"]
 
 

@@ -49,12 +49,15 @@ def test_a_folder_of_pngs_has_the_same_images_as_the_npz(random_run, tmp_path, c
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_a_folder_of_pngs_can_be_evaluated(random_run, data_folder, tmp_path):
+def test_a_folder_of_pngs_can_be_evaluated_by_the_printed_command(random_run, data_folder, tmp_path, capsys):
     settings = ("--num-images", "8", "--steps", "2", "--sampler", "euler")
-    reference = ("--reference", str(data_folder), "--features", "tiny-classifier", "--metrics", "fd")
+    reference = ("--features", "tiny-classifier", "--metrics", "fd")
     found = []
     for name in ("s.npz", "s2"):
         assert run(["sample", str(random_run), "--out", str(tmp_path / name), *settings]) == 0
-        assert run(["evaluate", str(tmp_path / name), *reference, "--out", str(tmp_path / f"{name}-fd.json")]) == 0
+        command = (
+            capsys.readouterr().out.partition("Next: repa ")[2].partition(",")[0].replace("DATA", str(data_folder))
+        )
+        assert run([*command.split(), *reference, "--out", str(tmp_path / f"{name}-fd.json")]) == 0
         found.append(json.loads((tmp_path / f"{name}-fd.json").read_text())["metrics"]["fd"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -165,6 +165,8 @@ def test_a_private_guidance_is_a_class():
             return (predictions["conditional"] + predictions["null"]) / 2
 
     assert guided(Network(), [Halfway()])(X, 0.5)[:, 0, 0, 0].tolist() == [6.0, 7.5]
+    Halfway.needs = lambda self, t: ["conditional", "null"]  # any collection
+    assert guided(Network(), [Halfway()])(X, 0.5)[:, 0, 0, 0].tolist() == [6.0, 7.5]
 
 
 def test_a_function_as_guidance_is_refused():

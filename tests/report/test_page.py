@@ -97,6 +97,16 @@ def test_the_page_contains_every_part(two, tmp_path):
     assert not page.all("script")
 
 
+def test_one_evaluation_of_each_run_gets_no_table_of_speed_ups(two, tmp_path):
+    assert "Speed-up at the baseline" in page_of(two, tmp_path / "r.html").text
+    once = [
+        fake_run(tmp_path / "b", distances={100: 10.0}),
+        fake_run(tmp_path / "a", aligned=True, distances={100: 5.0}),
+    ]
+    assert "Speed-up at the baseline" not in page_of(once, tmp_path / "once.html", tables=True).text
+    assert "Speed-up at the baseline" not in (tmp_path / "once.md").read_text()
+
+
 def test_nothing_is_fetched_and_ids_are_unique(two, tmp_path):
     text = write_report(two, tmp_path / "r.html").read_text()
     page = Page(text)

@@ -104,7 +104,7 @@ def half_the_latents(denoiser, noise, num_steps, randn_like):
 def test_a_sampler_must_return_the_latents_of_all_images(run, name, given):
     config = SampleConfig(sampler=f"{__name__}.{name}", steps=1, precision="fp32")
     with pytest.raises(
-        UserError, match=rf"{name}' must return .* noise's shape, \(2, 3, 16, 16\), but returned {given}"
+        UserError, match=rf"{name}' must return latents of shape \(2, 3, 16, 16\), but returned {given}"
     ):
         generate(run, config, [0, 1])
 

@@ -28,6 +28,7 @@ TARGETS = Registry(
         "none": "repa.alignment.targets:none",
     },
     listing="targets",
+    takes="model, tap",
 )
 # f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for further inputs
 PROJECTORS = Registry(

@@ -154,7 +154,8 @@ class Alignment(nn.Module):
             )
         # An image has one loss, so the mean of its tokens' times counts.
         t = t.of_tokens().mean(1) if isinstance(t, TwoTimes) else t
-        return torch.where((t >= low) & (t <= high), self.time_weight(t) * loss, 0.0)
+        weights = TIME_WEIGHTS.returned(self.config.time_weight, self.time_weight(t), t.shape, "weights")
+        return torch.where((t >= low) & (t <= high), weights * loss, 0.0)
 
     def compare(
         self,
@@ -201,7 +202,7 @@ class Alignment(nn.Module):
             projected, matched = self._match(projected, at_least_float32(target.detach()), kept, grid)
             # After resampling, because averaging tokens shrinks the deviation that a norm divides by. Over all tokens of the image,
             # so that the target does not depend on which tokens this step keeps.
-            matched = self.token_norm(matched)
+            matched = TOKEN_NORMS.returned(self.config.token_norm, self.token_norm(matched), matched.shape, "tokens")
             if kept is not None:
                 assert grid is not None  # known for every network that routes tokens
                 prefix = matched.shape[1] - grid[0] * grid[1]
@@ -243,7 +244,7 @@ class Alignment(nn.Module):
 
     def weight(self, step: int) -> float:
         """Lambda of Eq. 9 at a training step; at 0 neither the encoder nor the projector needs to run."""
-        return self.config.weight * self.schedule(step)
+        return self.config.weight * SCHEDULES.returned(self.config.schedule, self.schedule(step), (), "a number")
 
     def zero_loss(self) -> Tensor:
         """Zero, for a step without this term. Every parameter is in the graph, because DDP waits for the gradient of each."""
@@ -284,22 +285,19 @@ class Alignment(nn.Module):
         return projected, torch.cat([head, target], 1) if prefix else target
 
     def _check_width(self, projected: Tensor, target: Tensor) -> None:
-        width = self.feature_dim or (0 if declared(self.loss, "compares_relations") else projected.shape[-1])
+        relations = declared(self.loss, "compares_relations")
+        width = self.feature_dim or (0 if relations else projected.shape[-1])
         if width and target.shape[-1] != width:
             raise UserError(
                 f"The target {self.config.target!r} has {target.shape[-1]} channels, but the projector was built for {width}: pass "
                 "features of the encoder that the alignment names; a private Target must set dim."
             )
+        if not relations:
+            PROJECTORS.returned(self.config.projector, projected, (*projected.shape[:-1], width), "tokens")
 
     def _losses(self, student: Tensor, target: Tensor | None) -> Tensor:
         """(N,), one per image: any other shape would be broadcast against the denoising loss."""
-        losses = self.loss(student, target)
-        if losses.shape != student.shape[:1]:
-            raise UserError(
-                f"The loss {self.config.loss!r} must return one number for each of {len(student)} images, (N,), but returned "
-                f"{tuple(losses.shape)}: average over tokens and channels, not over images."
-            )
-        return losses
+        return LOSSES.returned(self.config.loss, self.loss(student, target), student.shape[:1], "one loss per image,")
 
 
 def _select_tokens(tokens: Tensor, kept: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ from pydantic import Field, field_validator, model_validator
 from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TARGETS, TIME_WEIGHTS, TOKEN_NORMS
 from repa.base.config import Config
 from repa.base.errors import UserError
-from repa.base.registry import Spec, parse_spec
+from repa.base.registry import Registry, Spec, parse_spec
 from repa.encoders import ENCODERS, canonical
 
 PARTS = ("part", "layer")  # settings of a target that is an encoder: which of its features
+
+
+PRIVATE = Registry("target or encoder", {})
 
 
 class AlignmentConfig(Config):
@@ -145,16 +148,4 @@ def _encoder_of(target: str) -> tuple[str, dict[str, Any]]:
 
 def _is_private_target(name: str) -> bool:
     """Whether this dotted name is a target, marked by `is_target = True`. Any other is an encoder."""
-    if "." not in name:
-        return False
-    try:
-        return bool(getattr(TARGETS.load(name), "is_target", False))
-    except UserError as error:
-        # A name that cannot be imported may be a misspelt target, so the message of encoders would point to the wrong
-        # registry. Other errors (not trusted, not a function) apply to encoders too, and are reported there.
-        if isinstance(error.__cause__, (ImportError, AttributeError)):
-            raise UserError(
-                f"The target or encoder {name!r} cannot be imported: {error.__cause__}. Check the spelling, and that "
-                "its module is importable from here."
-            ) from error
-        return False
+    return "." in name and bool(getattr(PRIVATE.load(name), "is_target", False))

@@ -2,7 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -14,6 +15,13 @@ from repa.base.faults import require_plain
 from repa.base.trust import contents_of
 
 MOST_BYTES = 2**20  # a configuration has some thousands; parsing more takes seconds
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """Marks a setting that names paths: a command reports a mistyped one by `require`, before it imports torch."""
+
+    require: Callable[[Path], object]
 
 
 class Config(BaseModel):

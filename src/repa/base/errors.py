@@ -61,5 +61,5 @@ def nearest(given: object, allowed: Iterable[object]) -> str:
     """' Did you mean ...?' for the allowed name closest to `given`, or '' if none is close."""
     import difflib
 
-    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
     return f" Did you mean {match[0]!r}?" if match else ""

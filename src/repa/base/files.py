@@ -5,6 +5,7 @@ import csv
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from repa.base import faults
-from repa.base.errors import UserError
+from repa.base.errors import UserError, nearest
 
 # names of files being written or removed; tempfile's letters
 LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")
 
 SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 
+MOST_NAMES = 1_000  # names in a folder that a mistyped one is compared with
 MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up to 24 times as much memory
 
 
@@ -252,6 +254,17 @@ def read_at(file: int, offset: int, size: int) -> bytes:
 def sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def near(path: Path) -> str:
+    """' Did you mean ...?' for the name beside a mistyped path that is closest to its own, or '' if none is close."""
+    beside = itertools.islice(path.parent.iterdir(), MOST_NAMES) if path.parent.is_dir() else ()
+    return nearest(path.name, [other.name for other in beside])
+
+
+def require_path(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}: give an existing one.{near(path)}")
 
 
 def require_space(folder: str | Path, num_bytes: int, what: str) -> None:

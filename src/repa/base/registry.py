@@ -7,7 +7,7 @@ import html
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -159,22 +159,33 @@ class Registry:
             require_origin(self.kind, name, component)
         return component
 
+    def returned(self, spec: str, value: Any, shape: Sequence[int], what: str) -> Any:
+        """`value`, which the function of a spec returned; UserError for another shape: it might be broadcast."""
+        given = getattr(value, "shape", () if isinstance(value, int | float) else None)
+        if given is None or tuple(given) != tuple(shape):
+            found = type(value).__name__ if given is None else tuple(given)
+            wanted = f"{what} of shape {tuple(shape)}" if shape else what
+            raise UserError(f"The {self.kind} {spec!r} must return {wanted}, but returned {found}.")
+        return value
+
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuse the object of a dotted name, before it is called, unless it is a function or a class of this kind."""
         module, _, attr = self.base.partition(":")
         kind = getattr(importlib.import_module(module), attr) if attr else None
         # Only a class can fulfil a protocol, not a function that returns an instance.
         protocol = getattr(kind, "_is_protocol", False)
+        takes = [word.strip() for word in self.takes.split(",") if word.strip()]
         if inspect.isfunction(component) and not protocol:
-            self._check_arguments(name, component, [word.strip() for word in self.takes.split(",") if word.strip()])
+            self._check_arguments(name, component, takes)
             return
         if inspect.isclass(component):
             if module == "callable" and any("__call__" in vars(each) for each in component.__mro__):
+                self._check_arguments(f"{name}.__call__", component.__call__, takes and ["self", *takes])
                 return
             if kind and issubclass(component, kind):
                 for method in [each for each in vars(kind) if protocol and not each.startswith("_")]:
-                    takes = [*inspect.signature(getattr(kind, method)).parameters]
-                    self._check_arguments(f"{name}.{method}", getattr(component, method), takes)
+                    own = [*inspect.signature(getattr(kind, method)).parameters]
+                    self._check_arguments(f"{name}.{method}", getattr(component, method), own)
                 return
         dotted = self.base.replace(":", ".")
         wanted = {"": "a function", "callable": "a function or a class whose instances are called"}.get(

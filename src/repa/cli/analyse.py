@@ -75,7 +75,7 @@ def main(argv: list[str]) -> int:
 class NetworksArguments(options.WeightsOfRun):
     positional = ("runs...",)
 
-    runs: tuple[str, ...] = Field(min_length=1)
+    runs: options.RunFolders = Field(min_length=1)
     """run folders"""
     data: options.DataFolder
     """Folder of prepared data."""
@@ -144,7 +144,7 @@ class EncodersArguments(EncodersConfig, options.Command):
 
 
 def cknna(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(CknnaArguments, argv))
+    given = options.parse(CknnaArguments, argv)
     config = options.part(SimilarityConfig, given)
     # Variants are not comparable, so each has its own file.
     variant = config.variant if config.measure == "cknna" and config.variant != "paper" else ""
@@ -170,7 +170,7 @@ def cknna(argv: list[str], held: ExitStack) -> int:
 
 
 def depth(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(DepthArguments, argv))
+    given = options.parse(DepthArguments, argv)
     config = options.part(DepthConfig, given)
     checkpoints = checkpoints_of(given.runs, given.checkpoints)
     out = tables.output(held, given.out, Path(given.runs[0]) / FOLDER / "depth.json")
@@ -185,7 +185,7 @@ def depth(argv: list[str], held: ExitStack) -> int:
 
 
 def probe(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(ProbeArguments, argv))
+    given = options.parse(ProbeArguments, argv)
     config = options.part(ProbeConfig, given)
     for name in given.encoders:
         if "/" in name:  # a mistyped folder, which no encoder is called like
@@ -239,7 +239,7 @@ def probe(argv: list[str], held: ExitStack) -> int:
 
 
 def encoders(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(EncodersArguments, argv))
+    given = options.parse(EncodersArguments, argv)
     config = options.part(EncodersConfig, given)
     out = tables.output(held, given.out, Path()) if given.out else None
     from repa.analysis import compare_encoders

@@ -66,7 +66,7 @@ class ProgressArguments(options.WeightsOfRun, SampleConfig):
     verb = "analyse progress"
     positional = ("runs...",)
 
-    runs: tuple[str, ...] = Field(min_length=1)
+    runs: options.RunFolders = Field(min_length=1)
     """run folders"""
     checkpoints: tuple[int, ...] = ()
     """Steps of the checkpoints; empty: up to six of each run, evenly spaced, including the newest."""
@@ -84,7 +84,7 @@ class NeighboursArguments(NeighboursConfig, options.Command):
     verb = "analyse neighbours"
     positional = ("samples",)
 
-    samples: str
+    samples: options.Images
     """samples: an .npz with arr_0, a folder or zip of images"""
     data: options.DataFolder
     """Folder of prepared data that the model was trained on."""
@@ -96,7 +96,7 @@ class NeighboursArguments(NeighboursConfig, options.Command):
 
 
 def pictures(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(PicturesArguments, argv))
+    given = options.parse(PicturesArguments, argv)
     (checkpoint,) = checkpoints_of([given.run], [] if given.step is None else [given.step])
     out = tables.output(held, given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
@@ -155,7 +155,7 @@ def progress(argv: list[str], held: ExitStack) -> int:
 
 
 def neighbours(argv: list[str], held: ExitStack) -> int:
-    given = options.require_folders(options.parse(NeighboursArguments, argv))
+    given = options.parse(NeighboursArguments, argv)
     config = options.part(NeighboursConfig, given)
     run = _run_of(Path(given.samples))
     out = tables.output(held, given.out, Path("neighbours.json") if run is None else run / FOLDER / "neighbours.json")

@@ -49,7 +49,7 @@ class BenchArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(BenchArguments, argv))
+    given = options.parse(BenchArguments, argv)
     recipe = load_recipe(given.recipe)
     if given.compiled and recipe.compile:
         raise UserError("--compiled has no effect: the recipe compiles its step already. Leave it out.")

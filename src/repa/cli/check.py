@@ -35,7 +35,7 @@ class CheckArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(CheckArguments, argv))
+    given = options.parse(CheckArguments, argv)
     from repa.data import open_data
 
     manifest = open_data(given.data).manifest

@@ -28,7 +28,7 @@ class ConvertArguments(options.Command):
     verb = "convert"
     positional = ("checkpoint", "run")
 
-    checkpoint: str
+    checkpoint: options.AnyPath
     """.pt or .safetensors file, folder of `repa export`, or folder of a diffusers DiTTransformer2DModel"""
     run: str
     """run folder to make"""

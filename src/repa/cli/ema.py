@@ -25,7 +25,7 @@ class EmaArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(EmaArguments, argv))
+    given = options.parse(EmaArguments, argv)
     from repa.base import files, lock
     from repa.runs import layout
     from repa.runs.averaging import write_average

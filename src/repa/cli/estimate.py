@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from repa.autoencoders import AUTOENCODER
 from repa.base import files
-from repa.base.errors import choices
+from repa.base.errors import UserError, choices
 from repa.base.reporting import duration
 from repa.cli import options
 from repa.cli.console import say
@@ -80,7 +80,11 @@ class EstimateArguments(TrainConfig, options.Command):
 
 def main(argv: list[str]) -> int:
     given, config = of_recipe(EstimateArguments, argv)
-    options.require_folders(given)
+    if given.device == CPU and given.devices > 1 and not given.tflops:
+        raise UserError(
+            f"--devices is {given.devices}, but --device cpu is this whole machine, and processes share it: leave --devices out. "
+            "For several machines give --tflops, the peak of one."
+        )
     images, classes, resolution = given.images, given.classes, given.resolution
     if given.data:
         from repa.data import open_data

@@ -25,9 +25,9 @@ class EvaluateArguments(SamplesOfRun, EvaluateConfig):
     verb = "evaluate"
     positional = ("samples",)
 
-    samples: str
+    samples: options.Images
     """.npz, folder or zip of samples, or a run folder"""
-    reference: str
+    reference: options.Images
     """Reference .npz, prepared data, or images."""
     out: str = ""
     """Name of a .json for the results; empty: print them, and for a run folder also store them in it, for the report."""
@@ -53,7 +53,7 @@ class ReferenceArguments(ReferenceConfig, options.Command):
     verb = "evaluate reference"
     positional = ("data",)
 
-    data: str
+    data: options.Images
     """prepared data, folder or zip of images, or .npz"""
     out: str
     """Name of the .npz."""

@@ -24,7 +24,7 @@ class ExportArguments(options.OneCheckpoint):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(ExportArguments, argv))
+    given = options.parse(ExportArguments, argv)
     from repa.runs.export import export_run
 
     step = export_run(Path(given.run), Path(given.out), given.format, given.step)

@@ -10,16 +10,15 @@ import shutil
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeGuard, TypeVar, cast
 
 from pydantic import BaseModel, Field
 
-from repa.base import launch
-from repa.base.config import Config, option, refuse_idle
+from repa.base import files, launch
+from repa.base.config import Config, OnDisk, option, refuse_idle
 from repa.base.errors import UserError, nearest
 from repa.data.manifest import require_data
 from repa.data.remote import is_url
@@ -37,18 +36,18 @@ class Command(Config):
     """Names of positional fields, in order; a name ending in "..." takes all remaining words."""
 
 
-@dataclass(frozen=True)
-class OnDisk:
-    """Marks the options that name a folder, for `require_folders`. Commands call that before they import torch, so that
-    a mistyped folder is reported at once.
-    """
+def _require_images(path: Path) -> None:
+    from repa.data.sources.opening import require_source
 
-    require: Callable[[Path], object]
+    if not path.exists():
+        require_source(str(path))
 
 
 DataFolder = Annotated[str, OnDisk(require_data)]
 RunFolder = Annotated[str, OnDisk(layout.require_run)]
 RunFolders = Annotated[tuple[str, ...], OnDisk(layout.require_run)]
+AnyPath = Annotated[str, OnDisk(files.require_path)]
+Images = Annotated[str, OnDisk(_require_images)]
 
 C = TypeVar("C", bound=Config)
 V = TypeVar("V", bound=Command)
@@ -79,8 +78,11 @@ class CheckpointOfRun(WeightsOfRun, OneCheckpoint):
     """Options of verbs that read the network of one checkpoint."""
 
 
-def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
-    """The configuration that the arguments of a verb describe; `values` replace the defaults of the class."""
+def parse(cls: type[V], argv: list[str], values: Config | None = None, *, on_disk: bool = True) -> V:
+    """The configuration that the arguments of a verb describe; `values` replace the defaults of the class.
+
+    A mistyped path is reported here, before torch is imported; without `on_disk` paths need not exist.
+    """
     start = {} if values is None else values.model_dump()
     if set(HELP) & set(argv):
         print_help(cls, values)
@@ -98,26 +100,23 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None) -> V:
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
     given = cls.parse(start, typed=True)
+    if on_disk:
+        _require_on_disk(given)
     # Only typed options: a recipe may hold settings that another option makes ineffective.
     refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
     return given
 
 
-def require_folders(given: V) -> V:
-    """The same options; raises UserError if a folder that they name is missing or of another kind.
-
-    Several processes first meet, because a folder may be missing on one machine only.
-    """
+def _require_on_disk(given: Command) -> None:
+    # Several processes first meet, because a folder may be missing on one machine only.
     if launch.place().world > 1:
-        return given
+        return
     for name, info in type(given).model_fields.items():
-        for mark in info.metadata:
-            if isinstance(mark, OnDisk):
-                value = getattr(given, name)
-                for folder in [value] if isinstance(value, str) else value:
-                    if folder and not is_url(folder):
-                        mark.require(Path(folder))
-    return given
+        for mark in [mark for mark in info.metadata if isinstance(mark, OnDisk)]:
+            value = getattr(given, name)
+            for path in [value] if isinstance(value, str) else value:
+                if path and not is_url(path):
+                    mark.require(Path(path))
 
 
 def names_given(cls: type[Command], argv: list[str]) -> list[str]:

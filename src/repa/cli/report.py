@@ -28,7 +28,7 @@ class ReportArguments(options.Command):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(ReportArguments, argv))
+    given = options.parse(ReportArguments, argv)
     out = options.file_of("--out", given.out, ".html")
     if given.picture:
         options.file_of("--picture", given.picture, ".png")

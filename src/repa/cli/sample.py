@@ -64,7 +64,7 @@ class SampleArguments(SamplesOfRun):
 
 
 def main(argv: list[str]) -> int:
-    given = options.require_folders(options.parse(SampleArguments, argv))
+    given = options.parse(SampleArguments, argv)
     if given.folders and not given.out.endswith(".npz"):
         raise UserError("--folders needs an .npz: give --out a name such as samples.npz.")
     import torch
@@ -108,4 +108,6 @@ def main(argv: list[str]) -> int:
         f"{out}: {given.num_images:,} images of step {run.step:,} ({run.weights} weights){speed}; "
         f"{out.with_suffix('.png')} shows some of them."
     )
+    small = " --features tiny-classifier" if device.type == "cpu" else ""  # Inception is slow on a CPU
+    say(f"Next: repa evaluate {out} --reference DATA{small}, where DATA is the prepared data of the run")
     return 0

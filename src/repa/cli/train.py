@@ -12,6 +12,7 @@ from repa.cli import options
 from repa.cli.console import ProgressBar, say
 from repa.evaluation.config import EvaluateConfig
 from repa.recipes import load_recipe
+from repa.runs import layout
 from repa.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
     given, config = of_recipe(TrainArguments, argv)
     if config.preview.scored_every:
         EvaluateConfig.parse({"features": config.preview.features, "metrics": config.preview.metrics}, where="preview")
-    options.require_folders(given)
+    if launch.place().world == 1 and not layout.checkpoint_steps(Path(given.out)):
+        config.require_init()
     typed = options.names_given(TrainArguments, argv)
     stopped_by = start(config, given.data, Path(given.out), command=_again(argv), typed=typed)
     # Schedulers end a job by SIGTERM. The checkpoint is written, so this is not a failure.

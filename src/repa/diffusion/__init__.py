@@ -25,6 +25,7 @@ TIMESTEPS = Registry(
     },
     base="callable",
     listing="times",
+    takes="num, generator=, device=",
 )
 SAMPLERS = Registry(
     "sampler",

@@ -107,6 +107,6 @@ def _sources(guidance: Guidance, made: str, t: float) -> dict[str, str]:
 
 def _made(guidance: Guidance, made: str, before: dict[str, Tensor], t: float) -> Tensor:
     sources = _sources(guidance, made, t)
-    if sources.keys() != guidance.needs(t):  # the guidance does not change this prediction
+    if sources.keys() != set(guidance.needs(t)):  # the guidance does not change this prediction
         return before[made]
     return guidance.mix({name: before[source] for name, source in sources.items()}, t)

@@ -201,7 +201,9 @@ class Flow:
             raise UserError("The shift auto needs the shape of the latents: DiffusionConfig.for_latents((C, H, W)).")
         self.path: Interpolant = PATHS.build(config.path)
         self.prediction = config.prediction
-        self._times: Callable[..., Tensor] = TIMESTEPS.build(config.timesteps)
+        self._spec, self._times = config.timesteps, TIMESTEPS.build(config.timesteps)
+        if not isinstance(found := self.path(torch.tensor(0.5)), Coefficients):
+            raise UserError(f"The path {config.path!r} must return Coefficients, but returned {type(found).__name__}.")
         self.shift = float(config.shift)
         of_data = (config.prediction, config.loss_weight) == ("data", "velocity")
         self.sigma_min = config.sigma_min if of_data else SIGMA_MIN
@@ -210,7 +212,8 @@ class Flow:
         self._contrast_by_time = config.contrastive_times == "linear"
 
     def draw_times(self, num: int, generator: Generator, device: torch.device) -> Tensor:
-        return time_shift(self._times(num, generator=generator, device=device), self.shift)
+        times = TIMESTEPS.returned(self._spec, self._times(num, generator=generator, device=device), (num,), "times")
+        return time_shift(times, self.shift)
 
     def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Eq. 1."""

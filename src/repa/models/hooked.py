@@ -14,7 +14,7 @@ from repa.models.contract import Backbone, Condition, Output, State, Tap, Times,
 from repa.models.image_tokens import image_tokens
 from repa.models.taps import Pass, find_blocks, width_of
 
-NETS = Registry("network", {})  # only users' own networks, by dotted name
+NETS = Registry("network", {}, takes="config")  # only users' own networks, by dotted name
 
 
 class Hooked(Backbone):

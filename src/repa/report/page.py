@@ -82,7 +82,9 @@ def write_report(
     analyses, groups, headline = read_analyses(records), group_seeds(records), verdict(records)
     headline.notes.extend(f"{run.name}: {run.lost}" for run in records if run.lost)
     probed = accuracies(analyses)
-    measured, speedups = find_results(groups, others, probed), speedups_of_groups(groups)
+    measured, compared = find_results(groups, others, probed), speedups_of_groups(groups)
+    # one common evaluation is no curve, so no factor
+    speedups = [each for each in compared if any(len(pair.overlap.steps) > 1 for pair in each.pairs)]
     learning, constant = logged(records)
     all_curves = curves(records)
     values = {

@@ -167,7 +167,7 @@ def require_run(run: Path) -> Path:
     path = run / CONFIG
     if not path.is_file():
         inside = [found.parent for found in sorted(run.glob(f"*/{CONFIG}"))]
-        meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
+        meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else files.near(run)
         raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{meant}")
     return path
 

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
-from repa.base.config import Config, refuse_idle
+from repa.base.config import Config, OnDisk, refuse_idle
 from repa.base.errors import UserError
+from repa.base.files import require_path
 from repa.base.registry import Spec, parse_spec
+from repa.data.manifest import require_data
 from repa.diffusion import SAMPLERS
 from repa.diffusion.config import Guidances
-from repa.runs.layout import SAMPLING, kind_of
+from repa.runs.layout import SAMPLING, kind_of, require_run
 
 
 class SampleConfig(Config):
@@ -25,7 +27,7 @@ class SampleConfig(Config):
     """Guidances in order: cfg:scale=1.8,high=0.7, internal:head=8,scale=1.4, autoguidance:scale=1.5, path_drop:scale=3; empty: none."""
     encoder_steps: int = Field(0, ge=0)
     """For DDT: number of evaluations that run the encoder; the others reuse its last output. 0: all."""
-    weak: str = ""
+    weak: Annotated[str, OnDisk(require_run)] = ""
     """Weaker run folder for autoguidance; the run itself, if only its checkpoint or weights differ."""
     weak_weights: str = "ema"
     """Weights of the weaker run, named as in --weights."""
@@ -35,9 +37,9 @@ class SampleConfig(Config):
     """uniform: random for each image; balanced: all classes in turn; or these classes in turn: 3,7 or cat,dog."""
     prompt: tuple[str, ...] = ()
     """Texts in turn, for a run that was trained on captions: --prompt "a cat" "a dog"."""
-    prompt_file: str = ""
+    prompt_file: Annotated[str, OnDisk(require_path)] = ""
     """File of prompts: one per line, or .jsonl with a "prompt" in each line."""
-    prompt_data: str = ""
+    prompt_data: Annotated[str, OnDisk(require_data)] = ""
     """Prepared data whose captions are the prompts: the first caption of each image, in order."""
     negative_prompt: str = ""
     """The text that guidance moves samples away from; empty: the empty text."""
@@ -56,7 +58,7 @@ class SampleConfig(Config):
     decoder_precision: Literal["bf16", "fp16", "fp32"] = "fp32"
     """Precision of the decoder's convolutions; fp32 means TF32 on CUDA."""
 
-    guide_image: str = ""
+    guide_image: Annotated[str, OnDisk(require_path)] = ""
     """Image for the guidance `representation`, such as --guidance representation:scale=5000,high=0.8."""
     guide_weights: str = ""
     """Local weights of that alignment's encoder; empty: the recorded location, otherwise the hub's."""

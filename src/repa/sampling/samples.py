@@ -99,12 +99,7 @@ def draw(
     with autocast(device, config.precision):
         start = run.layout.pack(noise)
         state = sampler(denoiser, start, config.steps, randn_like=streams.randn_like, **watch)
-    given = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
-    if given != tuple(start.shape):
-        raise UserError(
-            f"The sampler {config.sampler!r} must return latents of its noise's shape, {tuple(start.shape)}, but returned {given}."
-        )
-    return SampledState(indices, state, calls)
+    return SampledState(indices, SAMPLERS.returned(config.sampler, state, start.shape, "latents"), calls)
 
 
 @Float32Default()

@@ -1,5 +1,6 @@
 """The configuration of a training run. Its resolved form in the run folder is itself a recipe."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError, choices
+from repa.base.files import near
 from repa.base.registry import Spec, parse_spec
 from repa.conditions import TEXT_ENCODERS
 from repa.diffusion import SAMPLERS
@@ -17,6 +19,7 @@ from repa.encoders import ENCODERS
 from repa.encoders.loading import LocalWeights
 from repa.models import BACKBONES
 from repa.models.config import ModelConfig, reads_text
+from repa.runs.layout import SAMPLING
 
 
 class OptimizerConfig(Config):
@@ -199,6 +202,19 @@ class TrainConfig(Config):
     """Weights & Biases project for the log entries; empty: none. WANDB_MODE=offline keeps them on this machine."""
     preview: PreviewConfig = PreviewConfig()
     """Samples and metrics during training."""
+
+    def require_init(self) -> None:
+        """Raises UserError if the initial weights of a new run are not given, or do not exist."""
+        if self.init == "?":
+            raise UserError(
+                "This recipe fine-tunes a network: give --init RUN, or --init sit:FILE, repa:FILE or dit:FILE."
+            )
+        kind, _, file = self.init.partition(":")
+        path = Path(file if kind in SAMPLING else self.init)
+        if not path.exists():
+            raise UserError(
+                f"--init is {self.init!r}, but {path} does not exist: give a run or a checkpoint.{near(path)}"
+            )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -110,7 +110,8 @@ def _open_run(
     with dist.together():
         config = resolve(config, data, device)
         require_equal_parts(config.batch_size, dist.world(), config.accumulate)
-        is_new = is_new_run(run)
+        if is_new := is_new_run(run):
+            config.require_init()
         encoders = EncoderFeatures(config, data, device)
         texts = TextConditions(config, data, device)
         config = texts.completed(with_streams(config, encoders.dims))

@@ -66,8 +66,6 @@ def first_choices(config: TrainConfig, run: Path, device: torch.device) -> First
 
 def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainConfig:
     """Fill in what is left to the data (latent size, channels, classes, autoencoder) and to the machine (precision)."""
-    if config.init == "?":
-        raise UserError("This recipe fine-tunes a network: give --init RUN, or --init sit:FILE, repa:FILE or dit:FILE.")
     facts = {"latent_size": data.latent_size, "latent_channels": data.latent_channels, "num_classes": data.num_classes}
     for name, value in facts.items():
         asked = getattr(config.model, name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from repa.base.errors import UserError
+from repa.base.files import near
 from repa.base.registry import Registry, Setting, check_settings, parse_spec, settings_of
 from repa.base.trust import DOTTED
 from repa.data.sources.archives import ZipSource
@@ -108,7 +109,7 @@ def _kind(name: str, labels: str) -> partial[Any]:
             if not isinstance(error.__cause__, (ImportError, AttributeError)):
                 raise
             why = f" ({error.__cause__})"
-    raise UserError(f"There is no source {name!r}: give {KINDS}{why}.")
+    raise UserError(f"There is no source {name!r}: give {KINDS}{why}.{near(path)}")
 
 
 def _folder_kind(path: Path, labels: str) -> partial[Any]:
