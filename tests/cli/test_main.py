@@ -94,6 +94,10 @@ def test_a_mistyped_path_suggests_the_one_beside_it(refused, random_run, data_fo
     assert f"{run} does not exist: give a run or a checkpoint. Did you mean {random_run.name!r}?" in started
 
 
+def test_a_mistyped_path_suggests_no_distant_name(refused):
+    assert "Did you mean" not in refused("show", "nothere")
+
+
 def test_unusable_sources_are_refused(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in refused("prepare", tmp_path / "empty", tmp_path / "o", "--resolution", 16)

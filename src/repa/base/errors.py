@@ -57,9 +57,9 @@ def listed(names: Sequence[object], word: str = "or") -> str:
     return f"{', '.join(others)} {word} {last}" if others else last
 
 
-def nearest(given: object, allowed: Iterable[object]) -> str:
+def nearest(given: object, allowed: Iterable[object], cutoff: float = 0.5) -> str:
     """' Did you mean ...?' for the allowed name closest to `given`, or '' if none is close."""
     import difflib
 
-    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
+    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=cutoff)
     return f" Did you mean {match[0]!r}?" if match else ""

@@ -23,6 +23,7 @@ LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")
 
 SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 
+CLOSE = 0.6  # least similarity of a path to suggest
 MOST_NAMES = 1_000  # names in a folder that a mistyped one is compared with
 MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up to 24 times as much memory
 
@@ -259,7 +260,7 @@ def sha256(path: str | Path) -> str:
 def near(path: Path) -> str:
     """' Did you mean ...?' for the name beside a mistyped path that is closest to its own, or '' if none is close."""
     beside = itertools.islice(path.parent.iterdir(), MOST_NAMES) if path.parent.is_dir() else ()
-    return nearest(path.name, [other.name for other in beside])
+    return nearest(path.name, [other.name for other in beside], CLOSE)
 
 
 def require_path(path: Path) -> None:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     else:
         raise UserError(
             f"{given.name!r} is neither a run folder nor a data folder nor a known name."
-            f"{nearest(given.name, shown_names())} `repa list recipes` prints the recipes, `repa list` the other kinds of names."
+            f"{nearest(given.name, shown_names(), files.CLOSE)} `repa list recipes` prints the recipes, `repa list` the other kinds of names."
         )
     return 0
 
