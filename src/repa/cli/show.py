@@ -57,9 +57,10 @@ def main(argv: list[str]) -> int:
     elif shown := _named(given.name):
         say(*"\n\n".join(shown).split("\n"))
     else:
+        meant = nearest(given.name, shown_names(), files.CLOSE) or files.near(path)
         raise UserError(
-            f"{given.name!r} is neither a run folder nor a data folder nor a known name."
-            f"{nearest(given.name, shown_names(), files.CLOSE)} `repa list recipes` prints the recipes, `repa list` the other kinds of names."
+            f"{given.name!r} is neither a run folder nor a data folder nor a known name.{meant} "
+            "`repa list recipes` prints the recipes, `repa list` the other kinds of names."
         )
     return 0
 
