@@ -288,7 +288,7 @@ def measure_prepare(args: argparse.Namespace, work: Path) -> list[dict]:
     )
     Dinov2Model(Dinov2Config(patch_size=14, image_size=224, **size)).save_pretrained(work / "encoder-weights")
     shared = {"resolution": 256, "num_workers": cores, "batch_size": 8, "shard_size": 1024}
-    encoder = {"features": ("dinov2-s",), "feature_weights": (f"dinov2-s={work / 'encoder-weights'}",)}
+    encoder = {"features": ("dinov2-s",), "feature_weights": {"dinov2-s": str(work / "encoder-weights")}}
     autoencoder = {"autoencoder": "kl", "autoencoder_weights": str(work / "vae-weights"), "store_images": False}
     sizes = ("of toy size",) * 2 if args.tiny else ("of Stable Diffusion's size", "of DINOv2-S's size")
     parts = [paths[index::cores] for index in range(cores)]

@@ -69,7 +69,7 @@ def configuration(
     alignments = () if teacher == "none" else (AlignmentConfig(target=TEACHER, depth=depth),)
     return TrainConfig(
         model=network, alignments=alignments, batch_size=batch, precision=precision, compile=compiled,
-        feature_weights=(f"{TEACHER}={args.folder}",) if teacher == "online" else (),
+        feature_weights={TEACHER: str(args.folder)} if teacher == "online" else {},
     )  # fmt: skip
 
 

@@ -67,9 +67,9 @@ def test_missing_weights_are_reported_before_any_work(data, tmp_path, monkeypatc
         raise AssertionError("an encoder worked")
 
     monkeypatch.setattr(encoders, "features_of_encoder", never)
-    pair = f"tiny-classifier={tmp_path / 'nowhere'}"
+    weights = {"tiny-classifier": str(tmp_path / "nowhere")}
     with pytest.raises(UserError, match="nowhere .* does not exist"):
-        compare_encoders(data, EncodersConfig(neighbours=5, encoder_weights=(pair,)))
+        compare_encoders(data, EncodersConfig(neighbours=5, encoder_weights=weights))
 
 
 def test_invalid_input_is_refused(data):

@@ -312,7 +312,7 @@ def test_a_recipe_may_be_given_by_its_flag_but_only_once():
         (
             prepare,
             ("s", "d", "--resolution", "8", "--features", "tiny", "--feature-forms", "pca4", "int8"),
-            "two forms for all encoders",
+            "'pca4' and 'int8' are both for all encoders",
         ),
         (
             evaluate,

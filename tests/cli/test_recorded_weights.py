@@ -47,7 +47,7 @@ def test_weight_folders_given_to_prepare_are_remembered(image_folder, tiny_confi
     run(*prepare, "--autoencoder-weights", "kl", "--feature-weights", "tiny=tiny.safetensors", "--num-workers", 0)
     config = json.loads(Path("data/manifest.json").read_text())["config"]
     assert config["autoencoder_weights"] == str(kl)
-    assert config["feature_weights"] == [f"tiny={tiny}"]
+    assert config["feature_weights"] == {"tiny": str(tiny)}
 
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

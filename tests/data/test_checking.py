@@ -11,7 +11,7 @@ from tests.data.conftest import content, spoil
 
 FULL = PrepareConfig(
     resolution=8, shard_size=3, batch_size=2, num_workers=0, autoencoder="kl", features=("tiny",),
-    feature_forms=("pca2-int8",),
+    feature_forms={"": "pca2-int8"},
 )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def test_a_plan_counts_the_remaining_work(folder, tmp_path, fakes):
 
 
 def test_an_old_manifest_without_forms_and_copies_still_opens(folder, tmp_path, fakes):
-    config = FULL.override(feature_forms=())
+    config = FULL.override(feature_forms={})
     prepare(folder, tmp_path / "out", config)
     path = tmp_path / "out" / "manifest.json"
     values = read_json(path)

@@ -16,7 +16,6 @@ from repa.base.images import adm_centre_crop
 from repa.data import PrepareConfig, add, encoding, open_data, open_source, pipeline, prepare, writing
 from repa.data.planning import make_plan
 from repa.data.progress import record_path
-from repa.encoders.loading import weights_for
 from tests.data.conftest import all_rows, content, pack, spoil
 
 SMALL = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
@@ -154,7 +153,7 @@ def test_a_deleted_file_is_written_again(folder, tmp_path, fakes, field):
 
 @pytest.mark.parametrize("name", ["features.tiny-00002.npy", "pooled.tiny-00000.npy", "basis.tiny.npy"])
 def test_lost_tokens_are_computed_again_from_the_stored_images(folder, tmp_path, fakes, name):
-    prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
+    prepare(folder, tmp_path / "out", FULL.override(feature_forms={"": "pca2"}))
     before = content(tmp_path / "out")
     (tmp_path / "out" / name).unlink()
     add(tmp_path / "out", "features:tiny")
@@ -488,13 +487,23 @@ def test_invalid_configurations_are_refused():
         ({"resolution": 8, "autoencoder": "pixel"}, "Did you mean 'pixels'"),
         ({"resolution": 8, "feature_weights": ["tiny"]}, "written ENCODER=PATH, but got 'tiny'"),
         ({"resolution": 8, "feature_weights": ["tiny=w"]}, "but features are none"),
+        ({"resolution": 8, "feature_weights": {"tiny": ""}}, "written ENCODER=PATH, but got 'tiny'"),
+        ({"resolution": 8, "feature_weights": {2: "w"}}, "Unknown encoder '2'"),
+        (
+            {"resolution": 8, "feature_weights": {"tiny": 3}},
+            "feature_weights.tiny' is 3: input should be a valid string",
+        ),
+        ({"resolution": 8, "feature_weights": "tiny=w"}, "feature_weights' is 'tiny=w': input should be a valid dict"),
+        ({"resolution": 8, "feature_weights": ["dinov2-b=v", "dinov2-vit-b=w"]}, "'v' and 'w' are both for dinov2-b"),
+        ({"resolution": 8, "feature_weights": ["v", "w"]}, "neither is written ENCODER=VALUE: leave one out"),
         ({"resolution": 8, "shards": 4}, "unknown setting 'shards'"),
     ]:
         with pytest.raises(UserError, match=message):
             PrepareConfig.parse(values)
-    config = PrepareConfig(resolution=8, features=("dinov2-vit-b",), feature_weights=("dinov2-vit-b=w/x",))
-    assert config.features == ("dinov2-b",)
-    assert weights_for("dinov2-b", config.feature_weights) == "w/x"
+    for weights in ({"dinov2-vit-b": "w/x"}, ("dinov2-vit-b=w/x",), ["dinov2-vit-b=w/x", "dinov2-b=w/x"]):
+        config = PrepareConfig(resolution=8, features=("dinov2-vit-b",), feature_weights=weights)
+        assert config.features == ("dinov2-b",)
+        assert config.feature_weights == {"dinov2-b": "w/x"}
 
 
 def test_too_many_workers_are_refused(folder, tmp_path):

@@ -123,7 +123,7 @@ def test_another_encoder_shape_or_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("form", ["fp16", "int8"])
 def test_prepared_features_are_read_by_image_number(tmp_path, form):
-    config = PrepareConfig(resolution=32, features=("tiny",), feature_forms=(form,), num_workers=0)
+    config = PrepareConfig(resolution=32, features=("tiny",), feature_forms={"": form}, num_workers=0)
     prepare("photographs:num=6", tmp_path / "data", config)
     cache = FeatureCache.open(tmp_path / "data")
     assert len(cache) == len(open_data(tmp_path / "data")) == 6

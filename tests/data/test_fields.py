@@ -35,7 +35,7 @@ def plain(folder, tmp_path, fakes):
 
 
 def test_int8_tokens_are_close_to_the_originals(folder, tmp_path, plain):
-    manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms=("int8",)))
+    manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms={"": "int8"}))
     data, facts = open_data(tmp_path / "out"), manifest.features["tiny"]
     assert manifest.fields["features.tiny"] == ("int8", (4, 3))
     assert manifest.fields["scale.tiny"] == ("float32", (4,))
@@ -48,7 +48,7 @@ def test_int8_tokens_are_close_to_the_originals(folder, tmp_path, plain):
 
 @pytest.mark.parametrize("form", ["pca2", "pca2-int8"])
 def test_principal_coordinates_reproduce_the_tokens(folder, tmp_path, plain, form):
-    manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms=(f"tiny={form}",)))
+    manifest = prepare(folder, tmp_path / "out", FULL.override(feature_forms={"tiny": form}))
     facts = manifest.features["tiny"]
     assert (facts.dim, facts.form, facts.basis.file, facts.basis.shape) == (3, form, "basis.tiny.npy", (3, 3))
     assert manifest.fields["features.tiny"][1] == (4, 2)
@@ -67,22 +67,22 @@ def test_principal_directions_use_images_from_the_whole_source(folder, tmp_path,
     monkeypatch.setattr(
         encoding.FeatureFields, "features", lambda self, pixels: seen.append(pixels) or features(self, pixels)
     )
-    prepare(folder, tmp_path / "out", FULL.override(feature_forms=("pca2",)))
+    prepare(folder, tmp_path / "out", FULL.override(feature_forms={"": "pca2"}))
     images = all_rows(open_data(tmp_path / "out"), "images")
     np.testing.assert_array_equal(np.concatenate(seen[:2]), images[[0, 5, 10]])
 
 
 def test_a_changed_form_and_too_many_directions_are_refused(folder, tmp_path, fakes):
-    prepare(folder, tmp_path / "out", FULL.override(feature_forms=("int8",)))
+    prepare(folder, tmp_path / "out", FULL.override(feature_forms={"": "int8"}))
     with pytest.raises(UserError, match="feature_forms of tiny: int8 -> fp16"):
         prepare(folder, tmp_path / "out", FULL)
     with pytest.raises(UserError, match="tiny has tokens of width 3, smaller than the 4 directions of pca4"):
-        prepare(folder, tmp_path / "new", FULL.override(feature_forms=("pca4",)))
+        prepare(folder, tmp_path / "new", FULL.override(feature_forms={"": "pca4"}))
     assert not (tmp_path / "new").exists()
 
 
 def test_a_lost_basis_is_computed_again_or_refused(folder, tmp_path, fakes):
-    config, out = FULL.override(feature_forms=("pca2",)), tmp_path / "out"
+    config, out = FULL.override(feature_forms={"": "pca2"}), tmp_path / "out"
     prepare(folder, out, config)
     before = content(out)
     (out / "basis.tiny.npy").unlink()
@@ -173,7 +173,10 @@ def test_fields_can_be_made_one_after_the_other(folder, tmp_path, fakes, plain):
 
 
 def test_removing_a_field_keeps_the_others(folder, tmp_path, fakes):
-    out, config = tmp_path / "out", FULL.override(features=("tiny", "dinov2-b"), feature_forms=("dinov2-b=pca2-int8",))
+    out, config = (
+        tmp_path / "out",
+        FULL.override(features=("tiny", "dinov2-b"), feature_forms={"dinov2-b": "pca2-int8"}),
+    )
     prepare(folder, out, FULL)
     before = content(out)
     add(out, "features:dinov2-b", form="pca2-int8")

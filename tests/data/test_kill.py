@@ -18,7 +18,7 @@ CONFIG = PrepareConfig(
     resolution=8, shard_size=3, batch_size=1, num_workers=0, autoencoder="kl", features=("tiny",), flip=True
 )
 IN_A_SHARD, IN_ALL = 3, 22
-PACKED = CONFIG.override(feature_forms=("pca2-int8",), num_workers=1)
+PACKED = CONFIG.override(feature_forms={"": "pca2-int8"}, num_workers=1)
 
 
 def killed(folder, out, config, encoder, after: float) -> tuple[int, bool]:

@@ -130,7 +130,7 @@ def test_a_damaged_checkpoint_is_refused(copy):
         (lambda config: config.update(label_dropout=0.5), "has label_dropout: 0.5"),
         # parts that are read without a configuration class
         (lambda config: config.update(label_dropout=2), "'label_dropout' has the impossible value '2'"),
-        (lambda config: config.update(feature_weights={"tiny": "w"}), "'feature_weights' has the impossible value"),
+        (lambda config: config.update(feature_weights={"tiny": 3}), "'feature_weights' has the impossible value"),
         (lambda config: config.update(alignments=[3]), "'alignments' has the impossible value"),
         (lambda config: config["diffusion"].update(path="trigonometric"), "has diffusion.path: 'trigonometric'"),
     ],

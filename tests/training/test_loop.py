@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
         ({"autoencoder": "sd-vae-ft-mse"}, "prepared with 'pixels'"),
         ({"alignments": ({"target": "dinov9", "depth": 1},)}, "dinov9"),
         ({"batch_size": 0}, "batch_size"),
-        ({"feature_weights": ("dino-b=somewhere",)}, "--feature-weights names 'dino-b'"),
+        ({"feature_weights": {"dino-b": "somewhere"}}, "--feature-weights names 'dino-b'"),
     ],
 )
 def test_invalid_settings_are_refused_before_a_folder_is_created(change, sentence, tiny_config, run_training, tmp_path):

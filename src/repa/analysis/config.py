@@ -10,7 +10,7 @@ from repa.base.config import Config, refuse_idle
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.encoders import ENCODERS
-from repa.encoders.loading import LocalWeights, weights_for
+from repa.encoders.loading import LocalWeights
 from repa.runs import layout
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
 
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny", "tiny-classifier")
     """Vision encoders."""
-    encoder_weights: LocalWeights = ()
+    encoder_weights: LocalWeights = Field({})
     """Local weights of encoders, written ENCODER=PATH."""
     grid: int = Field(0, ge=0)
     """Side of the token grid; 0: each encoder's default for this resolution."""
@@ -120,9 +120,6 @@ class EncodersConfig(HeadsConfig, ImagesConfig):
     def idle(self) -> dict[str, str]:
         unread = ("neighbours", "variant") if len(self.encoders) == 1 else ()
         return dict.fromkeys(unread, "with a single encoder, which has none to compare with")
-
-    def weights_of(self, encoder: str) -> str | None:
-        return weights_for(encoder, self.encoder_weights)
 
 
 class NeighboursConfig(Config):

@@ -62,12 +62,12 @@ def compare_encoders(
     images = ProbeImages.of(data, val, config.num_images, config.seed, least_classes=1)
     require_neighbours(config.neighbours, images.sizes[0])
     for spec in config.encoders:  # missing weights are reported before the first encoder runs for an hour
-        load_encoder_of(data, spec, weights=config.weights_of(spec))
+        load_encoder_of(data, spec, weights=config.encoder_weights.get(spec))
     stages = Stages(progress, images.sizes * len(config.encoders))
     epochs = Stages(heads_progress, [config.epochs] * len(config.encoders))
     rows, sides = [], []
     for spec in config.encoders:
-        encoder = load_encoder_of(data, spec, weights=config.weights_of(spec), device=device)
+        encoder = load_encoder_of(data, spec, weights=config.encoder_weights.get(spec), device=device)
         grid = config.grid or encoder.grid_for(data.resolution)
         shown = [name for name, distance in STRUCTURE_DISTANCE.items() if distance <= 2 * grid - 2]
         make = functools.partial(features_of_encoder, encoder, spec, grid, [PATCHES, *shown], config)

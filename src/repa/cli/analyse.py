@@ -23,8 +23,8 @@ from repa.base.reporting import columns
 from repa.cli import options, tables
 from repa.cli.console import Bars, say, speaks
 from repa.data.config import plain_name
-from repa.encoders import ENCODERS
-from repa.encoders.loading import LocalWeights, weights_for
+from repa.encoders import ENCODERS, canonical
+from repa.encoders.loading import LocalWeights
 
 if TYPE_CHECKING:
     from repa.data import DataSet
@@ -112,7 +112,7 @@ class ProbeArguments(NetworksArguments, ProbeConfig):
     """run folders, or encoders by name"""
     val: options.DataFolder = ""
     """Folder of prepared data for testing; empty: a fifth of --data."""
-    encoder_weights: LocalWeights = ()
+    encoder_weights: LocalWeights = Field({})
     """Local weights of encoders, written ENCODER=PATH."""
 
     @property
@@ -215,7 +215,7 @@ def probe(argv: list[str], held: ExitStack) -> int:
     )
     data = open_checked(given.data)
     for spec in given.encoders:
-        encoder = load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        encoder = load_encoder_of(data, spec, weights=given.encoder_weights.get(canonical(spec)), device=device)
         with Bars() as bars:
             progress = bars.of(spec), bars.of(f"heads of {spec}", "epochs")
             found = probe_of_encoder(encoder, spec, data, config, val, *progress)

@@ -14,7 +14,7 @@ from repa.base.registry import Spec
 from repa.cli import options, tables
 from repa.cli.console import ProgressBar, say, short, speaks
 from repa.encoders import ENCODERS
-from repa.encoders.loading import LocalWeights, weights_for
+from repa.encoders.loading import LocalWeights
 from repa.runs import layout
 from repa.sampling.config import SampleConfig
 
@@ -40,7 +40,7 @@ class PicturesArguments(options.CheckpointOfRun):
     """Folder of prepared data."""
     encoders: tuple[Annotated[str, Spec(ENCODERS)], ...] = ("tiny",)
     """Vision encoders to show beside the run; `--encoders` without a value shows none."""
-    encoder_weights: LocalWeights = ()
+    encoder_weights: LocalWeights = Field({})
     """Local weights of encoders, written ENCODER=PATH."""
     depths: tuple[int, ...] = ()
     """Blocks, counted from 1; empty: at 1/4, 1/2, 3/4 and the end of the network."""
@@ -114,7 +114,7 @@ def pictures(argv: list[str], held: ExitStack) -> int:
         raise UserError(f"{given.data} has no image {wrong[0]}: give indices from 0 to {data.num_images - 1}.")
     indices = np.array(given.images) if given.images else spaced_rows(data, given.num_images)
     encoders = {
-        spec: load_encoder_of(data, spec, weights=weights_for(spec, given.encoder_weights), device=device)
+        spec: load_encoder_of(data, spec, weights=given.encoder_weights.get(spec), device=device)
         for spec in given.encoders
     }
     run = checkpoint.load(given.weights, given.autoencoder_weights, device)

@@ -26,7 +26,7 @@ class CheckArguments(options.Command):
     """Number of images to encode again."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty: the location that `repa prepare` recorded."""
-    feature_weights: LocalWeights = ()
+    feature_weights: LocalWeights = Field({})
     """Local weights of encoders, written ENCODER=PATH."""
 
     def idle(self) -> dict[str, str]:

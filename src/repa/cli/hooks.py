@@ -16,7 +16,6 @@ from repa.base.arrays import evenly_spaced, save_npz
 from repa.base.images import grid, save_png
 from repa.conditions import load_text_encoder
 from repa.data import DataSet
-from repa.encoders.loading import weights_for
 from repa.evaluation import EvaluateConfig, evaluate, load_extractor, reference_of
 from repa.evaluation.images import DataImages
 from repa.evaluation.measure import check_number
@@ -77,7 +76,7 @@ class Previews:
         if preview.scored_every:
             self.metrics = EvaluateConfig(features=preview.features, metrics=preview.metrics).wanted
             check_number(preview.num_scored, self.metrics, "--preview.num-scored")
-            weights = weights_for(preview.features, config.feature_weights)
+            weights = config.feature_weights.get(preview.features)
             self.extractor = load_extractor(preview.features, weights=weights, device=device)
             looking = functools.partial(progress, "features of the training images")
             self.reference = reference_of(data, self.extractor, preview.features, looking)

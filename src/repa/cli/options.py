@@ -159,6 +159,10 @@ def print_help(cls: type[Command], values: Config | None) -> None:
     # Required options come first.
     ordered = cast("type[Config]", type(cls.__name__, (cls,), {"__doc__": cls.__doc__}))
     ordered.__pydantic_fields__ = dict(sorted(cls.model_fields.items(), key=lambda field: not field[1].is_required()))
+    for name in [name for name, info in cls.model_fields.items() if typing.get_origin(info.annotation) is dict]:
+        # tyro would show an option for each entry of a mapping.
+        ordered.__annotations__[name] = Annotated[tuple[str, ...], tyro.conf.arg(metavar="[ENCODER=VALUE ...]")]
+        given[name] = tuple(map("=".join, given[name].items()))
     page = _Page()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(page):
         tyro.cli(
@@ -300,6 +304,8 @@ def _take(flag: str, annotation: Any, given: list[str], verb: str) -> tuple[Any,
         if len(given) < len(types):
             raise UserError(f"--{flag} needs {len(types)} values, but got {len(given)}: see `repa {verb} --help`.")
         return given[: len(types)], given[len(types) :]
+    if typing.get_origin(annotation) is dict:  # words ENCODER=VALUE
+        return given, []
     # A switch takes the next word only if it is true or false: --plan SOURCE.
     if annotation is bool and (not given or given[0].lower() not in TRUTHS):
         return True, given

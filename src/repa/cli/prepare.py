@@ -16,7 +16,7 @@ from repa.data.config import PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
 from repa.encoders import ENCODERS
-from repa.encoders.loading import weights_for
+from repa.encoders.loading import by_encoder
 from repa.recipes import RECIPES
 from repa.recipes.own_images import GROUP
 
@@ -59,24 +59,20 @@ class PrepareArguments(PrepareConfig, options.Command):
         before = started(folder) if (folder / MANIFEST).is_file() or (folder / PARTS).is_dir() else None
         old = before.config if before else None
         stored, known = (old.model_dump(), old.features) if old else ({}, ())
-        named = [
-            *values.get("features", ()),
-            *(t.removeprefix(FEATURES) for t in values.get("only", ()) if FEATURES in t),
-        ]
-        named = [ENCODERS.check(name) for name in named]
+        made = [part.removeprefix(FEATURES) for part in values.get("only", ()) if part.startswith(FEATURES)]
+        named = [ENCODERS.check(name) for name in (*values.get("features", ()), *made)]
         new = [name for name in dict.fromkeys(named) if name not in known]
-        # A form without ENCODER= applies to the encoders that this command adds or names; in a new folder, to all.
-        forms = [
-            text
-            for form in values.get("feature_forms", ())
-            for text in ([form] if "=" in form or not old else [f"{name}={form}" for name in new or named or known])
-        ]
+        forms, weights = (by_encoder(values.get(name, {})) for name in ("feature_forms", "feature_weights"))
+        if old and "" in forms:
+            # A form without ENCODER= applies to the encoders that this command adds or names; in a new folder, to all.
+            shared = dict.fromkeys(new or named or known, forms.pop(""))
+            forms = {**shared, **forms}
         return {
             **stored,
             **values,
             "features": [*known, *new],
-            "feature_forms": [*stored.get("feature_forms", ()), *forms],
-            "feature_weights": [*values.get("feature_weights", ()), *stored.get("feature_weights", ())],
+            "feature_forms": {**stored.get("feature_forms", {}), **forms},
+            "feature_weights": {**stored.get("feature_weights", {}), **weights},
         }
 
     def idle(self) -> dict[str, str]:
@@ -147,7 +143,7 @@ def _add(folder: Path, given: PrepareArguments) -> None:
         weights, form, spec = given.text_weights, str(given.text_form), given.text
         if part != TEXT:
             spec = ENCODERS.check(part.removeprefix(FEATURES))
-            weights, form = weights_for(spec, given.feature_weights) or "", given.forms[spec]
+            weights, form = given.feature_weights.get(spec, ""), given.forms[spec]
         one = f"{TEXT}:{spec}" if part == TEXT else f"{FEATURES}{spec}"
         _work(folder, partial(add, folder, one, weights=weights or None, form=form))
 

@@ -1,7 +1,7 @@
 """Checks of a prepared folder: its bytes against their checksums, its stored tokens and moments against the models."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ def check_models(
     *,
     num: int = 64,
     autoencoder_weights: str | None = None,
-    feature_weights: tuple[str, ...] = (),
+    feature_weights: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Finding]:
     """Encode some stored images again and compare, with the autoencoder and every encoder whose weights are available.
@@ -77,7 +77,7 @@ def check_models(
         folder: a complete data folder with stored images.
         num: number of images, evenly spaced.
         autoencoder_weights: path; None: the path that `prepare` used.
-        feature_weights: pairs ENCODER=PATH; for others the path that `prepare` used.
+        feature_weights: encoder -> path; for others the path that `prepare` used.
         device: where the models run.
 
     Raises:
@@ -92,7 +92,7 @@ def check_models(
     images = DecodedImages(data.gather("images", rows), data.gather("labels", rows), captions, [])
     config = manifest.config.override(
         **({} if autoencoder_weights is None else {"autoencoder_weights": autoencoder_weights}),
-        feature_weights=(*feature_weights, *manifest.config.feature_weights),
+        feature_weights={**manifest.config.feature_weights, **(feature_weights or {})},
     )
     names = [*([BASE] if data.has_moments else []), *manifest.features, *([TEXT] if data.text else [])]
     return [_compare(data, rows, images, name, config, device) for name in names]

@@ -1,19 +1,18 @@
 """The configuration of `repa prepare`, and the names of its parts and files."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from repa.autoencoders import AUTOENCODERS
 from repa.base.config import Config
 from repa.base.errors import UserError
 from repa.base.registry import Spec
 from repa.conditions import TEXT_ENCODERS
-from repa.encoders import ENCODERS, canonical
-from repa.encoders.loading import LocalWeights
+from repa.encoders import ENCODERS
+from repa.encoders.loading import ByEncoder, LocalWeights
 
 BASE, TEXT = "base", "text"
 """Names of two parts of a shard; the other parts have the names of their encoders. `--only` selects parts."""
@@ -30,9 +29,9 @@ class PrepareConfig(Config):
     """Local folder of the autoencoder's weights; empty: the hub's."""
     features: tuple[Annotated[str, Spec(ENCODERS)], ...] = ()
     """Vision encoders whose tokens are stored, e.g. dinov2-b."""
-    feature_weights: LocalWeights = ()
+    feature_weights: LocalWeights = Field({})
     """Local weights of encoders, written ENCODER=PATH, e.g. dinov2-b=weights/dinov2; others come from the hub."""
-    feature_forms: tuple[str, ...] = ()
+    feature_forms: ByEncoder = Field({})
     """Stored form of tokens: fp16, int8 (one scale per token), pcaK (K numbers per token) or pcaK-int8; ENCODER=FORM for one encoder."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
     """Text encoder whose tokens of every caption are stored, e.g. clip-l; empty: store only the captions."""
@@ -66,43 +65,36 @@ class PrepareConfig(Config):
         """Local weights with absolute paths, so that commands in other folders find them; names on the hub do not change."""
         return str(Path(path).expanduser().absolute()) if path and Path(path).expanduser().exists() else path
 
+    @field_validator("feature_weights", "feature_forms")
+    @classmethod
+    def _only_features(cls, values: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        features = info.data.get("features", ())
+        if other := [encoder for encoder in values if encoder and encoder not in features]:
+            raise ValueError(
+                f"{info.field_name} names {other[0]!r}, but features are "
+                f"{', '.join(features) or 'none'}: name the same encoder in both"
+            )
+        return values
+
     @field_validator("feature_weights")
     @classmethod
-    def _absolute_pairs(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
-        parts = [pair.rpartition("=") for pair in pairs]
-        return tuple(f"{encoder}{equals}{cls._absolute(path)}" for encoder, equals, path in parts)
+    def _absolute_weights(cls, weights: dict[str, str]) -> dict[str, str]:
+        return {encoder: cls._absolute(path) for encoder, path in weights.items()}
 
-    @model_validator(mode="after")
-    def _settings_of_encoders(self) -> Self:
-        """Check settings of single encoders; forms become one ENCODER=FORM for each that is not fp16."""
-        forms = [text.rpartition("=") for text in self.feature_forms]
-        named = {
-            "feature_weights": [canonical(pair.rpartition("=")[0]) for pair in self.feature_weights],
-            "feature_forms": [canonical(encoder) for encoder, _, _ in forms if encoder],
-        }
-        for setting, encoders in named.items():
-            if other := [encoder for encoder in encoders if encoder not in self.features]:
-                raise ValueError(
-                    f"{setting} names {other[0]!r}, but features are "
-                    f"{', '.join(self.features) or 'none'}: name the same encoder in both"
-                )
-        # one spelling for equal settings: configurations are compared when an interrupted call continues
-        written = tuple(f"{name}={form}" for name, form in self.forms.items() if split_format(form) != (0, "fp16"))
-        object.__setattr__(self, "feature_forms", written)  # frozen, but still under construction
-        return self
+    @field_validator("feature_forms")
+    @classmethod
+    def _forms_of_features(cls, given: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        """One spelling for equal settings, which are compared when an interrupted call continues: in the order of
+        `features`, without fp16, and without a form for all encoders."""
+        for form in given.values():
+            split_format(form)
+        forms = {name: given.get(name, given.get("", "fp16")) for name in info.data.get("features", ())}
+        return {name: form for name, form in forms.items() if form != "fp16"}
 
-    @functools.cached_property
+    @property
     def forms(self) -> dict[str, str]:
         """Encoder -> stored form of its tokens: fp16, int8, pcaK or pcaK-int8."""
-        given: dict[str, str] = {}
-        for encoder, _, form in (text.rpartition("=") for text in self.feature_forms):
-            split_format(form)
-            if not encoder and given.get("", form) != form:
-                raise ValueError(
-                    f"feature_forms {list(self.feature_forms)} has two forms for all encoders: write ENCODER=FORM"
-                )
-            given[canonical(encoder) if encoder else ""] = form
-        return {name: given.get(name) or given.get("") or "fp16" for name in self.features}
+        return {name: self.feature_forms.get(name, "fp16") for name in self.features}
 
     @model_validator(mode="after")
     def _files_differ(self) -> Self:

@@ -1,7 +1,7 @@
 """A prepared folder, local or on an object store: its facts, its arrays, and the weights that made them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from repa.data.reader import ShardReader
 from repa.data.remote import RemoteFiles, is_url
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder
-from repa.encoders.loading import weights_for
 
 # one byte per image in memory instead of a read of 8 bytes per image and batch
 LABELS_IN_MEMORY = 64 << 20  # bytes of all labels; if they take more, each batch reads its labels
@@ -204,15 +203,15 @@ def autoencoder_weights(data: DataSet, given: str) -> str:
     return given or (recorded if data.manifest.autoencoder.get("sha256") and Path(recorded).exists() else "")
 
 
-def feature_weights(data: DataSet, given: tuple[str, ...], encoders: list[str]) -> tuple[str, ...]:
-    """Pairs ENCODER=PATH: the given ones, and for other `encoders` those of `prepare` that still exist."""
-    missing = dict.fromkeys(spec for spec in encoders if not weights_for(spec, given))
-    return (*given, *(f"{spec}={path}" for spec in missing if (path := encoder_weights(data, spec))))
+def feature_weights(data: DataSet, given: Mapping[str, str], encoders: list[str]) -> dict[str, str]:
+    """Encoder -> path: the given ones, and for other `encoders` those of `prepare` that still exist."""
+    recorded = {spec: path for spec in encoders if (path := encoder_weights(data, spec))}
+    return {**recorded, **given}
 
 
 def encoder_weights(data: DataSet, spec: str) -> str | None:
     """Path of the local weights that made an encoder's stored features, or None."""
-    recorded = weights_for(spec, data.manifest.config.feature_weights)
+    recorded = data.manifest.config.feature_weights.get(canonical(spec))
     return recorded if recorded and _checksum(data, spec) and Path(recorded).exists() else None
 
 

@@ -25,7 +25,6 @@ from repa.data.records import basis_name
 from repa.data.sources.reference_layout import require_same_moments
 from repa.encoders import load_encoder
 from repa.encoders.contract import Features
-from repa.encoders.loading import weights_for
 
 COMPARED = 4  # images whose moments are computed again, to verify that the source's moments are from this autoencoder
 SAMPLE = 1024  # images that principal components are computed from: 262,144 tokens of a 16 x 16 grid
@@ -89,7 +88,7 @@ class FeatureFields:
 
     def __init__(self, spec: str, config: PrepareConfig, device: torch.device):
         self.spec, self.config, self.device = spec, config, device
-        self.model = load_encoder(spec, weights=weights_for(spec, config.feature_weights), device=device)
+        self.model = load_encoder(spec, weights=config.feature_weights.get(spec), device=device)
         self.grid = config.grid or self.model.grid_for(config.resolution)
         self.form = config.forms[spec]
         self.num_directions, dtype = split_format(self.form)

@@ -13,7 +13,6 @@ from repa.data.config import BASE, TEXT, PrepareConfig, plain_name, split_format
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, remove_parts
 from repa.data.progress import FinishedParts, Part, started
 from repa.data.records import ArrayFile, FeatureField, Shard, TextField, basis_name, fields_of
-from repa.encoders import canonical
 
 
 def finish(finished: FinishedParts) -> Manifest:
@@ -162,8 +161,8 @@ def _without(out: Path, config: PrepareConfig, name: str, part: str) -> PrepareC
         return config.override(text="", text_weights="", text_form="fp16")
     return config.override(
         features=[spec for spec in config.features if spec != part],
-        feature_forms=[f"{spec}={form}" for spec, form in config.forms.items() if spec != part],
-        feature_weights=[pair for pair in config.feature_weights if canonical(pair.rpartition("=")[0]) != part],
+        feature_forms={spec: form for spec, form in config.feature_forms.items() if spec != part},
+        feature_weights={spec: path for spec, path in config.feature_weights.items() if spec != part},
     )
 
 

@@ -139,10 +139,10 @@ def add(
                 f"{out} stores no images to encode: run `repa prepare` on the source with --features {spec}."
             )
         if (spec := canonical(spec)) not in config.features:
-            forms = (*config.feature_forms, f"{spec}={form}")
+            forms = {**config.feature_forms, spec: form}
             config = config.override(features=(*config.features, spec), feature_forms=forms)
         if weights:
-            config = config.override(feature_weights=(f"{spec}={weights}", *config.feature_weights))
+            config = config.override(feature_weights={**config.feature_weights, spec: weights})
         # other files may be missing, because this call restores them
         manifest.require_intact(out, [s.files[name] for s in manifest.shards if s.num for name in ("images", "labels")])
         reader = ShardReader(out, manifest.shards)

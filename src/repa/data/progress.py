@@ -48,11 +48,10 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
         for name in both
         if old.forms[name] != new.forms[name]
     ]
-    forms = [f"{name}={form}" for name, form in old.forms.items()]
-    forms += [f"{name}={form}" for name, form in new.forms.items() if name not in both]
     if old.text and not new.text:
         new = new.override(text=old.text, text_form=old.text_form, text_weights=new.text_weights or old.text_weights)
-    new = new.override(features=tuple(dict.fromkeys([*old.features, *new.features])), feature_forms=tuple(forms))
+    features = tuple(dict.fromkeys([*old.features, *new.features]))
+    new = new.override(features=features, feature_forms={**new.forms, **old.forms})
     added = () if old.text else ("text", "text_form")
     same = {name: getattr(new, name) for name in (*MAY_CHANGE, *added, "features", "feature_forms")}
     asked = asked.override(config=new)

@@ -1,10 +1,9 @@
 """The registry of encoders, and `load_encoder`. Torch is imported only on use."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from repa.base.errors import UserError
 from repa.base.registry import Registry
@@ -39,29 +38,35 @@ def canonical(spec: str) -> str:
     return f"{stem}-{size.lower()}{colon}{settings}"
 
 
-def weights_for(spec: str, pairs: Sequence[str]) -> str | None:
-    """The local path of an encoder among strings ENCODER=PATH, or None."""
-    for pair in pairs:
-        # Split at the last =, because an encoder's settings also contain =.
-        encoder, _, path = pair.rpartition("=")
-        if canonical(encoder) == canonical(spec):
-            return path
-    return None
+def by_encoder(given: Any) -> Any:
+    """A mapping, or words ENCODER=VALUE, as {canonical name: value}; a word without ENCODER= has the key ""."""
+    if not isinstance(given, (dict, list, tuple)):
+        return given  # which the type refuses
+    # Split at the last =, because an encoder's settings also contain =.
+    pairs = given.items() if isinstance(given, dict) else [str(word).rpartition("=")[::2] for word in given]
+    values: dict[str, Any] = {}
+    for encoder, value in pairs:
+        name = canonical(str(encoder))
+        if values.setdefault(name, value) != value:
+            whom = name or "all encoders, because neither is written ENCODER=VALUE"
+            raise UserError(f"{values[name]!r} and {value!r} are both for {whom}: leave one out.")
+    return values
 
 
-def _checked(pairs: tuple[str, ...]) -> tuple[str, ...]:
+def _checked(weights: dict[str, str]) -> dict[str, str]:
     from repa.encoders import ENCODERS
 
-    for pair in pairs:
-        encoder, _, path = pair.rpartition("=")
+    for encoder, path in weights.items():
         if not (encoder and path):
-            raise UserError(f"Local weights must be written ENCODER=PATH, but got {pair!r}.")
+            raise UserError(f"Local weights must be written ENCODER=PATH, but got {encoder or path!r}.")
         ENCODERS.check(encoder)
-    return pairs
+    return weights
 
 
-LocalWeights = Annotated[tuple[str, ...], AfterValidator(_checked)]
-"""Type of a setting: local weights of encoders, each written ENCODER=PATH."""
+ByEncoder = Annotated[dict[str, str], BeforeValidator(by_encoder)]
+"""Type of a setting with one value per encoder; on the command line words ENCODER=VALUE."""
+LocalWeights = Annotated[ByEncoder, AfterValidator(_checked)]
+"""Type of a setting: encoder -> path of its local weights."""
 
 
 def load_encoder(

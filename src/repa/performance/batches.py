@@ -15,7 +15,6 @@ from repa.base.registry import parse_spec
 from repa.data import Batch, Loader, open_data
 from repa.data.records import FeatureField
 from repa.encoders.contract import Features
-from repa.encoders.loading import weights_for
 from repa.models import Condition
 from repa.performance.costs import encoder_cost
 from repa.training.config import TrainConfig
@@ -161,5 +160,5 @@ def random_condition(config: TrainConfig, labels: Tensor) -> Condition:
 
 def flops_of_encoders(needs: tuple[Need, ...], grid: int, config: TrainConfig) -> float:
     """For one image."""
-    costs = (encoder_cost(need.encoder, grid, weights_for(need.encoder, config.feature_weights)) for need in needs)
+    costs = (encoder_cost(need.encoder, grid, config.feature_weights.get(need.encoder)) for need in needs)
     return float(sum(found.cost.forward for found in costs))

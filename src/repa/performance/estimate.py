@@ -18,7 +18,6 @@ from repa.base.registry import parse_spec
 from repa.data.config import split_format
 from repa.diffusion import GUIDANCES, sde_grid
 from repa.diffusion.chain import Chain
-from repa.encoders.loading import weights_for
 from repa.models import Condition, build
 from repa.models.cost import Cost, cost_of, model_cost
 from repa.models.routing import tokens_at
@@ -171,7 +170,7 @@ def estimate(
     grid = model.latent_size // model.dims().patch_size
     needs = encoder_needs(config)
     names = [need.encoder for need in needs]
-    encoders = {name: encoder_cost(name, grid, weights_for(name, config.feature_weights)) for name in names}
+    encoders = {name: encoder_cost(name, grid, config.feature_weights.get(name)) for name in names}
     dims = {name: encoder.dim for name, encoder in encoders.items()}
     config = with_streams(config, dims)
     each = config.diffusion.token_times > 0

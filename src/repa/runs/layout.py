@@ -51,7 +51,7 @@ TYPES: dict[str, Any] = {
     **dict.fromkeys(("model", "diffusion", "optimizer", "preview"), dict[str, Any]),
     **dict.fromkeys(("alignments", "streams"), list[dict[str, Any]]),
     **dict.fromkeys(("autoencoder", "autoencoder_weights", "text", "text_weights"), str),
-    "feature_weights": list[str],
+    "feature_weights": dict[str, str] | list[str],
     "label_dropout": Annotated[float, Field(ge=0, le=1)],
 }
 

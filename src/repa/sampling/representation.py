@@ -11,7 +11,7 @@ from repa.base import files
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop, open_image, to_tensor
 from repa.base.registry import parse_spec
-from repa.encoders.loading import load_encoder, weights_for
+from repa.encoders.loading import by_encoder, load_encoder
 from repa.models import Condition, Output
 from repa.runs import LoadedRun, layout
 from repa.runs.checkpoint import load_projectors
@@ -31,8 +31,8 @@ def guide_of(run: LoadedRun, config: SampleConfig, device: torch.device | str) -
         run.folder, next(settings for name, settings in map(parse_spec, config.guidance) if name == "representation")
     )
     encoder_name, _ = term.encoder
-    recorded = layout.read_config(run.folder).get("feature_weights", ())
-    weights = config.guide_weights or weights_for(encoder_name, recorded)
+    recorded = by_encoder(layout.read_config(run.folder).get("feature_weights", {}))
+    weights = config.guide_weights or recorded.get(encoder_name)
     encoder = load_encoder(encoder_name, weights=weights or None, device=device)
     # Cropped like training images: the features must have the same framing as the targets.
     path = Path(config.guide_image)

@@ -136,7 +136,7 @@ class TrainConfig(Config):
     """Autoencoder of the latents; empty: that of the data."""
     autoencoder_weights: str = ""
     """Local folder of the autoencoder's weights; empty: the hub's."""
-    feature_weights: LocalWeights = ()
+    feature_weights: LocalWeights = Field({})
     """Local weights of encoders for training or metrics, written ENCODER=PATH; others come from the hub."""
     text: Annotated[str, Spec(TEXT_ENCODERS, also=("",))] = ""
     """Text encoder of the captions, e.g. clip-l, for networks that read text; empty: that of the stored tokens."""

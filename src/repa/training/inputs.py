@@ -15,9 +15,8 @@ from repa.conditions import Text, load_text_encoder
 from repa.conditions.contract import TextEncoder
 from repa.data import Batch, DataSet
 from repa.data.dataset import require_same_encoder
-from repa.encoders import canonical, load_encoder
+from repa.encoders import load_encoder
 from repa.encoders.contract import Features, VisionEncoder
-from repa.encoders.loading import weights_for
 from repa.models import Condition
 from repa.models.config import reads_text
 from repa.training.config import TrainConfig
@@ -152,8 +151,8 @@ def idle_with(config: TrainConfig, data: DataSet) -> dict[str, str]:
     """`config.idle` for settings that depend on the data: local weights of encoders that this run never computes."""
     running = [need.encoder for need in encoder_needs(config) if not _has_stored(data, need)]
     running += [config.preview.features] * bool(config.preview.scored_every)
-    for name in (canonical(pair.rpartition("=")[0]) for pair in config.feature_weights):
-        if name not in map(canonical, running):
+    for name in config.feature_weights:
+        if name not in running:
             why = f"whose tokens {data.folder} holds" if name in data.features else "which this run does not compute"
             return {"feature_weights": f"for {name}, {why}"}
     return {}
@@ -168,7 +167,7 @@ def _has_stored(data: DataSet, need: Need) -> bool:
 def _load(name: str, config: TrainConfig, data: DataSet, device: torch.device) -> VisionEncoder:
     """An encoder whose tokens are not stored; if it cannot be loaded, the error names the encoders whose tokens are."""
     try:
-        return load_encoder(name, weights=weights_for(name, config.feature_weights), device=device)
+        return load_encoder(name, weights=config.feature_weights.get(name), device=device)
     except UserError as error:
         terms = [k for k, term in enumerate(config.alignments) if parse_spec(term.target)[0] == name]
         if not (terms and data.features):

@@ -16,7 +16,6 @@ from repa.base.precision import resolved
 from repa.base.registry import parse_spec
 from repa.data import DataSet, dataset
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM
-from repa.encoders import canonical
 from repa.models.cost import model_cost
 from repa.runs import layout
 from repa.training.config import TrainConfig
@@ -84,8 +83,8 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         ImprovedDDPM().respaced(config.preview.num_steps, integer_stride=sampler == "ddim")
     alignments = [term.override(target=_with_step(term.target)) for term in config.alignments]
     encoders = [*(need.encoder for need in encoder_needs(config)), config.preview.features]
-    for name, _, _ in (pair.rpartition("=") for pair in config.feature_weights):
-        if canonical(name) not in map(canonical, encoders):
+    for name in config.feature_weights:
+        if name not in encoders:
             raise UserError(
                 f"--feature-weights names {name!r}, but this run uses {', '.join(dict.fromkeys(encoders))}: leave it out, or name one "
                 "of these."
