@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from repa.cli.main import run
-from repa.performance import MEMORY, PEAKS, fitting
+from repa.performance import fitting
 
 SMALL = [
     "estimate",
@@ -41,10 +41,6 @@ def test_a_run_that_does_not_fit_gets_suggestions(capsys):
     options = next(way[:2] for way in ways if way[0] == "--accumulate")
     assert run([*SMALL, "--memory", "0.1", *options]) == 0
     assert "  fits in the 0.1 GB of a device" in capsys.readouterr().out.splitlines()
-
-
-def test_the_memory_of_every_device_is_known():
-    assert MEMORY.keys() == PEAKS.keys()
 
 
 @pytest.mark.parametrize(("steps", "noted"), [("3000", False), ("4000", True)])

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from repa.evaluation.measure import distance_of_real
-from repa.evaluation.reference import Moments, Reference
+from repa.evaluation.reference import MeanCovariance, Reference
 from repa.metrics import Statistics, frechet_distance
 
 
 def moments(rows):
     statistics = Statistics()
     statistics.update(rows)
-    return Moments.of(statistics)
+    return MeanCovariance.of(statistics)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def fake_run(
     """A run with a row every 10 steps; `distances` maps steps of evaluations to Fréchet distances."""
     folder.mkdir(parents=True)
     (folder / layout.CONFIG).write_text(yaml.safe_dump(settings or config(aligned), sort_keys=False))
-    data = data or {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"]}
+    data = data or {"source": {"kind": "shapes"}, "num_images": 60, "resolution": 8, "class_names": ["disc", "square"]}
     (folder / layout.DATA).write_text(json.dumps(data))
     rng = np.random.default_rng(int(aligned))
     lines = []

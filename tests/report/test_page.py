@@ -137,7 +137,7 @@ def test_colours_follow_light_and_dark_mode(two, tmp_path):
 
 def test_everything_from_outside_is_escaped(tmp_path):
     evil = "<script>alert(1)</script>"
-    data = {"source": evil, "num_images": 3, "class_names": [evil, "b & c"]}
+    data = {"source": {"kind": evil}, "num_images": 3, "class_names": [evil, "b & c"]}
     run = fake_run(
         tmp_path / "r", distances={100: 3.0}, data=data, settings=config(False, note=evil), protocol={"features": evil}
     )

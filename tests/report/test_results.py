@@ -19,7 +19,7 @@ from repa.report.text import how_made
 from repa.runs import layout
 from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file
 
-IMAGENET = {"source": "imagenet", "num_images": 1_281_167, "resolution": 256, "class_names": []}
+IMAGENET = {"source": {"kind": "imagenet"}, "num_images": 1_281_167, "resolution": 256, "class_names": []}
 FIVE = {"fid": 8.1, "sfid": 5.2, "inception_score": 120.0, "precision": 0.701, "recall": 0.65}
 
 
@@ -196,8 +196,14 @@ def test_metric_rows_with_wrong_types_are_refused(row, named, tmp_path):
 
 @pytest.mark.parametrize("changed", [{"num_images": "60"}, {"class_names": {"disc": 0}}])
 def test_data_records_with_wrong_types_are_refused(changed, tmp_path):
-    data = {"source": "shapes", "num_images": 60, "resolution": 8, "class_names": ["disc", "square"], **changed}
-    with pytest.raises(UserError, match=f"data.json is damaged: data.{next(iter(changed))} is"):
+    data = {
+        "source": {"kind": "shapes"},
+        "num_images": 60,
+        "resolution": 8,
+        "class_names": ["disc", "square"],
+        **changed,
+    }
+    with pytest.raises(UserError, match=f"data.json is damaged: .{next(iter(changed))}. has"):
         read_runs([fake_run(tmp_path / "a", data=data)])
 
 

@@ -35,7 +35,7 @@ def test_groups_contain_runs_that_differ_only_in_the_seed(tmp_path):
         seeded(tmp_path / "a-1", 1),
         seeded(tmp_path / "other", 2, changes={"num_steps": 7}),
         seeded(tmp_path / "again", 1),  # a repeated seed does not count again
-        seeded(tmp_path / "data", 3, data={"source": "elsewhere"}),
+        seeded(tmp_path / "data", 3, data={"source": {"kind": "elsewhere"}}),
     ]
     found = group_seeds(read_runs(runs))
     assert [[run.name for run in group.runs] for group in found] == [

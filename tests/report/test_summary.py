@@ -199,7 +199,7 @@ def test_distances_of_different_protocols_are_not_compared(tmp_path, change):
 
 
 def test_images_are_counted_without_mirrored_copies(tmp_path):
-    data = {"source": "shapes", "num_images": 60, "class_names": ["disc", "square"], "class_counts": [20, 10]}
+    data = {"source": {"kind": "shapes"}, "num_images": 60, "class_names": ["disc", "square"], "class_counts": [20, 10]}
     mirrored = read_run(fake_run(tmp_path / "mirrored", data=data))
     plain = read_run(fake_run(tmp_path / "plain", data={**data, "num_images": 30}))
     assert [data_facts([run])["Images"] for run in (mirrored, plain)] == ["30, and a mirrored copy of each", "30"]
@@ -218,7 +218,7 @@ def test_other_differences_are_reported(tmp_path):
     baseline = fake_run(tmp_path / "b", distances={100: 10.0})
     settings = config(True, optimizer={"learning_rate": 2e-4}, seed=1)
     aligned = fake_run(
-        tmp_path / "a", aligned=True, distances={50: 20.0, 100: 8.0}, settings=settings, data={"source": "x"}
+        tmp_path / "a", aligned=True, distances={50: 20.0, 100: 8.0}, settings=settings, data={"source": {"kind": "x"}}
     )
     notes = " ".join(verdict(read_runs([baseline, aligned])).notes)
     assert "optimizer.learning_rate and seed" in notes

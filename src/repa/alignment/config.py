@@ -106,7 +106,8 @@ class AlignmentConfig(Config):
         part, layer = settings.get("part", "patches"), settings.get("layer")
         if part not in ("patches", "attention", "all"):
             raise UserError(f"part must be patches, attention or all, but the target has part={part!r}.")
-        if layer is not None if part != "attention" else type(layer) is not int or layer < 1:
+        is_block = type(layer) is int and layer >= 1
+        if not is_block if part == "attention" else layer is not None:
             raise UserError(
                 f"the target {self.target!r} has layer={layer!r}: with part=attention give a block of its encoder, counted from "
                 "1, such as layer=9; otherwise leave layer out."

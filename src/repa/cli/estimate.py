@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from pydantic import Field, field_validator
 
 from repa.autoencoders import AUTOENCODER
-from repa.base import files
 from repa.base.errors import UserError, choices
 from repa.base.reporting import duration
 from repa.cli import options
 from repa.cli.console import say
 from repa.cli.train import about_passes, of_recipe
 from repa.diffusion.config import Guidances
-from repa.performance import MEMORY, PEAKS
+from repa.performance import DEVICES
 from repa.recipes import RECIPES
 from repa.recipes.published import IMAGES as IMAGENET
 from repa.runs import layout
@@ -71,7 +70,7 @@ class EstimateArguments(TrainConfig, options.Command):
     @field_validator("device")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in (known := [CPU, *PEAKS]):
+        if name not in (known := [CPU, *DEVICES]):
             raise ValueError(
                 f"{name!r} is not a known device{choices(name, known)} For others give --tflops and --memory."
             )
@@ -92,8 +91,8 @@ def main(argv: list[str]) -> int:
         data = open_data(given.data)
         images, classes, resolution = images or len(data), classes or data.num_classes, resolution or data.resolution
         config = config.override(autoencoder=config.autoencoder or data.autoencoder)
-    elif (trained_on := Path(given.recipe) / layout.DATA).is_file():
-        images = images or files.read_object(trained_on, num_images=int)["num_images"]
+    else:
+        images = images or layout.read_data(Path(given.recipe)).get("num_images", 0)
     images, classes = images or IMAGENET, classes or 1000
     # The autoencoder of a run is that of its data; without data the recipe tells whether images are the latents.
     pixels = RECIPES[given.recipe].pixels if given.recipe in RECIPES else 0
@@ -102,7 +101,7 @@ def main(argv: list[str]) -> int:
     if given.device == CPU and not given.tflops:
         peak, memory = _of_this_machine(config.precision)
     else:
-        peak, memory = given.tflops or PEAKS[given.device], 0 if given.tflops else MEMORY[given.device]
+        peak, memory = (given.tflops, 0) if given.tflops else DEVICES[given.device]
 
     from repa.diffusion import build_process
     from repa.performance.estimate import estimate, passes_of, side_of

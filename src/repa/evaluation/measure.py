@@ -13,7 +13,7 @@ from repa.evaluation.captions import CaptionMeasure
 from repa.evaluation.config import METRICS, OF_CAPTIONS, is_private
 from repa.evaluation.extractors import Extractor, as_extractor
 from repa.evaluation.images import gather_rows
-from repa.evaluation.reference import Moments, Reference, accumulator_of
+from repa.evaluation.reference import MeanCovariance, Reference, accumulator_of
 from repa.metrics import (
     RunningScore,
     Statistics,
@@ -166,7 +166,7 @@ def needs_rows(metrics: Iterable[str]) -> list[str]:
     return [name for name in metrics if name in NEED_ROWS or is_private(name)]
 
 
-def _distance(real: Moments, statistics: Statistics) -> float:
+def _distance(real: MeanCovariance, statistics: Statistics) -> float:
     return frechet_distance(real.mean, real.covariance, statistics.mean, statistics.covariance)
 
 

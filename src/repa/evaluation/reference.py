@@ -23,7 +23,7 @@ BATCH = 64
 SUBSET = 10_000  # images for nearest neighbours and kernel distances, as many as the ADM evaluator's reference has
 
 
-class Moments(NamedTuple):
+class MeanCovariance(NamedTuple):
     """Mean (D,) and covariance (D, D), float64, and the number of images; None if a file does not record it."""
 
     mean: Tensor
@@ -31,16 +31,16 @@ class Moments(NamedTuple):
     count: int | None  # type: ignore[assignment]  # shadows tuple.count, which is not needed here
 
     @classmethod
-    def of(cls, statistics: Statistics) -> "Moments":
+    def of(cls, statistics: Statistics) -> "MeanCovariance":
         return cls(statistics.mean.cpu(), statistics.covariance.cpu(), statistics.count)
 
 
 class Reference(NamedTuple):
-    """Moments of all reference images, and the features of at most SUBSET evenly spaced images."""
+    """Mean and covariance of all reference images, and the features of at most SUBSET evenly spaced images."""
 
-    statistics: Moments
-    subset: Tensor | None  # (M, D) float32; None if a file has only moments
-    spatial: Moments | None = None  # of Inception's spatial features
+    statistics: MeanCovariance
+    subset: Tensor | None  # (M, D) float32; None if a file has no features
+    spatial: MeanCovariance | None = None  # of Inception's spatial features
 
     def arrays(self) -> dict[str, np.ndarray]:
         """mu, sigma, mu_s, sigma_s, as in the ADM evaluator's files, and count and subset."""
@@ -56,7 +56,7 @@ class Reference(NamedTuple):
         """From arrays of this package, or of the ADM evaluator without count and subset; raises ValueError if shapes do not match."""
         count = whole_number(arrays, "count") if "count" in arrays else None
 
-        def moments(mu: str, sigma: str) -> Moments:
+        def mean_covariance(mu: str, sigma: str) -> MeanCovariance:
             mean, covariance = (torch.from_numpy(_finite(arrays, name).astype(np.float64)) for name in (mu, sigma))
             if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
                 raise ValueError(
@@ -67,14 +67,16 @@ class Reference(NamedTuple):
             symmetric = torch.allclose(covariance, covariance.T, rtol=0, atol=slack)
             if not symmetric or torch.linalg.cholesky_ex(covariance + slack * torch.eye(len(mean))).info:
                 raise ValueError(f"{sigma} is not a covariance: it is not symmetric, or has negative eigenvalues")
-            return Moments(mean, covariance, count)
+            return MeanCovariance(mean, covariance, count)
 
         subset = torch.from_numpy(_finite(arrays, "subset").astype(np.float32)) if "subset" in arrays else None
         if subset is not None and subset.shape[1:] != arrays["mu"].shape:
             raise ValueError(f"the shapes of subset {tuple(subset.shape)} and mu {arrays['mu'].shape} do not match")
         if subset is not None and count is not None and len(subset) > count:
             raise ValueError(f"subset has {len(subset):,} images, more than its count {count:,}")
-        return cls(moments("mu", "sigma"), subset, moments("mu_s", "sigma_s") if "mu_s" in arrays else None)
+        return cls(
+            mean_covariance("mu", "sigma"), subset, mean_covariance("mu_s", "sigma_s") if "mu_s" in arrays else None
+        )
 
 
 def whole_number(arrays: dict[str, np.ndarray], name: str) -> int:
@@ -140,7 +142,9 @@ def compute_reference(
         progress(min(int(indices[0]) + dist.world() * batch_size, images.num), images.num)
     statistics.reduce()
     spatial.reduce()
-    return Reference(Moments.of(statistics), gather_rows(kept, places), Moments.of(spatial) if spatial.count else None)
+    return Reference(
+        MeanCovariance.of(statistics), gather_rows(kept, places), MeanCovariance.of(spatial) if spatial.count else None
+    )
 
 
 def subset_of(num: int) -> np.ndarray:

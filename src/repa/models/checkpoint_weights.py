@@ -33,33 +33,35 @@ def choose_weights(content: Any, where: str, kind: str, wanted: str = "") -> tup
         if not (isinstance(content, Mapping) and any(_holds_tensors(value) for value in [content, *content.values()])):
             raise UserError(f"{where} contains no state dict, that is, no named tensors: give a checkpoint file.")
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: it has no {ANCHOR!r}.")
-    averages, others = [w for w in found if w.averaged], [w for w in found if not w.averaged]
+    others = [w for w in found if not w.averaged]
     raw = others[0] if len(others) == 1 else next((w for w in others if w.name == "model"), None)
-    if wanted:
-        averages = [w for w in found if w.name == wanted]
-        if not averages:
-            names = ", ".join(repr(w.name) for w in found)
-            raise UserError(f"{where} has no weights {wanted!r}: give one of {names} as --weights.")
-    if len(averages) > 1 or (not averages and raw is None):
-        names = ", ".join(repr(w.name) for w in averages or others)
-        raise UserError(f"{where} contains several networks, {names}: give one of them as --weights.")
-    if averages:
-        beside = raw if raw is not None and raw.name != averages[0].name else None
+    candidates = [w for w in found if (w.name == wanted if wanted else w.averaged)]
+    if wanted and not candidates:
+        names = ", ".join(repr(w.name) for w in found)
+        raise UserError(f"{where} has no weights {wanted!r}: give one of {names} as --weights.")
+    if len(candidates) == 1:
+        (chosen,) = candidates
+        beside = raw if raw is not None and raw.name != chosen.name else None
         also = f", and the raw weights {beside.name or 'of the file'!r}" if beside else ""
-        return averages[0], beside, f"{averages[0].name or 'the average of the file'!r} is used{also}"
-    assert raw is not None  # without averages, checked above
-    # A file may name an average but lack it (ema: None); the sentence must say that the weights are the raw ones.
-    empty = next(
-        (key for key in content if isinstance(key, str) and _words(key) & AVERAGE and not _is_number(content[key])),
-        None,
-    )
-    if empty and not wanted and _holds_tensors(content[empty]):
+        return chosen, beside, f"{chosen.name or 'the average of the file'!r} is used{also}"
+    if candidates or raw is None:
+        names = ", ".join(repr(w.name) for w in candidates or others)
+        raise UserError(f"{where} contains several networks, {names}: give one of them as --weights.")
+    return raw, None, _why_raw(content, where, raw)
+
+
+def _why_raw(content: Any, where: str, raw: Weights) -> str:
+    """Why the raw weights are used. A file may name an average but lack it (ema: None), or hold only a part of one."""
+    averages = [key for key in content if isinstance(key, str) and _words(key) & AVERAGE]
+    named = next((key for key in averages if not _is_number(content[key])), None)
+    if named is None:
+        return "the only ones in the file"
+    if _holds_tensors(content[named]):
         raise UserError(
-            f"{where} holds an average {empty!r} that is no whole network: it has no {ANCHOR!r}. Give --weights "
+            f"{where} holds an average {named!r} that is no whole network: it has no {ANCHOR!r}. Give --weights "
             f"{raw.name or 'NAME'} for the raw weights."
         )
-    reason = f"{empty!r} has no named tensors, so the raw weights are used" if empty else "the only ones in the file"
-    return raw, None, reason
+    return f"{named!r} has no named tensors, so the raw weights are used"
 
 
 def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int, ...] = ()) -> Iterator[Weights]:

@@ -72,22 +72,24 @@ def activation_bytes(config: TrainConfig, dims: dict[str, int]) -> int:
         config: with latent size and channels filled in.
         dims: target -> width of its tokens.
     """
-    alike = 1 + parse_spec(config.model.backbone)[1].get("head_depth", 0)
     model, route = config.model, config.model.routing
     grid = (model.latent_size // model.dims().patch_size,) * 2
-    routed, routed_block = (route.last - route.first + 1 if route else 0), 0
+    least = 1 + parse_spec(config.model.backbone)[1].get("head_depth", 0)  # blocks of the smaller network
+    num_routed = route.last - route.first + 1 if route else 0
+    routed_block = 0
     with FakeTensorMode():
-        one, two = (_saved_bytes_of_blocks(config, depth, dims) for depth in (alike, alike + 1))
         # The difference is one block: the layers before and after the blocks, and the terms, are in both.
-        block = two - one
-        if route:  # `one` then has everything outside the blocks, one block with all tokens, the fusion, and the terms at routed blocks
-            first, second = (_saved_bytes_of_blocks(config, 1 + number, dims, number) for number in (1, 2))
-            routed_block = second - first
-            one = first - routed_block
+        smaller = _saved_bytes_of_blocks(config, least, dims)
+        block = _saved_bytes_of_blocks(config, least + 1, dims) - smaller
+        if route:
+            one_routed = _saved_bytes_of_blocks(config, 2, dims, routed=1)
+            routed_block = _saved_bytes_of_blocks(config, 3, dims, routed=2) - one_routed
+            # all outside the blocks, one block with all tokens, the fusion, and the terms at routed blocks
+            smaller = one_routed - routed_block
     if config.checkpoint_activations:  # the inputs of all blocks, and all activations of one block at a time
         block = 4 * grid[0] * grid[1] * model.dims().hidden_dim
         routed_block = 4 * route.num_kept(grid) * model.dims().hidden_dim if route else 0
-    return one + (model.dims().depth - routed - alike) * block + routed * routed_block
+    return smaller + (model.dims().depth - num_routed - least) * block + num_routed * routed_block
 
 
 def _saved_bytes_of_blocks(config: TrainConfig, depth: int, dims: dict[str, int], routed: int = 0) -> int:

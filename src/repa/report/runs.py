@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from repa.base.errors import UserError, printable
-from repa.base.files import read_json, read_object, well_formed
+from repa.base.files import read_json, well_formed
 from repa.evaluation.config import INCEPTION
 from repa.runs import layout
 from repa.runs.checkpoint import recorded_settings
@@ -38,7 +38,6 @@ FIELD_TYPES: dict[str, dict[str, type]] = {
         "num_samples": int,
         "reference_sha256": str,
     },
-    "data": {"num_images": int, "class_names": list, "class_counts": list},
     "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
 }
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
@@ -133,8 +132,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     steps = layout.checkpoint_steps(path)
     if steps:
         layout.require_settings(path, steps[-1], recorded_settings(path, steps[-1]), config)
-    data = read_object(path / layout.DATA) if (path / layout.DATA).is_file() else {}
-    _require_types(path / layout.DATA, "data", data, "Restore it from a copy.")
+    data = layout.read_data(path)
     # Read after listing the checkpoints, because training writes a log entry before its checkpoint.
     rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}

@@ -112,12 +112,12 @@ def speedup(baseline: RunRecord | Path, aligned: RunRecord | Path) -> Speedup | 
 
 def _overlap(rows: Sequence[dict[str, Any]], aligned_rows: Sequence[dict[str, Any]]) -> Overlap:
     """Linear interpolation between evaluations, without extrapolation."""
-    places, values = zip(*(([r["step"] for r in each], [r[DISTANCE] for r in each]) for each in (rows, aligned_rows)),
-                         strict=True)  # fmt: skip
-    first, last = max(place[0] for place in places), min(place[-1] for place in places)
-    steps = sorted({step for place in places for step in place if first <= step <= last})
-    ours, theirs = (np.interp(steps, *each).tolist() for each in zip(places, values, strict=True))
-    return Overlap(steps, ours, theirs)
+    steps_of = [[row["step"] for row in rows], [row["step"] for row in aligned_rows]]
+    first, last = max(steps[0] for steps in steps_of), min(steps[-1] for steps in steps_of)
+    shared = sorted({step for steps in steps_of for step in steps if first <= step <= last})
+    baseline = np.interp(shared, steps_of[0], [row[DISTANCE] for row in rows])
+    aligned = np.interp(shared, steps_of[1], [row[DISTANCE] for row in aligned_rows])
+    return Overlap(shared, baseline.tolist(), aligned.tolist())
 
 
 def first_reached(rows: Sequence[dict[str, Any]], target: float) -> Reached | None:

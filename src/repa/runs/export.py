@@ -17,7 +17,6 @@ from repa.models.exported import CHECKSUM, save_exported
 from repa.runs import layout
 from repa.runs.checkpoint import load_weights, recorded_settings
 from repa.runs.layout import kind_of
-from repa.runs.loading import counts_of
 
 FORMATS = ("safetensors", "diffusers")
 LOAD = {
@@ -93,8 +92,7 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
 
 def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The facts that a user of the network needs; without local paths, because an export is published."""
-    kinds = {"source": dict, "num_images": int, "class_names": list}
-    data = files.read_object(run / layout.DATA, **kinds) if (run / layout.DATA).is_file() else {}
+    data = layout.read_data(run)
     origin = files.read_object(run / layout.ORIGIN, origin=str)["origin"] if (run / layout.ORIGIN).is_file() else None
     return {
         "diffusion": {"objective": "flow", **config["diffusion"]},
@@ -103,7 +101,7 @@ def _facts(run: Path, config: dict[str, Any]) -> dict[str, Any]:
         "kind": kind_of(run),
         "source": data.get("source"),
         # without flipped copies, where data.json has the counts
-        "num_images": sum(counts_of(run, data, len(data.get("class_names", ())))) or data.get("num_images"),
+        "num_images": sum(data.get("class_counts", ())) or data.get("num_images"),
         "class_names": data.get("class_names", []),
     }
 

@@ -54,6 +54,13 @@ TYPES: dict[str, Any] = {
     "feature_weights": dict[str, str] | list[str],
     "label_dropout": Annotated[float, Field(ge=0, le=1)],
 }
+# Those of data.json.
+DATA_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("source", "text"), dict[str, Any]),
+    "num_images": int,
+    "class_names": list[str],
+    "class_counts": list[Annotated[int, Field(ge=0)]],
+}
 
 FEW = 4  # largest number of runs that a message names
 WEIGHTS = ".safetensors"
@@ -176,17 +183,36 @@ def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration of a run as plain values, checked against TYPES; must contain `needed`."""
     path = require_run(Path(run))
     values = read_yaml(path)
-    for name in sorted(TYPES.keys() & values.keys()):
+    _require_types(path, values, TYPES)
+    if missing := [name for name in needed if name not in values]:
+        raise UserError(f"{path} lacks the setting {missing[0]!r}: restore it as `repa train` wrote it.")
+    return values
+
+
+def read_data(run: Path) -> dict[str, Any]:
+    """The record of a run's training data, checked against DATA_TYPES; {} if the run has none, as a converted one."""
+    path = run / DATA
+    if not path.is_file():
+        return {}
+    values = files.read_object(path)
+    _require_types(path, values, DATA_TYPES)
+    counts, num_classes = values.get("class_counts", []), len(values.get("class_names", []))
+    if counts and not (len(counts) == num_classes and any(counts)):
+        raise UserError(
+            f"{path} is damaged: class_counts must have a number for each of {num_classes} classes, and not only 0."
+        )
+    return values
+
+
+def _require_types(path: Path, values: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    for name in sorted(types.keys() & values.keys()):
         try:
-            TypeAdapter(TYPES[name]).validate_python(values[name], strict=True)
+            TypeAdapter(types[name]).validate_python(values[name], strict=True)
         except ValidationError:
             wrong = str(values[name])[:80]
             raise UserError(
                 f"{path} is damaged: {name!r} has the impossible value {wrong!r}. Restore it from a copy."
             ) from None
-    if missing := [name for name in needed if name not in values]:
-        raise UserError(f"{path} lacks the setting {missing[0]!r}: restore it as `repa train` wrote it.")
-    return values
 
 
 def fixed_settings(config: Mapping[str, Any]) -> dict[str, str]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
 from repa.base.errors import UserError, printable
-from repa.base.files import read_object
 from repa.base.precision import Float32Default
 from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
@@ -200,14 +199,14 @@ def load_run(
     diffusion.check_model(model_config.name, model_config.learn_sigma)
     step, state = load_weights(run, weights, step)
     model = network_of(run, model_config, step, state)
-    data = read_object(run / layout.DATA, class_names=list) if (run / layout.DATA).is_file() else {}
+    data = layout.read_data(run)
     autoencoder = autoencoder or _autoencoder(run, config, autoencoder_weights, device)
     require_same_autoencoder(data.get("autoencoder"), autoencoder, run)
     layout.require_settings(run, step, recorded_settings(run, step), config)
-    names = tuple(printable(str(name)) for name in data.get("class_names", ()))
+    names = tuple(map(printable, data.get("class_names", ())))
     return LoadedRun(
         model.to(device).eval().requires_grad_(False), diffusion, autoencoder, step, weights, names, run,
-        config.get("label_dropout"), counts_of(run, data, len(names)), **_text(run, config, data),
+        config.get("label_dropout"), tuple(data.get("class_counts", ())), **_text(run, config, data),
     )  # fmt: skip
 
 
@@ -256,26 +255,10 @@ def _condition(labels: Tensor, text: Text | None) -> Condition:
 def _text(run: Path, config: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """The text encoder of a run, from its configuration and the record of its data."""
     spec, weights, identity = config.get("text", ""), config.get("text_weights", ""), data.get("text")
-    if not isinstance(identity, dict | None):
-        raise UserError(f"{run / layout.DATA} is damaged: its text must be an object. Restore it from a copy.")
     if spec:
         with contents_of(run / layout.CONFIG):
             TEXT_ENCODERS.check(spec)
     return {"text": spec, "text_weights": weights if Path(weights).exists() else "", "text_identity": identity}
-
-
-def counts_of(run: Path, data: dict[str, Any], num_classes: int) -> tuple[int, ...]:
-    """Number of training images per class, without flipped copies; () if data.json does not record it."""
-    counts = data.get("class_counts", [])
-    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
-        raise UserError(
-            f"{run / layout.DATA} is damaged: class_counts must be a list of numbers of images. Restore it from a copy."
-        )
-    if counts and not (len(counts) == num_classes and any(counts)):
-        raise UserError(
-            f"{run / layout.DATA} is damaged: class_counts must have a number for each of {num_classes} classes, and not only 0."
-        )
-    return tuple(counts)
 
 
 def _autoencoder(run: Path, config: dict[str, Any], given: str, device: torch.device | str) -> Autoencoder:
