@@ -205,6 +205,7 @@ def test_a_converted_folder_is_not_resumed(recipe, data_folder, tmp_path, capsys
         (("--model.name", "SiT-S/2"), "patch 4 (here 2)"),
         (("--model.qk-norm", "rms"), "qk-norm none (here rms)"),
         (("--model.rotary",), "rotary False (here True)"),
+        (("--model.rotary", "--model.positions", "false"), "rotary False (here True), fixed positions"),
         (("--model.name", "DiT-S/4", "--diffusion.objective", "ddpm"), "learned variance False (here True)"),
     ],
 )

@@ -109,7 +109,7 @@ def test_parameter_counts_match_the_papers(name, options, millions):
 
 
 def test_an_exported_network_keeps_its_options(random_dit, tmp_path):
-    model = random_dit(**ALL)
+    model = random_dit(**ALL, positions=False)
     state = model.state_dict()
     save_exported(tmp_path, state, constructor_arguments(state, 2), {})
     assert torch.equal(load_exported(tmp_path)(*inputs()).prediction["x"], model(*inputs()).prediction["x"])
@@ -120,5 +120,7 @@ def test_invalid_input_is_refused(random_dit):
         ModelConfig(hidden_dim=24, num_heads=4, depth=2, rotary=True)
     with pytest.raises(UserError, match="multiple of 4"):
         random_dit(rotary=True, hidden_dim=24, num_heads=4)
+    with pytest.raises(ValueError, match="where its tokens are: add --model.rotary true"):
+        ModelConfig(hidden_dim=24, num_heads=2, depth=2, positions=False)
     with pytest.raises(UserError, match="'jit' has no rotary"):
         ModelConfig(backbone="jit", rotary=True).refuse_dit_options()

@@ -7,6 +7,7 @@ from repa.base.errors import UserError
 from repa.models import Condition, DiT, Tap, TwoTimes, build
 from repa.models.config import ModelConfig, Route
 from repa.models.routing import draw_route
+from tests.oracles import sprint as oracle
 
 SIZES = {"latent_size": 8, "latent_channels": 4, "hidden_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 KEEP = torch.tensor([[2, 4, 11], [15, 0, 6]])  # in any order
@@ -52,6 +53,21 @@ def by_hand(model, state, t, condition, keep, dropped):
             x = block(x, c)[0]
         images.append(x[0])
     return torch.stack(images)
+
+
+@pytest.mark.parametrize("keep", [KEEP, None])
+def test_sprint_equals_its_literal_network(keep):
+    """Rotary positions alone, with all tokens and with some; the second image has its path dropped, as in path-drop guidance."""
+    model = network(Route(2, 3, 0.25, 2, "fuse", 0.1), rotary=True, positions=False, qk_norm="rms")
+    state, t, condition = inputs()
+    dropped = torch.tensor([False, True])
+    found = model(state, t, condition, (), keep, dropped).prediction["x"]
+    kept = torch.arange(16).expand(2, -1) if keep is None else keep
+    for n in range(2):
+        one = (state["x"][n], float(t[n]), n, 2, (2, 3), kept[n], bool(dropped[n]))
+        torch.testing.assert_close(found[n], oracle.forward(model.state_dict(), *one), rtol=0, atol=1e-6)
+    nobody = model(state, t, condition, (), torch.empty(2, 0, dtype=torch.long)).prediction["x"]
+    torch.testing.assert_close(nobody[1], found[1])
 
 
 @pytest.mark.parametrize("merge", ["identity", "fuse"])

@@ -31,7 +31,14 @@ NAMED = {
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
 BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig for the layers of blocks
-DIT_OPTIONS = ("heads", "streams", "separate_times", "patch_overlap", "route")  # further fields, of a DiT only
+DIT_OPTIONS = (
+    "positions",
+    "heads",
+    "streams",
+    "separate_times",
+    "patch_overlap",
+    "route",
+)  # further fields, of a DiT only
 
 
 def model_names() -> list[str]:
@@ -179,6 +186,8 @@ class ModelConfig(Config):
     """Biases of queries, keys, values and the MLP; DDT has none."""
     rotary: bool = False
     """Rotary positions of queries and keys, in addition to the fixed ones (LightningDiT, RAE)."""
+    positions: bool = True
+    """Fixed positions, sines of row and column, added to the tokens; SPRINT has only rotary ones."""
     heads: tuple[int, ...] = ()
     """Blocks with an auxiliary head that predicts x; trained with head_weight, used by the guidance `internal`."""
     separate_times: bool = False
@@ -207,6 +216,8 @@ class ModelConfig(Config):
             raise UserError(f"{self.name} is a JiT, but the backbone is dit: give --model.backbone jit.")
         if self.rotary:
             check_rotary(self.dims().hidden_dim // self.dims().num_heads)
+        elif not self.positions:
+            raise UserError("A network without positions cannot tell where its tokens are: add --model.rotary true.")
         # The network repeats these checks when it is built; here they need no torch.
         for depth in self.heads:
             if not 1 <= depth <= self.dims().depth:

@@ -51,6 +51,7 @@ class DiT(Backbone):
         learn_sigma: 2C output channels, [prediction, variance].
         norm, mlp, qk_norm, bias: layers of the blocks (see BlockOptions); the defaults are DiT's.
         rotary: use rotary positions for queries and keys, in addition to the fixed ones.
+        positions: add the fixed positions to the tokens.
         streams: name -> width of a vector that is noised and predicted with the latents; each is one token in front.
         heads: depths of blocks that also predict x, each with a separate final layer.
         patch_overlap: overlap of patches on each side, in latent pixels; predictions are summed.
@@ -80,6 +81,7 @@ class DiT(Backbone):
         qk_norm: Literal["none", "layer", "rms"] = "none",
         bias: bool = True,
         rotary: bool = False,
+        positions: bool = True,
         streams: Mapping[str, int] | None = None,
         heads: Sequence[int] = (),
         separate_times: bool = False,
@@ -103,7 +105,8 @@ class DiT(Backbone):
         patch_features = (patch_size + 2 * patch_overlap) ** 2 * latent_channels * (2 if learn_sigma else 1)
 
         # Stored in state dicts although a formula gives it: released checkpoints have it, and it determines their grid.
-        self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid))  # (1, T, D)
+        # Zeros without positions, so that a state dict also determines whether there are any.
+        self.register_buffer("pos_embed", sincos_positions(hidden_dim, self.grid) * positions)  # (1, T, D)
         self.rotation = Rotation(hidden_dim // num_heads, self.grid) if rotary else None
         self.x_embedder = PatchEmbedding(latent_channels, hidden_dim, patch_size, patch_overlap)
         self.t_embedder = TimestepEmbedding(hidden_dim)
@@ -277,7 +280,9 @@ def build_model(name: str, **overrides: Any) -> Backbone:
 
 def dit(config: ModelConfig) -> DiT:
     """The backbone `dit`."""
-    own = config.given("num_classes", "learn_sigma", *BLOCK_OPTIONS, "heads", "separate_times", "patch_overlap")
+    own = config.given(
+        "num_classes", "learn_sigma", *BLOCK_OPTIONS, "positions", "heads", "separate_times", "patch_overlap"
+    )
     return DiT(**config.sizes(), **own, streams=dict(config.streams), route=config.routing)
 
 

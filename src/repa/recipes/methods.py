@@ -169,7 +169,7 @@ def sprint(place: Scale) -> Parts:
     route = {"route": (3, place.last - 2), "keep": 0.25, "keep_groups": 2, "merge": "fuse", "path_drop": 0.1}
     if place is not XL:
         return {"model": route}
-    blocks = {"rotary": True, "qk_norm": "rms"}
+    blocks = {"rotary": True, "positions": False, "qk_norm": "rms"}
     return {"model": route | blocks, "diffusion": DiffusionConfig(timesteps="logit_normal")}
 
 
@@ -249,7 +249,7 @@ METHODS: dict[str, Method] = {
             "The paper's first stage has 2M steps, --num-steps 2000000; on SiT-XL/2 times, queries and keys are as in the paper.",
             "Its second uses all tokens: --init RUN --model.keep 1 --num-steps 200000 --batch-size 1024 --optimizer.learning-rate 2e-4",
             "--optimizer.warmup-steps 5000. With REPA: --alignments.0.target dinov2-b --alignments.0.depth 8, compared at the kept tokens.",
-            "The mask token is trained here, but stays random in the released code; sine positions are added to the rotary ones.",
+            "The mask token is trained here, but stays random in the released code.",
         ),
         "path_drop:scale=3",
     ),

@@ -161,6 +161,8 @@ def _check_sizes(source: str, start: InitialWeights, model: DiT, num_heads: int)
     ]
     if (FUSION in start.state) != (FUSION in model.state_dict()):
         differences.append("the merge fuse" if FUSION in start.state else "no merge fuse")
+    if bool(start.state["pos_embed"].any()) != bool(model.pos_embed.any()):
+        differences.append("fixed positions" if start.state["pos_embed"].any() else "no fixed positions")
     if differences:
         raise UserError(
             f"--init is {source}, a network with {', '.join(differences)}: choose the recipe or --model options of its size, "
