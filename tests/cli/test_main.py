@@ -89,6 +89,7 @@ def test_a_mistyped_path_suggests_the_one_beside_it(refused, random_run, data_fo
     run, data = (path.with_name(path.name[:-1] + "x") for path in (random_run, data_folder))
     assert f"Did you mean {random_run.name!r}?" in refused("sample", run, "--out", "s.npz")
     assert f"Did you mean {data_folder.name!r}?" in refused("check", data)
+    assert f"Did you mean {data_folder}?" in refused("check", data_folder.parent)
     assert f"Did you mean {data_folder.name!r}?" in refused("evaluate", random_run, "--reference", data)
     started = refused("train", "quickstart", "--data", data_folder, "--out", "o", "--init", run)
     assert f"{run} does not exist: give a run or a checkpoint. Did you mean {random_run.name!r}?" in started

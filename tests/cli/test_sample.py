@@ -1,6 +1,7 @@
 """`repa sample` with --compile, and with PNG files as output."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -61,3 +62,27 @@ def test_a_folder_of_pngs_can_be_evaluated_by_the_printed_command(random_run, da
         assert run([*command.split(), *reference, "--out", str(tmp_path / f"{name}-fd.json")]) == 0
         found.append(json.loads((tmp_path / f"{name}-fd.json").read_text())["metrics"]["fd"])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_the_command_that_training_prints_samples_a_run_on_captions(captioned_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ("--model.hidden-dim", "32", "--model.depth", "2", "--model.num-heads", "2", "--batch-size", "4")
+    small += ("--preview.every", "0", "--text", "tiny-text:tokens=4,width=8", "--alignments.0.target", "tiny")
+    assert (
+        run(
+            [
+                "train",
+                "quickstart-text",
+                "--data",
+                str(captioned_data / "stored"),
+                "--out",
+                "a run",
+                "--num-steps",
+                "1",
+                *small,
+            ]
+        )
+        == 0
+    )
+    command = capsys.readouterr().out.partition("Next: repa ")[2]
+    assert run([*shlex.split(command), "--num-images", "2", "--steps", "1"]) == 0

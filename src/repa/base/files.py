@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from repa.base import faults
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, listed, nearest
 
 # names of files being written or removed; tempfile's letters
 LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")
 
 SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 
+FEW = 4  # largest number of folders to suggest
 CLOSE = 0.6  # least similarity of a path to suggest
 MOST_NAMES = 1_000  # names in a folder that a mistyped one is compared with
 MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up to 24 times as much memory
@@ -257,8 +258,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def near(path: Path) -> str:
-    """' Did you mean ...?' for the name beside a mistyped path that is closest to its own, or '' if none is close."""
+def near(path: Path, sign: str = "") -> str:
+    """' Did you mean ...?' for the folders inside `path` that hold a file `sign`, or for the closest name beside a missing
+    path; otherwise ''."""
+    if path.exists():
+        inside = [found.parent for found in sorted(path.glob(f"*/{sign}"))] if sign else []
+        return f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
     beside = itertools.islice(path.parent.iterdir(), MOST_NAMES) if path.parent.is_dir() else ()
     return nearest(path.name, [other.name for other in beside], CLOSE)
 

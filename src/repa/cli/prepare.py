@@ -117,9 +117,10 @@ def main(argv: list[str]) -> int:
 
 
 def _recipes_for(given: PrepareArguments) -> list[str]:
-    """Recipes for a first run: a SiT on pixels of this size. Too many recipes for latents fit to list them."""
+    """Recipes for a first run: a network on pixels of this size. Too many recipes for latents fit to list them."""
+    backbone = "mmdit" if given.text else "dit"
     fitting = {n: each for n, each in RECIPES.items() if each.pixels == given.resolution and each.group in FIRST_GROUPS}
-    return [n for n, each in fitting.items() if given.autoencoder == "pixels" and each().model.backbone == "dit"]
+    return [n for n, each in fitting.items() if given.autoencoder == "pixels" and each().model.backbone == backbone]
 
 
 def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:

@@ -1,5 +1,6 @@
 """`repa sample RUN --num-images N --out samples.npz|FOLDER ...`."""
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -109,5 +110,7 @@ def main(argv: list[str]) -> int:
         f"{out.with_suffix('.png')} shows some of them."
     )
     small = " --features tiny-classifier" if device.type == "cpu" else ""  # Inception is slow on a CPU
-    say(f"Next: repa evaluate {out} --reference DATA{small}, where DATA is the prepared data of the run")
+    say(
+        f"Next: repa evaluate {shlex.quote(str(out))} --reference DATA{small}, where DATA is the prepared data of the run"
+    )
     return 0

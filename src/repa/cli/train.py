@@ -11,6 +11,7 @@ from repa.base.config import refuse_idle
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
 from repa.evaluation.config import EvaluateConfig
+from repa.models.config import reads_text
 from repa.recipes import load_recipe
 from repa.runs import layout
 from repa.training.config import TrainConfig
@@ -122,7 +123,10 @@ def start(
             f"Stopped by {name} after step {step:,} with a checkpoint in {run}. To continue: {command or 'run the same command again'}"
         )
         return finished.interrupted
-    # The paper's 250 network calls per image are for a GPU.
-    few = " --sampler heun --steps 25" if device.type == "cpu" else ""
-    say(f"{run}: {finished.step:,} steps done. Next: repa sample {run} --num-images 64{few} --out samples.npz")
+    sample = ["repa", "sample", str(run), "--num-images", "64"]
+    if device.type == "cpu":  # the paper's 250 network calls per image are for a GPU
+        sample += ["--sampler", "heun", "--steps", "25"]
+    if config.text or reads_text(config.model.backbone):
+        sample += ["--prompt-data", str(data_folder)]
+    say(f"{run}: {finished.step:,} steps done. Next: {shlex.join([*sample, '--out', 'samples.npz'])}")
     return None

@@ -62,9 +62,8 @@ def require_data(folder: Path) -> Path:
     if not path.is_file():
         if (folder / PARTS).is_dir():
             raise UserError(f"The preparation of {folder} is not finished: run the same `repa prepare` again.")
-        raise UserError(
-            f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.{files.near(folder)}"
-        )
+        meant = files.near(folder, MANIFEST)
+        raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.{meant}")
     return path
 
 

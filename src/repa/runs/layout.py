@@ -24,7 +24,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from repa.base import files
 from repa.base.config import leaves, read_yaml
-from repa.base.errors import UserError, listed
+from repa.base.errors import UserError
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -62,7 +62,6 @@ DATA_TYPES: dict[str, Any] = {
     "class_counts": list[Annotated[int, Field(ge=0)]],
 }
 
-FEW = 4  # largest number of runs that a message names
 WEIGHTS = ".safetensors"
 PART_OF = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 MODEL_FILE = "model.safetensors"
@@ -173,9 +172,9 @@ def require_run(run: Path) -> Path:
     """The configuration of a run; raises UserError if the folder is not a run."""
     path = run / CONFIG
     if not path.is_file():
-        inside = [found.parent for found in sorted(run.glob(f"*/{CONFIG}"))]
-        meant = f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else files.near(run)
-        raise UserError(f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{meant}")
+        raise UserError(
+            f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{files.near(run, CONFIG)}"
+        )
     return path
 
 
