@@ -223,19 +223,22 @@ def probe(argv: list[str], held: ExitStack) -> int:
     counts = (val or data).manifest.class_counts
     how = {**tables.how("probe", given), "chance": max(counts) / sum(counts)}
     tables.write(out, how, rows)
-    # One line per block and noise level: the learning rates are a search grid, and only the files hold all of them.
     shown = best(rows, "top1")
-    num_rates = len(config.learning_rates)
+    _say_probes(shown, how["chance"], len(config.learning_rates), out)
+    return _draw_depths(shown, "top1", "top-1 accuracy", out)
+
+
+def _say_probes(shown: list[dict[str, Any]], chance: float, num_rates: int, out: Path) -> None:
+    """One line per block and noise level: the learning rates are a search grid, and only the files hold all of them."""
     columns = {**COLUMNS, "features": "features", "top1": "top-1|.4f", "top5": "top-5|.4f"}
     columns |= {"lr": "lr|g"} if num_rates > 1 else {}
     # Encoders have no steps, noise levels and blocks; runs have no kinds of features.
     used = {key: title for key, title in columns.items() if any(row.get(key) is not None for row in shown)}
-    say(*tables.in_columns(shown, used), meaning_of("probe", how["chance"]))
+    say(*tables.in_columns(shown, used), meaning_of("probe", chance))
     if num_rates > 1:
         say(
             f"the best of {num_rates} learning rates on the test images, which is a little optimistic; all are in {out}"
         )
-    return _draw_depths(shown, "top1", "top-1 accuracy", out)
 
 
 def encoders(argv: list[str], held: ExitStack) -> int:

@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,10 @@ from repa.cli.console import say
 from repa.recipes import load_recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from repa.performance.measure import Advice, Measurement
+    from repa.training.config import TrainConfig
 
 
 class BenchArguments(options.Command):
@@ -62,9 +65,8 @@ def main(argv: list[str]) -> int:
     from repa.base.device import peak_memory
     from repa.base.precision import resolved
     from repa.data import open_data
-    from repa.performance.batches import prepared, random_batch
     from repa.performance.measure import table
-    from repa.performance.profiling import profile_step, rate, summary
+    from repa.performance.profiling import rate, summary
 
     device = dist.setup()
     if dist.active():
@@ -83,32 +85,43 @@ def main(argv: list[str]) -> int:
     rates = {precision: rate(precision, device) for precision in precisions}
     say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items()))  # fmt: skip
-    figures, rows = [], []
+    results: dict[str, Any] = {"device": str(device), "rates": rates, "rows": []}
+    measured = []
     variants = itertools.product(sizes, precisions, {recipe.compile, recipe.compile or given.compiled})
     for batch_size, precision, compiled in sorted(variants):
         config = recipe.override(batch_size=batch_size, precision=precision, compile=compiled)
-        own_step = (batch_size, precision, compiled) == (sizes[0], own, recipe.compile)
-        data = Path(given.data)
-        batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
-        with batches as (config, source):
-            found, row = profile_step(config, source, rates, given.rounds, device, given.trace if own_step else "")
-        figures.append(found)
-        rows.append(row)
-        say(f"{batch_size} images, {precision}{', compiled' * compiled}: {figures[-1].images_per_second:.1f} images/s")
-        if own_step:
-            say(summary(rows[-1]))
+        is_own = (batch_size, precision, compiled) == (sizes[0], own, recipe.compile)
+        measurement, row = _measured(config, given, rates, device, given.trace if is_own else "")
+        measured.append(measurement)
+        results["rows"].append(row)
+        say(f"{batch_size} images, {precision}{', compiled' * compiled}: {measurement.images_per_second:.1f} images/s")
+        if is_own:
+            say(summary(row))
         if given.out:
-            files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows})
-    say("", *table(figures).split("\n"), "")
+            files.write_json(Path(given.out), results)
+    say("", *table(measured).split("\n"), "")
     # The advice is relative to the recipe's own step.
-    now = next(f for f in figures if (f.precision, f.compiled) == (own, recipe.compile))
-    advice = _say_advice(now, [f for f in figures if f is not now])
+    now = next(m for m in measured if (m.precision, m.compiled) == (own, recipe.compile))
+    advice = _say_advice(now, [m for m in measured if m is not now])
     say(
         f"Peak memory: {files.size(peak_memory(device))} {'on the device' if device.type == 'cuda' else 'of the process'}."
     )
     if given.out:
-        files.write_json(Path(given.out), {"device": str(device), "rates": rates, "rows": rows, "advice": advice})
+        files.write_json(Path(given.out), results | {"advice": advice})
     return 0
+
+
+def _measured(
+    config: "TrainConfig", given: BenchArguments, rates: dict[str, float], device: "torch.device", trace: str
+) -> "tuple[Measurement, dict[str, Any]]":
+    """One variant of the recipe's step, on prepared data or on random tensors."""
+    from repa.performance.batches import prepared, random_batch
+    from repa.performance.profiling import profile_step
+
+    data = Path(given.data)
+    batches = prepared(config, data, device) if given.data else random_batch(config, given.token_width, device)
+    with batches as (config, source):
+        return profile_step(config, source, rates, given.rounds, device, trace)
 
 
 def _say_advice(now: "Measurement", others: Sequence["Measurement"]) -> list["Advice"]:

@@ -79,24 +79,32 @@ def main(argv: list[str]) -> int:
     if (Path(given.reference) / layout.CONFIG).is_file():
         raise UserError(f"--reference {given.reference} is a run folder: give its training data, or an .npz.")
     of_run = Path(given.samples) / layout.EVALUATIONS
-    written = Path(given.out) if given.out else of_run if given.is_run else None
-    if written:
-        files.require_writable(given.out or of_run / "results.json")
-    if given.out:
-        files.require_replaceable(given.out, ("metrics", "num_samples"))
+    # The results of a run are written into its folder, in a file that is named by their settings.
+    out = Path(given.out) if given.out else None
+    output = out or (of_run if given.is_run else None)
+    if output:
+        files.require_writable(out or of_run / "results.json")
+    if out:
+        files.require_replaceable(out, ("metrics", "num_samples"))
     # The main process locks for all. The others join the group later, once torch is imported.
-    mine = written if launch.place().rank == 0 else None
-    with lock.exclusive(mine, "repa evaluate") if mine else contextlib.nullcontext():
-        if mine and not given.out:
-            files.remove_leftovers(mine)
+    locked = output if launch.place().rank == 0 else None
+    with lock.exclusive(locked, "repa evaluate") if locked else contextlib.nullcontext():
+        if locked and not out:
+            files.remove_leftovers(of_run)
         results = (_of_run if given.is_run else _of_file)(given)
-        out = Path(given.out) if given.out else of_run / _name(given, results) if given.is_run else None
-        if mine and out:
+        if given.is_run and not out:
+            out = of_run / _name(given, results)
+        if locked and out:
             files.write_sealed(out, results)
+    _say_results(results, given.features, out)
+    return 0
+
+
+def _say_results(results: dict[str, Any], features: str, out: Path | None) -> None:
     for name, value in results["metrics"].items():
         say(f"{name:<20} {value:.4f}")
     count = f"{results['num_reference']:,} images" if results["num_reference"] else "a reference of unknown size"
-    say(f"in the features of {given.features}, {results['num_samples']:,} samples against {count}")
+    say(f"in the features of {features}, {results['num_samples']:,} samples against {count}")
     if (real := results["distance_of_real"]) is not None:
         name = "fid" if "fid" in results["metrics"] else "fd"
         say(
@@ -106,7 +114,6 @@ def main(argv: list[str]) -> int:
         say(f"{out}: these results and their settings")
     for warning in results["warnings"]:
         say(f"note: {warning}")
-    return 0
 
 
 def _name(given: EvaluateArguments, results: dict[str, Any]) -> str:

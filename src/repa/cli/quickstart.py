@@ -88,39 +88,49 @@ def main(argv: list[str]) -> int:
     prepare.start(source, data, config)
     flags = _flags(choice.changes)
     trainings = [["train", RUNS[n], "--data", str(data), "--out", str(folder / n), *flags] for n in RUNS]
-    if all(_is_finished(words) for words in trainings):
-        say("", "Both runs are complete.")
-    else:
-        _compute_reference(data, choice.changes["preview.features"])
-        say(
-            "",
-            f"Training both runs side by side, {choice.changes.get('num_steps', recipes['baseline'].num_steps):,} steps each, with half of "
-            "the cores each. This takes minutes.",
-            f"Progress lines with the remaining time follow every {LINE_EVERY:.0f} s once both have started.",
-        )
-        if code := run_together(trainings):
-            return code
-    commands = [
-        shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
-        "# equivalent commands:",
-        shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
-        *(shlex.join(["repa", *words]) for words in trainings),
-        shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / PAGE)]),
-    ]
+    num_steps = choice.changes.get("num_steps", recipes["baseline"].num_steps)
+    if code := _train(trainings, data, choice.changes["preview.features"], num_steps):
+        return code
     if not _has_page(folder):
         say("Writing the report.")
+        commands = [
+            shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
+            "# equivalent commands:",
+            shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
+            *(shlex.join(["repa", *words]) for words in trainings),
+            shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / PAGE)]),
+        ]
         _write_page(folder, data, commands, time.perf_counter() - begin)
     _say_table(folder, time.perf_counter() - begin)
+    _say_next(folder, data, is_own)
+    return 0
+
+
+def _train(trainings: list[list[str]], data: Path, extractor: str, num_steps: int) -> int:
+    """Run the commands side by side, unless both runs are complete; returns an exit status."""
+    if all(_is_finished(words) for words in trainings):
+        say("", "Both runs are complete.")
+        return 0
+    _compute_reference(data, extractor)
+    say(
+        "",
+        f"Training both runs side by side, {num_steps:,} steps each, with half of the cores each. This takes minutes.",
+        f"Progress lines with the remaining time follow every {LINE_EVERY:.0f} s once both have started.",
+    )
+    return run_together(trainings)
+
+
+def _say_next(folder: Path, data: Path, is_own: bool) -> None:
+    program = _program()
     if not is_own:
         say("To do the same with 20 to 100,000 images of your own (a folder or zip, one folder per class):")
-        say(f"  {shlex.join([*_program(), 'quickstart', '--source'])} FOLDER")
+        say(f"  {shlex.join([*program, 'quickstart', '--source'])} FOLDER")
     elif _has_captions(data):
         say("The images have captions, which the quickstart does not use. To train on them (docs/text.md):")
-        say(f"  {shlex.join([*_program(), 'prepare', str(data), '--only', 'text', '--text', TEXT])}")
+        say(f"  {shlex.join([*program, 'prepare', str(data), '--only', 'text', '--text', TEXT])}")
         say(
-            f"  {shlex.join([*_program(), 'train', 'quickstart-text', '--data', str(data), '--out', str(folder / 'text')])}"
+            f"  {shlex.join([*program, 'train', 'quickstart-text', '--data', str(data), '--out', str(folder / 'text')])}"
         )
-    return 0
 
 
 def crops() -> str:
