@@ -87,6 +87,24 @@ def test_without_file_locks_a_killed_holder_blocks_nobody(code, tmp_path, monkey
     with pytest.warns(UserWarning, match="has no locks"), lock.exclusive(tmp_path / "run", "repa train"):
         pass
     assert not list(tmp_path.iterdir())
+    for hold in (lock.shared(tmp_path / "data", "repa prepare"), lock.held(tmp_path / "claim.lock")):
+        with pytest.warns(UserWarning, match="has no locks"), hold:
+            pass
+
+
+def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
+    path = tmp_path / "claim.lock"
+    handle = lock.take(path)
+    (started, start), (end, ending) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        os.write(start, b"x")
+        os.read(end, 1)
+        os._exit(0)
+    os.read(started, 1)
+    assert lock.take(path) is None
+    lock.release(handle)
+    assert lock.take(path) is not None
+    os.write(ending, b"x")
 
 
 def test_an_equal_folder_may_be_written_again_but_another_is_refused(tmp_path):

@@ -392,7 +392,7 @@ def test_a_shard_locked_by_another_process_is_skipped(folder, tmp_path, fakes):
     child = os.fork()
     if child == 0:
         taken = lock.take(record_path(out, 1, "base").with_suffix(".lock"))
-        assert taken is not None  # a garbage-collected lock would be released
+        assert taken is not None
         os.write(from_child[1], b"x")
         os.read(to_parent[0], 1)
         os._exit(0)

@@ -2,51 +2,87 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import socket
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-from filelock import BaseFileLock, FileLock, Timeout
 
 from repa.base import files
 from repa.base.errors import UserError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a file system without locks
+TAKEN = (errno.EAGAIN, errno.EACCES)  # errors for a lock of another process
 TRIES = 20  # attempts to share a lock, within a second
 
+_handles: set[int] = set()  # of the locked files
 
-def take(path: Path, *, wait: bool = False) -> BaseFileLock | None:
-    """Lock a file; None if another process has it. `release` or the end of the process frees it."""
+
+def take(path: Path, *, wait: bool = False, is_shared: bool = False) -> int | None:
+    """Lock a file; None if another process has it. `release` or the end of the process frees it.
+
+    Args:
+        path: the file; created if it is missing.
+        wait: wait until it is free.
+        is_shared: others may share it too. Tried for a second, because a leaving process locks it alone briefly.
+    """
+    import fcntl  # missing on Windows, where the rest of the package can be imported
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Acquired and released by different threads. A soft lock (a mere file) would outlive a killed holder.
-    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        return None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return lock
+    mode = (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+    for attempt in itertools.count(1):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(handle, mode)
+            # The last holder may have removed the file after it was opened: a lock on an unnamed file would exclude nobody.
+            if os.fstat(handle).st_nlink:
+                break
+            os.close(handle)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                warnings.warn(
+                    f"The file system of {path.parent} has no locks: make sure that no other command writes there.",
+                    stacklevel=2,
+                )
+                break
+            os.close(handle)
+            if error.errno not in TAKEN:
+                raise
+            if not is_shared or attempt == TRIES:
+                return None
+            time.sleep(1 / TRIES)
+    _handles.add(handle)
+    return handle
 
 
-def release(lock: BaseFileLock) -> None:
-    lock.release(force=True)
+def release(handle: int) -> None:
+    _handles.discard(handle)
+    os.close(handle)
+
+
+def _close_inherited() -> None:
+    """A forked process would keep the locks of its parent after the parent's end."""
+    while _handles:
+        os.close(_handles.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
 
 
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[None]:
     """Wait for a lock and hold it in the block."""
-    lock = take(path, wait=True)
-    assert lock is not None  # because wait=True blocks
+    handle = take(path, wait=True)
+    assert handle is not None  # because wait=True blocks
     try:
         yield
     finally:
-        release(lock)
+        release(handle)
 
 
 def lock_of(target: Path) -> Path:
@@ -60,98 +96,44 @@ def lock_of(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive(target: Path, doing: str) -> Iterator[None]:
+def exclusive(target: Path, doing: str, *, is_shared: bool = False) -> Iterator[None]:
     """Hold the lock of a file or folder that the block writes; the lock is removed afterwards.
 
     Args:
         target: what is written.
         doing: the command that others see: "repa train".
+        is_shared: see `shared`.
 
     Raises:
         UserError: another process holds the lock; the message names it, its host and its start time.
     """
-    path = _usable_lock(target)
-    if (lock := take(path)) is None:
-        raise _refusal(target, path)
-    if not lock.is_locked:
-        warnings.warn(
-            f"The file system of {target} has no locks: make sure that no other command writes there.", stacklevel=3
-        )
-    place = Path(os.path.abspath(target))  # "." has no name
-    files.remove_leftovers(place.parent, place.name.__eq__)  # from a killed writer
-    try:
-        _sign(path, doing)
-        yield
-    finally:
-        # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        release(lock)
-
-
-@contextlib.contextmanager
-def shared(target: Path, doing: str) -> Iterator[None]:
-    """Hold a shared lock of a folder, which excludes `exclusive`.
-
-    It uses the same file as `exclusive`, which is impossible with filelock's ReadWriteLock, a SQLite database.
-
-    Args:
-        target: what is written.
-        doing: the command, for others: "repa prepare".
-
-    Raises:
-        UserError: another process holds it alone; the message names it, its host and its start time.
-    """
-    import fcntl  # missing on Windows, where the rest of the package can be imported
-
-    path = _usable_lock(target)
-    if (handle := _share(path)) is None:
-        raise _refusal(target, path)
-    try:
-        _sign(path, doing)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            # The last process removes the file: locking it alone fails while others share it.
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-        os.close(handle)
-
-
-def _share(path: Path) -> int | None:
-    """An open file with a shared lock; None if a process has it alone. Retries for a second, because a leaving process locks it briefly."""
     import fcntl
 
-    for _ in range(TRIES):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                return handle
-            os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            time.sleep(1 / TRIES)
-            continue
-        # The last holder may have removed the file after it was opened: a lock on an unnamed file would exclude nobody.
-        if os.fstat(handle).st_nlink:
-            return handle
-        os.close(handle)
-    return None
-
-
-def _usable_lock(target: Path) -> Path:
     path = lock_of(target)
     files.require_place(path.parent, target)
-    return path
-
-
-def _sign(path: Path, doing: str) -> None:
-    """Write who holds the lock, for others; it holds without this too, as on a full disk."""
+    if (handle := take(path, is_shared=is_shared)) is None:
+        raise _refusal(target, path)
+    if not is_shared:
+        place = Path(os.path.abspath(target))  # "." has no name
+        files.remove_leftovers(place.parent, place.name.__eq__)  # from a killed writer
     record = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
-    with contextlib.suppress(OSError):
-        path.write_text(json.dumps(record), encoding="utf-8")
+    try:
+        with contextlib.suppress(OSError):  # it holds without this too, as on a full disk
+            os.truncate(handle, 0)
+            os.pwrite(handle, json.dumps(record).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if is_shared:  # The last process removes the file: locking it alone fails while others share it.
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
+            path.unlink()
+        release(handle)
+
+
+def shared(target: Path, doing: str) -> AbstractContextManager[None]:
+    """Like `exclusive`, but any number of processes may hold it together; the processes of `exclusive` are excluded."""
+    return exclusive(target, doing, is_shared=True)
 
 
 def _refusal(target: Path, path: Path) -> UserError:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
 import torch
-from filelock import BaseFileLock
 
 from repa.base import files, lock
 from repa.base.ahead import by_threads
@@ -103,7 +102,7 @@ def _make_shards(
     total = sum(nums[k] for k in share)
     counter = Counter(progress, total, total - sum(nums[k] for k in mine))
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    claims: dict[int, list[BaseFileLock]] = {}
+    claims: dict[int, list[int]] = {}
     pieces = claimed(out, job.shards, mine, claims, config.batch_size)
     made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     try:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import BaseFileLock
 
 from repa.base import lock
 from repa.base.arrays import evenly_spaced
@@ -37,7 +36,7 @@ def claimed(
     out: Path,
     shards: Sequence[PlannedShard],
     parts: Mapping[int, Sequence[str]],
-    claims: dict[int, list[BaseFileLock]],
+    claims: dict[int, list[int]],
     size: int,
 ) -> Iterator[Piece]:
     """Pieces of the shards in `parts`; each shard is locked when its first piece is requested.
