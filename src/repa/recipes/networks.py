@@ -155,11 +155,12 @@ NETWORKS = {
     "lightningdit": PaperNetwork(
         "on VA-VAE", "2501.01423", "latents.md", lightningdit,
         {"lightningdit-b1": ("B", "LightningDiT-B/1"), "lightningdit-xl1": ("XL", "LightningDiT-XL/1")},
-        "--sampler euler:shift=3.3333 --steps 250 --guidance cfg:scale=10,high=0.89,channels=3",
+        "--sampler euler:shift=3.3333 --steps 249 --guidance cfg:scale=10,high=0.89,channels=3",
         (
             "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, no clipping, mirrored images, logit-normal times.",
             "For 800 epochs add --num-steps 1000800 to `train`; the paper then uses cfg:scale=6.7,high=0.875,channels=3.",
-            "Only the sampler has the shift 1 / 0.3, and only 3 of the 32 channels are guided, as in the released code.",
+            "Only the sampler has the shift 1 / 0.3, and only 3 of the 32 channels are guided, as in the released code, whose 250 steps",
+            "are 250 times, ends included: 249 steps here.",
             _TRAINING_OF_B,
         ),
     ),
@@ -179,9 +180,10 @@ NETWORKS = {
     "rae": PaperNetwork(
         "on RAE", "2510.11690", "latents.md", rae,
         {"rae-dh-s": ("S", "DiT-DH-S"), "rae-dh-b": ("B", "DiT-DH-B"), "rae-dh-xl": ("XL", "DiT-DH-XL")},
-        "--sampler euler --steps 50 --labels balanced",
+        "--sampler euler --steps 49 --labels balanced",
         (
             "As in the paper: batch 1024, AdamW 2e-4 with beta2 0.95, clip 1, EMA 0.9995, mirrored images, the shift of the latents' size.",
+            "The released code's 50 steps are 50 times, ends included: 49 steps here.",
             "Difference: the paper decreases the learning rate from epoch 40 to a tenth at epoch 800; here it is constant for 80 epochs.",
             "The S is the weaker network of autoguidance: --guidance autoguidance:scale=1.42 --weak runs/rae-dh-s.",
             f"{_TRAINING_OF_B} It has batch 256 and EMA 0.9999.",
