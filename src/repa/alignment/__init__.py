@@ -1,4 +1,4 @@
-"""Layer 2: the alignment terms of the loss. Each compares a projected tap with a target (Eqs. 8, 9)."""
+"""The alignment terms of the loss. Each compares a projected tap with a target (Eqs. 8, 9)."""
 
 from typing import TYPE_CHECKING
 

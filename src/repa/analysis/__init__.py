@@ -1,4 +1,4 @@
-"""Layer 3: analyses of trained transformers (linear probe, CKNNA, CKA), comparison of encoders, and pictures of both."""
+"""Analyses of trained transformers (linear probe, CKNNA, CKA), comparison of encoders, and pictures of both."""
 
 from typing import TYPE_CHECKING
 

@@ -1,1 +1,1 @@
-"""Layer 0: configuration, registries, files, processes, randomness and images; independent of diffusion."""
+"""Configuration, registries, files, processes, randomness and images; independent of diffusion."""

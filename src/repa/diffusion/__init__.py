@@ -1,4 +1,4 @@
-"""Layer 1: paths from data to noise, predictions, times, guidance, samplers. Treats the network as a black box."""
+"""Paths from data to noise, predictions, times, guidance, samplers. Treats the network as a black box."""
 
 from typing import TYPE_CHECKING
 

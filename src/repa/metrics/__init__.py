@@ -1,4 +1,4 @@
-"""Layer 1: FID's Inception network, and distances between sets of features, independent of sample files."""
+"""FID's Inception network, and distances between sets of features, independent of sample files."""
 
 from typing import TYPE_CHECKING
 
