@@ -91,6 +91,25 @@ def test_truncated_arrays_are_refused(tmp_path, keep):
             open_source(path)
 
 
+def test_a_second_array_in_one_file_is_refused(tmp_path):
+    """NumPy reads the first of several arrays that were saved to one open file, and ignores the others."""
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.save(file, IMAGES)
+        np.save(file, IMAGES)
+    with pytest.raises(UserError, match="after its array"):
+        open_source(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_changed_pixel_of_an_npz_is_found(tmp_path, order):
+    path = save(tmp_path / "a.npz", images=np.array(IMAGES, order=order))
+    data = bytearray(path.read_bytes())
+    data[400] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.npz cannot be read as an array: Bad CRC-32"):
+        open_source(path)
+
+
 def test_an_npz_whose_array_claims_too_much_is_refused(tmp_path):
     path = save(tmp_path / "a.npz", images=IMAGES)
     data = path.read_bytes()

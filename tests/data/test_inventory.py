@@ -750,5 +750,8 @@ def test_numeric_columns_are_not_captions(texts, tmp_path):
         with pytest.raises(UserError, match=r"numbers such as '0.*look like labels"):
             open_source(source)
         assert open_source(source, labels="none").class_names == ["all"]
+    parquet.write_table(pa.table({"image": [png(), png(1)], "text": texts}), tmp_path / "s.parquet")
+    with pytest.raises(UserError, match=r"numbers such as '0.*give .*s\.parquet:label=text, or give --labels none"):
+        open_source(tmp_path / "s.parquet")
     (root / "b.txt").write_text("2 dogs")
     assert open_source(root).captions(1) == ("2 dogs",)

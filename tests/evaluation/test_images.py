@@ -100,10 +100,11 @@ def test_a_file_truncated_anywhere_gives_a_one_line_error(tmp_path):
             open_images(path)
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_changed_bytes_give_a_one_line_error(save, tmp_path):
+def test_changed_bytes_give_a_one_line_error(save, order, tmp_path):
     path = tmp_path / "s.npz"
-    save(path, arr_0=pixels(500))
+    save(path, arr_0=np.array(pixels(500), order=order))
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)

@@ -46,13 +46,13 @@ def pictures(tmp_path):
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("kind", ["zero", "fifo", "loop", "broken"])
+@pytest.mark.parametrize("kind", ["zero", "fifo", "loop", "broken", "endless"])
 def test_special_files_are_not_opened_as_images(kind, pictures, tmp_path):
     path = pictures / "a" / "x.png"
     if kind == "fifo":
         os.mkfifo(path)
     else:
-        path.symlink_to({"zero": "/dev/zero", "loop": "x.png", "broken": "nowhere.png"}[kind])
+        path.symlink_to({"zero": "/dev/zero", "loop": "x.png", "broken": "nowhere.png", "endless": "/proc/kmsg"}[kind])
     assert "x.png" in refused(["prepare", pictures, tmp_path / "o", *PREPARE])
 
 

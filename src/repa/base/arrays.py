@@ -45,7 +45,8 @@ def load_npz(
 def load_npy(path: str | Path, kind: str, remedy: str = "", *, mapped: bool = False) -> np.ndarray:
     """The array of an .npy, or a memory map of it; UserError when it is missing, damaged or holds Python objects."""
     with faults.reading(path, kind, remedy, missing=f"There is no file {path}."), _no_objects():
-        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        array = _mapped(path, 0, os.path.getsize(path))
+        return array if mapped else np.load(path, allow_pickle=False)
 
 
 def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: int = LIMIT) -> np.ndarray:
@@ -55,7 +56,9 @@ def map_npz(path: str | Path, kind: str, name: str, *, remedy: str = "", limit: 
             require_once(archive)
             member = archive.getinfo(f"{name}.npy")
         if member.compress_type == zipfile.ZIP_STORED and not member.flag_bits & 1:  # neither packed nor encrypted
-            return _mapped(path, member)
+            with open(path, "rb") as file:
+                start = data_offset(file.fileno(), member.header_offset)
+            return _mapped(path, start, member.file_size)
         return load_npz(path, kind, (name,), remedy=remedy, limit=limit)[name]
 
 
@@ -66,9 +69,20 @@ def require_once(archive: zipfile.ZipFile) -> None:
         raise zipfile.BadZipFile(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
 
 
-def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
+def require_checksum(path: str | Path, kind: str, name: str) -> None:
+    """Raises UserError for an array of an .npz that does not match the checksum of the zip, which a memory map ignores."""
+    with (
+        faults.reading(f"{name!r} of {path}", kind, "Copy or make it again."),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{name}.npy") as member,
+    ):
+        while member.read(1 << 20):  # the last call checks
+            pass
+
+
+def _mapped(path: str | Path, start: int, size: int) -> np.ndarray:
+    """A memory map of the .npy that takes up `size` bytes of a file from `start` on."""
     with open(path, "rb") as file:
-        start = data_offset(file.fileno(), member.header_offset)
         file.seek(start)
         shape, fortran, dtype = read_header(file)
         offset = file.tell()
@@ -76,7 +90,10 @@ def _mapped(path: str | Path, member: zipfile.ZipInfo) -> np.ndarray:
         raise ValueError(OBJECTS)
     # In Python's integers: the file claims the shape, and a product in int64 could wrap around to a small number
     num_bytes = int(np.prod([dtype.itemsize, *shape], dtype=object))
-    if offset - start + num_bytes != member.file_size or offset + num_bytes > os.path.getsize(path):
+    # NumPy would ignore the second of two arrays that were saved to one file
+    if (rest := start + size - offset - num_bytes) > 0:
+        raise ValueError(f"it has {rest:,} bytes after its array")
+    if rest or start + size > os.path.getsize(path):
         raise ValueError("it is truncated")
     order: Literal["F", "C"] = "F" if fortran else "C"
     return np.memmap(path, dtype, "r", offset, shape, order) if num_bytes else np.empty(shape, dtype)

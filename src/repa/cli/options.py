@@ -94,7 +94,9 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None, *, on_dis
         before.add(flag)
     _place(start, words, cls)
     for name, info in cls.model_fields.items():
-        if info.is_required() and name not in start:
+        words = start.get(name, "")
+        # an empty path, as of a variable of the shell that is not set, would mean the current folder
+        if info.is_required() and (words == "" or (isinstance(words, list) and "" in words)):
             shown = name.upper() if name in [p.rstrip(".") for p in cls.positional] else option(name)
             raise UserError(
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from repa.base import dist, faults
-from repa.base.arrays import map_npz, read_header, require_once
+from repa.base.arrays import map_npz, read_header, require_checksum, require_once
 from repa.base.errors import UserError
 from repa.base.images import to_tensor
 from repa.data import DataSet, Source, open_checked, open_source
@@ -103,7 +103,10 @@ class NpzImages(Images):
         self._map = None
         if fortran or self._info.compress_type == zipfile.ZIP_STORED:
             self._map = map_npz(path, "images", "arr_0", remedy=REMEDY)
-            self._next = -1 if fortran else 0  # -1: images are not stored in the order of the checksum
+            self._next = 0
+            if fortran:  # its images are not stored in the order of the checksum
+                require_checksum(path, "images", "arr_0")
+                self._next = -1
 
     def rows(self, indices: np.ndarray) -> Tensor:
         """Images `indices` (n,), ascending: uint8 (n, 3, H, W). A stream is cheapest read in order."""

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from repa.base import files
-from repa.base.arrays import load_npy, map_npz
+from repa.base.arrays import LIMIT, load_npy, map_npz, require_checksum
 from repa.base.errors import UserError
 from repa.data.sources.archives import open_zip
 from repa.data.sources.contract import Classes, Source, one_class
@@ -51,6 +51,8 @@ class ArraySource(Source):
         if path.suffix.lower() != ".npy":
             self._key = _Npz(path).choose(self._key, IMAGE_KEYS, "images")
         self._require_images(self._images)
+        if self._key and self._images.nbytes <= LIMIT:  # more takes minutes
+            require_checksum(path, "an array", self._key)
         self._last = _channels_last(self._images.shape, path)
         self._identify(self._classes(labels, label), path.name, sha256=_fingerprint(path))
 

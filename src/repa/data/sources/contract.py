@@ -132,7 +132,9 @@ class Source(ABC):
             facts["labels_sha256"] = hashlib.sha256(self.labels.tobytes() + names).hexdigest()
         self.identity = {"name": name, "num_images": len(self), **facts}
 
-    def _require_no_numbers(self, where: str) -> None:
+    def _require_no_numbers(
+        self, where: str, choice: str = "write them into a table and give --labels TABLE.csv:COLUMN"
+    ) -> None:
         """Raises UserError for one class with numbers as captions, because some programs write labels like this."""
         texts: list[str] = []
         with contextlib.suppress(UserError):  # an unreadable text is no evidence of labels
@@ -140,7 +142,7 @@ class Source(ABC):
         if len(self.class_names) == 1 and texts and all(NUMBERS.fullmatch(text) for text in texts):
             raise UserError(
                 f"The texts beside the images of {where} are numbers such as {texts[0][:20]!r}, which look like "
-                "labels: write them into a table and give --labels TABLE.csv:COLUMN, or give --labels none."
+                f"labels: {choice}, or give --labels none."
             )
 
     def _sampled_digest(self, num: int, *, strict: bool = False) -> str:
@@ -215,8 +217,9 @@ def read_image_file(path: Path, name: str = "") -> bytes:
     name = name or str(path)
     faults.require_plain(path)
     try:
-        require_image_size(path.stat().st_size, name)
-        return path.read_bytes()
+        require_image_size(size := path.stat().st_size, name)
+        with path.open("rb") as file:
+            return file.read(size)  # no more: files of /proc have the size 0, and some of them never end
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from error
 

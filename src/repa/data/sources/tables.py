@@ -133,6 +133,8 @@ class TableSource(Source):
         sampled = self._sampled_digest(num) if is_local else ""
         name = Path(where).name if "://" in where or not where.startswith("hf:") else where
         self._identify(classes, name, sha256=hashlib.sha256((facts + sampled).encode()).hexdigest())
+        if not labels and is_local:
+            self._require_no_numbers(where, f"give {where}:label={self._caption}")
 
     def contents(self, index: int) -> bytes:
         return image_bytes(self._cell(self._image, index), self.name(index))
