@@ -1,6 +1,7 @@
 """Arrays in untrusted files: no pickles, a limit on the size, and one-sentence errors."""
 
 import contextlib
+import io
 import os
 import struct
 import zipfile
@@ -142,10 +143,17 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
     leave a truncated file without an error.
     """
     array = np.ascontiguousarray(array)
-    header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False, "shape": array.shape}
     with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(npy_header(array.dtype, array.shape))
         file.write(array.data if array.size else b"")
+
+
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """The bytes before the numbers of an .npy of version 1.0."""
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue()
 
 
 def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> None:
@@ -158,6 +166,6 @@ def save_npz(path: str | Path, arrays: Mapping[str, np.ndarray], *, compressed: 
 def write_images(archive: zipfile.ZipFile, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
     """Write uint8 images of `shape` (N, H, W, 3) as arr_0 of an .npz, with only one part of them in memory at a time."""
     with archive.open("arr_0.npy", "w", force_zip64=True) as file:  # its size is unknown at the start
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(npy_header(np.dtype(np.uint8), shape))
         for part in parts:
             file.write(part.tobytes())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from repa.base.arrays import npy_header
 from repa.base.errors import UserError
 from repa.data.records import ArrayFile, Shard, TextFile, damaged
 
@@ -125,7 +126,8 @@ class _OpenArray:
             raise UserError(damaged(path, "is not an .npy file of version 1.0"))
         self.start = 10 + int.from_bytes(start[8:10], "little")
         # compared as text, because Python 3.11 cannot safely evaluate it in several threads (its issue 106905)
-        header, wanted = start[10 : self.start].strip().decode("latin1"), _header_of(record)
+        wanted = npy_header(np.dtype(record.dtype), record.shape)[10:].strip().decode("latin1")
+        header = start[10 : self.start].strip().decode("latin1")
         if header != wanted:
             raise UserError(damaged(path, f"holds {header}, not {wanted}"))
 
@@ -147,9 +149,3 @@ def _descriptors(num: int) -> int:
         soft = min(wanted + SPARE, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     return max(min(wanted, max(soft - SPARE, soft // 4)), 1)
-
-
-def _header_of(record: ArrayFile) -> str:
-    """The header of an .npy file for this record."""
-    descr = np.lib.format.dtype_to_descr(np.dtype(record.dtype))
-    return f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {record.shape!r}, }}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from repa.base import files
+from repa.base.arrays import npy_header
 from repa.base.errors import UserError
 from repa.data.config import BASE, TEXT, array_name
 from repa.data.progress import Part, Piece, PlannedShard, record_path
@@ -150,10 +150,11 @@ class _GrowingArray:
         self.file = open(path, "wb")  # noqa: SIM115
         self.dtype, self.row = like.dtype, like.shape[1:]
         self.num, self.expected = 0, expected
-        self._header(expected)
-        self.start = self.file.tell()
+        header = self._header(expected)
+        self.file.write(header)
+        self.start = len(header)
         # starts with the header for `expected` rows; with other rows, `record` reads the file again
-        self.digest = hashlib.sha256(_header(self.dtype, (expected, *self.row)))
+        self.digest = hashlib.sha256(header)
 
     def append(self, rows: np.ndarray) -> None:
         assert (rows.dtype, rows.shape[1:]) == (self.dtype, self.row), (rows.dtype, rows.shape)
@@ -165,13 +166,13 @@ class _GrowingArray:
     def close(self) -> None:
         try:
             self.file.seek(0)
-            self._header(self.num)
+            self.file.write(self._header(self.num))
             assert self.file.tell() == self.start  # NumPy leaves room for a longer first dimension
         finally:
             self.file.close()
 
-    def _header(self, num: int) -> None:
-        self.file.write(_header(self.dtype, (num, *self.row)))
+    def _header(self, num: int) -> bytes:
+        return npy_header(self.dtype, (num, *self.row))
 
     def record(self, path: Path) -> ArrayFile:
         return ArrayFile(
@@ -181,10 +182,3 @@ class _GrowingArray:
             size=path.stat().st_size,
             sha256=self.digest.hexdigest() if self.num == self.expected else files.sha256(path),
         )
-
-
-def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, header)
-    return buffer.getvalue()
