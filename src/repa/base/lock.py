@@ -113,27 +113,34 @@ def exclusive(target: Path, doing: str, *, is_shared: bool = False) -> Iterator[
     files.require_place(path.parent, target)
     if (handle := take(path, is_shared=is_shared)) is None:
         raise _refusal(target, path)
-    if not is_shared:
-        place = Path(os.path.abspath(target))  # "." has no name
-        files.remove_leftovers(place.parent, place.name.__eq__)  # from a killed writer
-    record = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
     try:
-        with contextlib.suppress(OSError):  # it holds without this too, as on a full disk
-            os.truncate(handle, 0)
-            os.pwrite(handle, json.dumps(record).encode(), 0)
-        yield
+        if not is_shared:
+            place = Path(os.path.abspath(target))  # "." has no name
+            files.remove_leftovers(place.parent, place.name.__eq__)  # from a killed writer
+        _sign(handle, doing)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if is_shared:  # The last process removes the file: locking it alone fails while others share it.
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
+                path.unlink()
     finally:
-        with contextlib.suppress(OSError):
-            if is_shared:  # The last process removes the file: locking it alone fails while others share it.
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
-            path.unlink()
         release(handle)
 
 
 def shared(target: Path, doing: str) -> AbstractContextManager[None]:
     """Like `exclusive`, but any number of processes may hold it together; the processes of `exclusive` are excluded."""
     return exclusive(target, doing, is_shared=True)
+
+
+def _sign(handle: int, doing: str) -> None:
+    """Write who holds the lock, for others; it holds without this too, as on a full disk."""
+    record = {"doing": doing, "host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    with contextlib.suppress(OSError):
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(record).encode(), 0)
 
 
 def _refusal(target: Path, path: Path) -> UserError:
