@@ -57,6 +57,14 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     assert "differs" in finding.trouble
 
 
+@pytest.mark.parametrize("more", [{}, {"text_weights": "nowhere"}])
+def test_a_missing_text_encoder_is_reported_before_any_image_is_read(source, tmp_path, monkeypatch, more):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path))
+    monkeypatch.setattr(pipeline, "write_shard", lambda *_: pytest.fail("a shard was written"))
+    with pytest.raises(UserError, match="text encoder clip-b"):
+        prepare(source, tmp_path / "out", CONFIG.override(text="clip-b", **more))
+
+
 def interrupt_at_the_third_shard(monkeypatch):
     """A list that records every shard written from now on; the third is interrupted."""
     real, calls = pipeline.write_shard, []

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from repa.base import faults, files
 from repa.base.errors import UserError
+from repa.base.registry import parse_spec
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,17 @@ def load_text_encoder(
     TEXT_ENCODERS.check(spec)
     path = given_weights(weights, f"text encoder {spec}")
     return load_frozen(TEXT_ENCODERS, TextEncoder, spec, path, device)
+
+
+def require_text_encoder(spec: str, weights: str | Path | None) -> None:
+    """Raises UserError if the weights of a text encoder are missing; downloads them if need be, and loads nothing."""
+    from repa.base.frozen import given_weights
+    from repa.conditions.families import text_encoder_names
+    from repa.conditions.hub import locate_text_encoder
+
+    path, (name, _) = given_weights(weights, f"text encoder {spec}"), parse_spec(spec)
+    if name in text_encoder_names():
+        locate_text_encoder(name, path)
 
 
 def prompts_in(path: Path) -> list[str]:

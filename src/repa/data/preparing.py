@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar, Unpack
 from repa.base import lock
 from repa.base.ahead import by_processes, by_threads
 from repa.base.errors import UserError
+from repa.conditions.loading import require_text_encoder
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.manifest import PARTS, Inventory, Manifest, Settings
 from repa.data.pipeline import Execution, Job, run
@@ -87,6 +88,8 @@ def prepare(
                 "captions into dog.txt beside dog.jpg, or into a metadata.csv in the folder with columns "
                 "file_name and caption."
             )
+        if TEXT in chosen and any(TEXT not in there for there in finished.parts):
+            require_text_encoder(config.text, config.text_weights)  # now, because the images may take hours
         made = functools.partial(from_source, images, config.resolution)
         read = functools.partial(by_processes, made, num_workers=config.num_workers)
         parts = [name for name in chosen if name != TEXT]
