@@ -152,17 +152,22 @@ def test_a_diffusers_export_becomes_a_run_again(random_run, ddpm_run, tmp_path, 
         assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
 
 
-def test_a_dit_saved_by_diffusers_becomes_a_run(tmp_path, capsys):
+@pytest.mark.parametrize(("eps", "is_old"), [(1e-6, False), (1e-5, True)])
+def test_a_dit_saved_by_diffusers_becomes_a_run(eps, is_old, tmp_path, capsys):
     from diffusers import DiTTransformer2DModel
 
     torch.manual_seed(0)
     theirs = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
-        num_embeds_ada_norm=3, norm_eps=1e-6,
+        num_embeds_ada_norm=3, norm_eps=eps,
     )  # fmt: skip
     first, second = (block.norm1.emb for block in theirs.transformer_blocks)
     second.load_state_dict(first.state_dict())  # non-zero weights, as after training
-    theirs.eval().save_pretrained(tmp_path / "theirs")
+    theirs.eval().save_pretrained(tmp_path / "theirs", safe_serialization=not is_old)
+    if is_old:  # as diffusers wrote it before it had this class
+        path = tmp_path / "theirs" / "config.json"
+        old = {**json.loads(path.read_text()), "_class_name": "Transformer2DModel"}
+        path.write_text(json.dumps({name: value for name, value in old.items() if name != "norm_eps"}))
     command = ["convert", str(tmp_path / "theirs"), str(tmp_path / "run"), "--autoencoder", "pixels"]
     assert repa(command) == 0, capsys.readouterr().err
     config = layout.read_config(tmp_path / "run")

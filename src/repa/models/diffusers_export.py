@@ -17,6 +17,8 @@ from repa.models.layers import NORM_EPS, sincos_positions
 from repa.models.published import FIRST_TIME_LAYER, constructor_arguments, not_plain
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"  # as diffusers names them
+OLD_WEIGHTS = "diffusion_pytorch_model.bin"
+OLD_CLASS = "Transformer2DModel"  # which older configurations name, for every kind of transformer
 FACTS = "repa.json"  # facts that diffusers' configuration cannot hold: objective, autoencoder, step
 MOST_TOKENS = 256**2  # largest number of tokens of a network to read, as for images of 4,096 pixels
 STENCIL = 8  # neighbouring frequencies in the interpolation: error below 1e-7 for t in [0, 1]
@@ -106,8 +108,8 @@ def from_diffusers(
         raise UserError(
             f"This is not a DiTTransformer2DModel of diffusers: its configuration must have numbers for {', '.join(kinds)}."
         )
-    # Without it diffusers uses its default, which is not DiT's.
-    if (eps := config.get("norm_eps", 1e-5)) != NORM_EPS:
+    # diffusers' default, which its copies of the released DiTs have: the outputs are equal to 1e-5
+    if (eps := config.get("norm_eps", 1e-5)) not in (NORM_EPS, 1e-5):
         raise UserError(f"This DiT has norm_eps {eps}, but repa's has {NORM_EPS}: it cannot be converted.")
     heads, side = config["num_attention_heads"], config["sample_size"] // config["patch_size"]
     # config.json is untrusted, and it determines the size of the table of positions below.

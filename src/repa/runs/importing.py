@@ -102,7 +102,12 @@ def read_export(folder: Path) -> Imported:
 
 def is_diffusers(folder: Path) -> bool:
     """Whether this folder holds a DiT in diffusers' format."""
-    return (folder / diffusers_export.WEIGHTS).is_file() and (folder / diffusers_export.CONFIG).is_file()
+    return _weights_of_diffusers(folder).is_file() and (folder / diffusers_export.CONFIG).is_file()
+
+
+def _weights_of_diffusers(folder: Path) -> Path:
+    path = folder / diffusers_export.WEIGHTS
+    return path if path.is_file() else folder / diffusers_export.OLD_WEIGHTS
 
 
 def read_diffusers(folder: Path) -> Imported:
@@ -110,9 +115,9 @@ def read_diffusers(folder: Path) -> Imported:
 
     Another project's DiT is assumed to use DDPM's timesteps, as the class does. Its settings then name no autoencoder.
     """
-    path = folder / diffusers_export.CONFIG
+    path, weights = folder / diffusers_export.CONFIG, _weights_of_diffusers(folder)
     config = files.read_object(path, _class_name=str)
-    if config["_class_name"] != "DiTTransformer2DModel":
+    if config["_class_name"] not in ("DiTTransformer2DModel", diffusers_export.OLD_CLASS):
         raise UserError(f"{path} describes a {config['_class_name']}: only a DiTTransformer2DModel can be converted.")
     facts: dict[str, Any] = {"diffusion": {"objective": "ddpm"}, "step": 0, "kind": "dit"}
     is_ours = (folder / diffusers_export.FACTS).is_file()
@@ -126,17 +131,15 @@ def read_diffusers(folder: Path) -> Imported:
                 f"{path} has {changed[0]} {config.get(changed[0])!r:.80}, but the export had {facts['config'][changed[0]]!r:.80}: "
                 "restore it from a copy."
             )
-    with faults.reading(
-        folder / diffusers_export.WEIGHTS, "the weights of a DiTTransformer2DModel", "Restore it from a copy."
-    ):
-        state = read_weights(folder / diffusers_export.WEIGHTS, "Restore it from a copy.")
+    with faults.reading(weights, "the weights of a DiTTransformer2DModel", "Restore it from a copy."):
+        state = read_weights(weights, "Restore it from a copy.")
         own, heads = diffusers_export.from_diffusers(
             config, state, unit_times=facts["diffusion"].get("objective") != "ddpm"
         )
         check_keys(own, str(folder), "diffusers")
         check_values(own, str(folder))
         if is_ours:
-            require_digest(facts, state, folder / diffusers_export.WEIGHTS)
+            require_digest(facts, state, weights)
         model = _model_settings(own, heads, facts["kind"] or "export", str(folder))
     settings: dict[str, Any] = {name: facts[name] for name in ("diffusion", "autoencoder") if name in facts}
     checkpoint = _weights(facts["step"], own)
