@@ -1,12 +1,15 @@
 """Averages of any width from snapshots, compared with integrals and with tracked averages."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from repa.base.errors import UserError
 from repa.runs import layout
-from repa.runs.averaging import gamma_of, inner, mixture, reconstruct, save_snapshot
+from repa.runs.averaging import drop_later, gamma_of, inner, mixture, reconstruct, save_snapshot
 from tests.oracles import averaging as oracle
 
 WIDTHS = (0.05, 0.1)
@@ -124,3 +127,19 @@ def test_a_flipped_bit_in_a_snapshot_or_an_average_is_found(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"x\.safetensors"):
             load_checked(path, "")
+
+
+def test_a_snapshot_of_repeated_steps_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):
+    for step in (10, 20):
+        layout.snapshot_folder(tmp_path, step).mkdir(parents=True)
+
+    def busy(folder, hidden):
+        raise OSError(errno.EACCES, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", busy)
+        refusal = pytest.raises(UserError, match="0000020 is of a step that training repeats: remove it")
+        with refusal, pytest.warns(UserWarning, match="0000020 could not be removed .Permission denied."):
+            drop_later(tmp_path, 10)
+    drop_later(tmp_path, 10)
+    assert layout.snapshot_steps(tmp_path) == [10]

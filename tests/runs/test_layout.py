@@ -9,7 +9,7 @@ def test_tidying_removes_only_files_that_training_writes(tmp_path):
         ".metrics.jsonl.abcdefgh.tmp",
         "samples/.0000010.png.abcdefgh.tmp",
         "checkpoints/.0000010.abcdefgh.tmp/model.safetensors",
-        "checkpoints/.0000008.removed.tmp/model.safetensors",
+        "checkpoints/.0000008.gfedcba_.tmp/model.safetensors",
         "snapshots/.0000010.abcdefgh.tmp/ema.safetensors",
     ]
     stays = [

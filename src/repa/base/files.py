@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from repa.base import faults
 from repa.base.errors import UserError, listed, nearest
 
 # names of files being written or removed; tempfile's letters
-LEFTOVER = re.compile(r"\.(.+)\.(?:[a-z0-9_]{8}|removed)\.tmp")
+LEFTOVER = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.tmp")
 
 SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its other entries
 
@@ -124,6 +125,20 @@ def new_folder(path: str | Path, sign: str, what: str) -> Iterator[Path]:
 
 def _contents(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def remove_folder(folder: Path) -> None:
+    """Rename a folder, then remove it, so that a kill leaves no part of it under its name."""
+    try:
+        hidden = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden)
+    except FileNotFoundError:  # another process was first
+        return
+    # A file that is open on a network drive or a missing permission is no reason to stop.
+    except OSError as error:
+        again = "the next checkpoint or the same command tries again"
+        warnings.warn(f"{folder} could not be removed ({error.strerror}): {again}.", stacklevel=2)
 
 
 def remove_leftovers(folder: Path, mine: Callable[[str], object] = lambda name: True) -> None:

@@ -9,9 +9,6 @@ DATA/
   parts/                      only while unfinished: settings.json, a record for each finished part
 """
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -212,7 +209,5 @@ class Manifest(Settings):
 
 def remove_parts(folder: Path) -> None:
     """Remove parts/ of a complete folder, and incomplete manifest and basis files of killed processes."""
-    # renamed first: a kill during the removal must not leave some of the records
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(folder / PARTS, tempfile.mkdtemp(prefix=f".{PARTS}.", suffix=".tmp", dir=folder))
+    files.remove_folder(folder / PARTS)
     files.remove_leftovers(folder, lambda name: name in (PARTS, MANIFEST) or name.startswith("basis."))

@@ -4,8 +4,6 @@ A profile of exponent gamma at step t weights the network of step tau <= t by (g
 relative width is its standard deviation divided by t.
 """
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,10 +65,11 @@ def drop_later(run: Path, step: int) -> None:
     """Remove the snapshots after `step`, and the averages of them: training repeats these steps, perhaps with other settings."""
     for folder in (*layout.folders_of_steps(run / layout.SNAPSHOTS), *layout.folders_of_steps(run / layout.AVERAGES)):
         if int(folder.name) > step:
-            # Rename first: a file that is open on NFS cannot be removed, and the next snapshot tries again.
-            hidden = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent)
-            folder.rename(hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+            files.remove_folder(folder)
+            if folder.exists():
+                raise UserError(
+                    f"{folder} is of a step that training repeats: remove it, then run the same command again."
+                )
 
 
 def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, dict[str, Tensor]]:

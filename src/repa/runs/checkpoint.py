@@ -1,8 +1,6 @@
 """Checkpoints: folders that are written atomically, with a checksum of every file."""
 
 import hashlib
-import shutil
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,20 +112,7 @@ def remove_older(run: Path, keep: int, keep_every: int) -> None:
     """Remove older checkpoints by `keep` and `keep_every`, see `save_checkpoint`."""
     for step in layout.checkpoint_steps(run)[:-keep] if keep else ():
         if not keep_every or step % keep_every:
-            _remove(layout.checkpoint_folder(run, step))
-
-
-def _remove(folder: Path) -> None:
-    """Rename, then remove, so that a kill during the removal leaves no incomplete checkpoint."""
-    hidden = folder.with_name(f".{folder.name}.removed.tmp")
-    try:
-        folder.rename(hidden)
-        shutil.rmtree(hidden)
-    # A file that is open on NFS or a missing permission is no reason to stop training.
-    except OSError as error:
-        warnings.warn(
-            f"{folder} could not be removed ({error.strerror}): the next checkpoint tries again.", stacklevel=2
-        )
+            files.remove_folder(layout.checkpoint_folder(run, step))
 
 
 def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
