@@ -142,3 +142,18 @@ def test_identities_differ_when_encoder_weights_differ(tmp_path):
         for seed in (0, 1, 0)
     ]
     assert identities[0] == identities[2] != identities[1]
+
+
+def test_a_folder_with_two_sets_of_weights_is_refused(kl_folder, tmp_path):
+    """diffusers reads the parts of an index, where other libraries read the single file."""
+    folder = shutil.copytree(kl_folder, tmp_path / "kl")
+    single, index = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
+    weights = load_file(folder / single)
+    entries = {"metadata": {"total_size": 0}, "weight_map": dict.fromkeys(weights, "other.safetensors")}
+    (folder / index).write_text(json.dumps(entries))
+    save_file({name: value + 1 for name, value in weights.items()}, folder / "other.safetensors")
+    with pytest.raises(UserError, match=f"holds {single} and {index}, which may hold different weights: remove one"):
+        load_autoencoder("kl", weights=folder)
+    (folder / single).unlink()
+    parts = load_autoencoder("kl", weights=folder)
+    assert torch.equal(parts.vae.state_dict()["encoder.conv_in.weight"], weights["encoder.conv_in.weight"] + 1)

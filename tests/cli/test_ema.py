@@ -1,5 +1,7 @@
 """`repa ema` reconstructs an average from snapshots; compared with a run that tracked it, and sampled by name."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -87,3 +89,16 @@ def test_a_mistyped_run_creates_no_folder(tmp_path, capsys):
     assert command("ema", tmp_path / "nope", "--width", 0.1) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_snapshots_and_averages_of_another_run_are_refused(runs, tmp_path, capsys):
+    """They have the same shapes, so nothing else would notice."""
+    snapshots, tracked = runs
+    mixed = shutil.copytree(tracked, tmp_path / "mixed")
+    shutil.copytree(snapshots / layout.SNAPSHOTS, mixed / layout.SNAPSHOTS)
+    assert command("ema", mixed, "--width", 0.12) == 2
+    assert f"is of another run: its run has ema_widths: [0.05, 0.1], but {mixed}" in capsys.readouterr().err
+    assert command("ema", snapshots, "--width", 0.12) == 0
+    shutil.copytree(snapshots / layout.AVERAGES, mixed / layout.AVERAGES)
+    assert command("sample", mixed, "--weights", "ema-width-0.12", "--out", tmp_path / "s.npz") == 2
+    assert "ema-width-0.12.safetensors is of another run" in capsys.readouterr().err

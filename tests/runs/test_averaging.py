@@ -32,7 +32,7 @@ def tracked(walk: torch.Tensor, step: int, width: float) -> torch.Tensor:
 def run(walk, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     for step in range(EVERY, STEPS + 1, EVERY):
-        save_snapshot(run, step, {width: {"w": tracked(walk, step, width).float()} for width in WIDTHS})
+        save_snapshot(run, step, {width: {"w": tracked(walk, step, width).float()} for width in WIDTHS}, {})
     return run
 
 
@@ -86,7 +86,7 @@ def test_a_reconstructed_average_is_close_to_a_tracked_one(run, walk, width, ste
 def test_snapshots_after_the_step_are_ignored(run, walk, tmp_path):
     early = tmp_path / "early"
     for step in range(EVERY, 121, EVERY):
-        save_snapshot(early, step, {w: {"w": tracked(walk, step, w).float()} for w in WIDTHS})
+        save_snapshot(early, step, {w: {"w": tracked(walk, step, w).float()} for w in WIDTHS}, {})
     assert torch.equal(reconstruct(early, 0.07)[1]["w"], reconstruct(run, 0.07, 120)[1]["w"])
 
 
@@ -101,7 +101,7 @@ def test_mistakes_give_one_line_errors(run, tmp_path):
 
 def test_a_snapshot_is_written_once(run):
     before = reconstruct(run, 0.1, EVERY)[1]["w"]
-    save_snapshot(run, EVERY, {0.05: {"w": torch.zeros(6)}})
+    save_snapshot(run, EVERY, {0.05: {"w": torch.zeros(6)}}, {})
     assert torch.equal(reconstruct(run, 0.1, EVERY)[1]["w"], before)
     assert layout.snapshot_steps(run)[-1] == STEPS
 
@@ -111,7 +111,7 @@ def test_partial_snapshots_of_a_killed_run_are_removed(tmp_path):
     torn.mkdir(parents=True)
     (torn / "ema-width-0.1.safetensors").write_bytes(b"half")
     assert layout.snapshot_steps(tmp_path) == []
-    save_snapshot(tmp_path, 20, {0.1: {"w": torch.zeros(2)}})
+    save_snapshot(tmp_path, 20, {0.1: {"w": torch.zeros(2)}}, {})
     assert [path.name for path in (tmp_path / layout.SNAPSHOTS).iterdir()] == ["0000020"]
 
 
@@ -120,13 +120,13 @@ def test_a_flipped_bit_in_a_snapshot_or_an_average_is_found(tmp_path):
 
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.float16)}
     path = tmp_path / "x.safetensors"
-    save_checked(tensors, path)
-    assert all(torch.equal(load_checked(path, "")[name], x) for name, x in tensors.items())
+    save_checked(tensors, path, {})
+    assert all(torch.equal(load_checked(tmp_path, path, "")[name], x) for name, x in tensors.items())
     whole = path.read_bytes()
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(UserError, match=r"x\.safetensors"):
-            load_checked(path, "")
+            load_checked(tmp_path, path, "")
 
 
 def test_a_snapshot_of_repeated_steps_that_cannot_be_removed_is_an_error(tmp_path, monkeypatch):

@@ -206,6 +206,10 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
     else:
         folder = repository.folder()
     config = repository.check(folder, (kind,), "_class_name")
+    single, index = WEIGHTS[:2]
+    # diffusers reads the parts; every other reader, and the check below, the single file
+    if (folder / single).is_file() and (folder / index).is_file() and found_of((index,), folder) != [folder / single]:
+        raise UserError(f"{folder} holds {single} and {index}, which may hold different weights: remove one of them.")
     # Several libraries read parts of the folder, each with its own errors.
     model_class = getattr(diffusers, kind)
     with faults.reading(folder, f"weights of the autoencoder {name!r}", damaged=(Exception,)):

@@ -4,7 +4,7 @@ A profile of exponent gamma at step t weights the network of step tau <= t by (g
 relative width is its standard deviation divided by t.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +49,11 @@ def mixture(stored: Sequence[Profile], wanted: Profile) -> np.ndarray:
     return solution * scale
 
 
-def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]]) -> None:
-    """Save the averages (width -> parameters) of a step in float16, atomically; an existing snapshot is kept."""
+def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]], settings: Mapping[str, str]) -> None:
+    """Save the averages (width -> parameters) of a step in float16, atomically; an existing snapshot is kept.
+
+    `settings` are the `layout.fixed_settings` of the run: snapshots of another run would give a wrong average.
+    """
     folder = layout.snapshot_folder(run, step)
     if folder.exists():
         return
@@ -58,7 +61,7 @@ def save_snapshot(run: Path, step: int, averages: dict[float, dict[str, Tensor]]
     with files.atomic_folder(folder) as temporary:
         for width, state in averages.items():
             half = {name: value.half() for name, value in state.items()}
-            save_checked(half, temporary / f"{weights_name(width)}.safetensors")
+            save_checked(half, temporary / f"{weights_name(width)}.safetensors", settings)
 
 
 def drop_later(run: Path, step: int) -> None:
@@ -93,7 +96,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
     # Coefficients of neighbouring snapshots are large and of opposite signs, so their sum in float32 would lose digits.
     total: dict[str, Tensor] = {}
     for path, share in zip(paths, mixture(profiles, (float(step), gamma_of(width))), strict=True):
-        for name, value in load_checked(path, f"Remove {path.parent} to average without it.").items():
+        for name, value in load_checked(run, path, f"Remove {path.parent} to average without it.").items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + float(share) * value.double()
     return step, {name: value.float() for name, value in total.items()}
 
@@ -105,5 +108,5 @@ def write_average(run: Path, width: float, step: int | None = None) -> tuple[int
     _, state = load_weights(run, "ema")
     name = weights_name(width)
     with files.atomic_path(layout.average_file(run, step, name)) as temporary:
-        save_checked({**state, **parameters}, temporary)
+        save_checked({**state, **parameters}, temporary, layout.fixed_settings(layout.read_config(run)))
     return step, name

@@ -1,6 +1,7 @@
 """Checkpoints: folders that are written atomically, with a checksum of every file."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,19 +169,27 @@ def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
         return False
 
 
-def save_checked(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with a checksum of its tensors in the header, for `load_checked`."""
+def save_checked(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[str, str]) -> None:
+    """Write a safetensors file with the settings of its run and a checksum in the header, for `load_checked`."""
     tensors = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
-    save_file(tensors, path, metadata={OF_TENSORS: digest_of(tensors)})
+    checksum = files.json_sha256([digest_of(tensors), settings])
+    save_file(tensors, path, metadata={OF_TENSORS: checksum, SETTINGS: json.dumps(settings)})
 
 
-def load_checked(path: Path, remedy: str) -> dict[str, Tensor]:
-    """Read a file of `save_checked`; raises UserError if its tensors do not match the checksum."""
+def load_checked(run: Path, path: Path, remedy: str) -> dict[str, Tensor]:
+    """Read a file of `save_checked`; raises UserError if it does not match its checksum, or belongs to another run."""
     with faults.reading(path, "a safetensors file", remedy), safe_open(path, "pt") as file:
-        checksum = (file.metadata() or {}).get(OF_TENSORS)
+        header = file.metadata() or {}
+        settings = json.loads(header.get(SETTINGS, "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if checksum != digest_of(tensors):
-        raise UserError(f"{path} is damaged: its tensors do not match their checksum. {remedy}")
+    if header.get(OF_TENSORS) != files.json_sha256([digest_of(tensors), settings]) or not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: it does not match its checksum. {remedy}")
+    found = layout.fixed_settings(layout.read_config(run)) if settings else {}
+    if name := next((name for name in settings if found.get(name) != settings[name]), ""):
+        raise UserError(
+            f"{path} is of another run: its run has {name}: {settings[name]!s:.80}, but {run / layout.CONFIG} has "
+            f"{found.get(name)!s:.80}. {remedy}"
+        )
     return tensors
 
 
@@ -221,7 +230,7 @@ def _load_weights(run: Path, weights: str, step: int | None) -> tuple[int, dict[
     # A checkpoint's average takes precedence over one of `repa ema` with the same name; without a step, the newest is used.
     if weights not in names and made and wanted in (None, *made):
         step = made[-1] if wanted is None else wanted
-        return step, load_checked(layout.average_file(run, step, weights), f"Make it again with `repa ema {run}`.")
+        return step, load_checked(run, layout.average_file(run, step, weights), f"Make it again with `repa ema {run}`.")
     if names and weights not in names:
         raise UserError(
             f"{run} has no weights {weights!r} at step {step}: choose {', '.join(sorted(names))}, or make an average of another width "

@@ -73,7 +73,7 @@ class TrainState:
             wanted[layout.whole_name(part)].update(names)
         whole = {file: gather_full(state, wanted[file], copy=copy) for file, state in files.items()}
         counters = {"seconds": self.seconds, **self.guard.state(), "schedules": self.objective.schedule_states()}
-        counters[SETTINGS] = layout.fixed_settings(self.config.model_dump(mode="json"))
+        counters[SETTINGS] = self._settings
         parts = {part: {name: whole[layout.whole_name(part)][name] for name in names} for part, names in mine.items()}
         return Checkpoint(self.step, counters, parts)
 
@@ -86,7 +86,12 @@ class TrainState:
             average = self.averages[weights_name(width)].model
             parameters = {name: p for name, p in average.named_parameters() if name in trained}
             averages[width] = gather_full(parameters, trained if dist.is_main() else ())
-        dist.on_main(lambda: save_snapshot(run, self.step, averages))
+        dist.on_main(lambda: save_snapshot(run, self.step, averages, self._settings))
+
+    @property
+    def _settings(self) -> dict[str, str]:
+        """The settings that determine the result, by which a checkpoint or a snapshot is known to be of this run."""
+        return layout.fixed_settings(self.config.model_dump(mode="json"))
 
     def resume(self, run: Path) -> None:
         """Resume from the newest checkpoint, if there is one, from any number of processes and any strategy.
