@@ -168,6 +168,7 @@ def test_the_recipe_may_stand_anywhere(argv):
         ("--out s", r"needs RUN \(run folder\)"),
         ("r", r"needs --out \(Name of an .npz"),
         ("r --out s --bs 3", "Did you mean '--batch-size'"),
+        ("r --out s --model.name 3", "has no option --model.name. `repa"),
     ],
 )  # fmt: skip
 def test_invalid_input_is_refused(argv, sentence):

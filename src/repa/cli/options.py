@@ -251,7 +251,7 @@ def annotation(cls: type[Command], flag: str, *, with_checks: bool = False) -> A
         if is_model(current):
             fields = current.model_fields
             if part not in fields:
-                meant = _meant(cls, parts, fields)
+                meant = _meant(cls, parts, depth, fields)
                 raise UserError(
                     f"`repa {cls.verb}` has no option --{flag}.{meant} `repa {cls.verb} --help` prints all."
                 )
@@ -267,7 +267,7 @@ def annotation(cls: type[Command], flag: str, *, with_checks: bool = False) -> A
     return current
 
 
-def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str:
+def _meant(cls: type[BaseModel], parts: list[str], depth: int, fields: Iterable[str]) -> str:
     """The intended option: one with this ending elsewhere (--learning-rate), by its initials (--lr), or the nearest name."""
     word = parts[-1]
     every = list(names(cls))
@@ -277,7 +277,7 @@ def _meant(cls: type[BaseModel], parts: list[str], fields: Iterable[str]) -> str
     for sought, spellings in ((word, ends), (word, initials), (max(tails, key=len) or None, tails)):
         if same := [option(name) for name, end in zip(every, spellings, strict=True) if end == sought]:
             return f" Did you mean {' or '.join(map(repr, same))}?"
-    return nearest(option(".".join(parts)), [option(".".join([*parts[:-1], name])) for name in fields])
+    return nearest(option(".".join(parts)), [option(".".join([*parts[:depth], name])) for name in fields])
 
 
 def names(cls: type[BaseModel], above: str = "") -> Iterator[str]:

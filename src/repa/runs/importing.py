@@ -185,7 +185,10 @@ def _model_settings(
     if kind == "repa" and arguments["learn_sigma"]:
         raise UserError(f"{where} also predicts a variance, but a REPA does not: give --kind sit or --kind dit.")
     if kind == "dit" and not arguments["learn_sigma"]:
-        raise UserError(f"{where} predicts no variance, but a DiT does: give --kind repa or --kind sit.")
+        remedy = (
+            "its times are unknown, so it cannot be converted" if Path(where).is_dir() else "give --kind repa or sit"
+        )
+        raise UserError(f"{where} predicts no variance, but a DiT does: {remedy}.")
     if arguments["mlp_ratio"] != MLP_RATIO or arguments["patch_size"] not in PATCH_SIZES:
         raise UserError(
             f"{where} has the MLP ratio {arguments['mlp_ratio']:g} and the patch size {arguments['patch_size']}, but a run needs "

@@ -143,7 +143,7 @@ class TrainConfig(Config):
     text_weights: str = ""
     """Local folder of the text encoder's weights, if it runs in training or sampling; empty: the hub's."""
     init: str = ""
-    """Initial weights: run folder, folder of `repa export`, repa:FILE, sit:FILE or dit:FILE. Empty: random. ?: required."""
+    """Initial weights: run folder, export, folder of a diffusers DiT, repa:FILE, sit:FILE, dit:FILE. Empty: random; ?: required."""
     lora: LoRAConfig = LoRAConfig()
     """Train low-rank updates instead of all weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -211,6 +211,8 @@ class TrainConfig(Config):
             )
         kind, _, file = self.init.partition(":")
         path = Path(file if kind in SAMPLING else self.init)
+        if kind in SAMPLING and path.is_dir():
+            raise UserError(f"--init is {self.init!r}, but {path} is a folder: give --init {path}.")
         if not path.exists():
             raise UserError(
                 f"--init is {self.init!r}, but {path} does not exist: give a run or a checkpoint.{near(path)}"

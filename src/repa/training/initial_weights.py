@@ -18,7 +18,7 @@ from repa.models.lora import merged_weights
 from repa.models.published import FUSION, KINDS, constructor_arguments, heads_of_named
 from repa.runs import layout
 from repa.runs.checkpoint import load_checkpoint, load_weights, recorded_settings
-from repa.runs.importing import read_checkpoint
+from repa.runs.importing import is_diffusers, read_checkpoint, read_diffusers
 from repa.runs.layout import refuse_converted
 from repa.runs.loading import network_of
 from repa.training.config import TrainConfig
@@ -55,7 +55,7 @@ def start_from(source: str, objective: Objective, num_heads: int) -> None:
     grid if the grids differ. Projectors: those with the same target, depth and kind; others stay new.
 
     Args:
-        source: run folder (its EMA), folder of `repa export`, or KIND:FILE with a kind of KINDS.
+        source: run folder (its EMA), folder of `repa export` or of diffusers, or KIND:FILE with a kind of KINDS.
         num_heads: of the objective's network.
 
     Raises:
@@ -123,6 +123,10 @@ def _read_source(source: str, num_heads: int) -> InitialWeights:
         heads = ModelConfig.parse(config.get("model", {}), where=where).dims().num_heads
         projectors = _projectors_by_term(config.get("alignments", ()), checkpoint.projectors, where)
         return InitialWeights(merged_weights(checkpoint.ema), heads, projectors)
+    if is_diffusers(path):
+        imported = read_diffusers(path)
+        heads = ModelConfig.parse(imported.settings["model"]).dims().num_heads
+        return InitialWeights(imported.checkpoint.ema, heads, {})
     if (path / CONFIG).is_file():
         exported, state = read_exported(path)
         return InitialWeights(state, exported["model"]["num_heads"], {})
