@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from repa.report.runs import add_evaluations
 from repa.report.speedups import group_seeds
 from repa.report.text import how_made
 from repa.runs import layout
+from repa.runs.checkpoint import weights_checksum
 from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file
 
 IMAGENET = {"source": {"kind": "imagenet"}, "num_images": 1_281_167, "resolution": 256, "class_names": []}
@@ -148,6 +150,21 @@ def test_results_given_by_name_find_their_run(tmp_path, monkeypatch):
     (record,), others = add_evaluations(read_runs([run]), [file])
     assert others == []
     assert [(row["step"], row["seconds"], row["frechet_distance"]) for row in record.evals] == [(100, 50.0, 3.0)]
+
+
+def test_evaluations_of_replaced_weights_are_left_out(random_run, tmp_path):
+    """A run that continued from an earlier checkpoint repeats its later steps, and may end with other weights."""
+    run = shutil.copytree(random_run, tmp_path / "run")
+    (run / layout.METRICS).write_text('{"kind": "train", "step": 10}\n{"kind": "train", "step": 20}\n')
+    now = weights_checksum(run, "ema", 20)
+    for step, checksum in ((10, "0" * 64), (15, "0" * 64), (20, now), (30, "0" * 64)):
+        made = made_by(run, step, weights_sha256=checksum)
+        results_file(run / layout.EVALUATIONS / f"{step}.json", {"fid": float(step)}, made)
+    (record,), _ = add_evaluations(read_runs([run]))
+    assert [row["step"] for row in record.evals] == [15, 20]  # the checkpoint of step 15 is not kept: nothing is known
+    assert "Evaluations of step 10, 30 are left out" in record.lost
+    write_report([run], tmp_path / "r.html")
+    assert "Evaluations of step 10, 30 are left out" in (tmp_path / "r.html").read_text()
 
 
 def test_damaged_results_are_named(tmp_path):

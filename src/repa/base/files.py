@@ -269,6 +269,7 @@ def read_at(file: int, offset: int, size: int) -> bytes:
 
 
 def sha256(path: str | Path) -> str:
+    faults.require_plain(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -16,7 +16,7 @@ from repa.base.errors import UserError, printable
 from repa.base.files import read_json, well_formed
 from repa.evaluation.config import INCEPTION
 from repa.runs import layout
-from repa.runs.checkpoint import recorded_settings
+from repa.runs.checkpoint import recorded_settings, weights_checksum
 from repa.runs.log import lost_rows, read_metrics
 
 # The settings that determine a Fréchet distance: two numbers are compared only if all of them agree.
@@ -26,6 +26,7 @@ PROTOCOL = (
     "neighbours",
 )  # fmt: skip
 ADAPTIVE = ("dopri5",)  # samplers whose NFE is not a setting: it differs from network to network
+CHECKSUM = "weights_sha256"  # of the evaluated weights
 DISTANCE = "frechet_distance"  # in any features; FID in Inception's
 DISTANCE_KEYS = {"fid": DISTANCE, "fd": DISTANCE}
 # of a results file: part -> key -> type; "" is the file itself
@@ -38,7 +39,7 @@ FIELD_TYPES: dict[str, dict[str, type]] = {
         "num_samples": int,
         "reference_sha256": str,
     },
-    "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str},
+    "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str, "weights": str, "weights_sha256": str},
 }
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
 
@@ -56,7 +57,7 @@ class RunRecord:
     train: list[dict[str, Any]]
     evals: list[dict[str, Any]]  # by step; the last of repeated evaluations (same step and protocol)
     events: list[dict[str, Any]]
-    lost: str = ""  # a sentence if log entries are missing
+    lost: str = ""  # sentences about missing log entries and evaluations of other weights
 
     @property
     def seed(self) -> Any:
@@ -222,16 +223,40 @@ def add_evaluations(
                     f"{file} does not name the checkpoint of its samples: move it out of {layout.EVALUATIONS}, "
                     "and give it as --results."
                 )
-            found[run.path.resolve()].append(_with_decoder(row, run))
+            found[run.path.resolve()].append(row)
     for file in map(Path, results):
         row = evaluation_row(file)
         folder = Path(row["run"]).resolve() if row["run"] else None
         if folder in known and row["step"] is not None:
-            found[folder].append(_with_decoder(row, known[folder]))
+            found[folder].append(row)
         else:
             name = folder.name if folder else Path(row["samples"]).name
-            others.append(OtherSamples(name, row))
-    return [with_evaluations(run, found[run.path.resolve()]) for run in records], others
+            others.append(OtherSamples(name, {key: value for key, value in row.items() if key != CHECKSUM}))
+    return [_with_own(run, found[run.path.resolve()]) for run in records], others
+
+
+def _with_own(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
+    """The run with those evaluations that are of its present weights, and a sentence about the others."""
+    own = [row for row in rows if _is_of(run, row)]
+    if stale := sorted({row["step"] for row in rows if row not in own}):
+        steps = ", ".join(f"{step:,}" for step in stale)
+        note = f"Evaluations of step {steps} are left out: their weights are not those of the run now. Evaluate again."
+        run = replace(run, lost=f"{run.lost} {note}".lstrip())
+    return with_evaluations(run, [{k: v for k, v in _with_decoder(row, run).items() if k != CHECKSUM} for row in own])
+
+
+def _is_of(run: RunRecord, row: Mapping[str, Any]) -> bool:
+    """False for weights that training has replaced because it continued from an earlier checkpoint."""
+    step, weights = row["step"], str(row.get("weights"))
+    if row[CHECKSUM] is None or Path(weights).name != weights:
+        return True
+    try:
+        return weights_checksum(run.path, weights, step) == row[CHECKSUM]
+    except (
+        OSError,
+        KeyError,
+    ):  # the checkpoint is not kept: only a step that the run has not reached is known to be wrong
+        return not run.train or step <= max(run.steps, *layout.checkpoint_steps(run.path), 0)
 
 
 def evaluation_row(file: Path) -> dict[str, Any]:
@@ -261,6 +286,7 @@ def evaluation_row(file: Path) -> dict[str, Any]:
         "decoder": made.get("decoder") or made.get("autoencoder"),
         "neighbours": None if arithmetic == "float32" else arithmetic,
         "file": file.name,
+        CHECKSUM: made.get(CHECKSUM),
         "run": made.get("run"),
         "samples": str(results.get("samples")),
     }
