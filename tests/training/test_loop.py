@@ -297,7 +297,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 0))
     with pytest.raises(UserError, match="disk is full"):
         run_training(tiny_config, tmp_path / "r")
     assert layout.checkpoint_steps(tmp_path / "r") == [5]
