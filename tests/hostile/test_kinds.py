@@ -233,6 +233,41 @@ def test_a_log_that_is_a_link_is_not_written(tiny_config, data_folder, tmp_path)
         mine.rename(run / name)
 
 
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("snapshots", ["train", "RUN", "--data", "DATA", "--out", "RUN", "--num-steps", "30"]),
+        ("checkpoints", ["train", "RUN", "--data", "DATA", "--out", "RUN", "--num-steps", "30"]),
+        ("averages", ["ema", "RUN", "--width", "0.1"]),
+        (
+            "evaluations",
+            ["evaluate", "RUN", "--reference", "DATA", "--features", "tiny", "--num-images", "4", "--steps", "1"],
+        ),
+        ("analysis", ["analyse", "cknna", "RUN", "--data", "DATA", "--encoder", "tiny", "--times", "0.5"]),
+        (
+            "analysis/cache",
+            ["analyse", "cknna", "RUN", "--data", "DATA", "--encoder", "tiny", "--times", "0.5", "--out", "OUT"],
+        ),
+    ],
+)
+def test_a_linked_folder_inside_a_run_is_not_written(folder, words, random_run, data_folder, tmp_path):
+    """Training removes the snapshots of steps that it repeats: with the link, from a folder of somebody else."""
+    run, victim = shutil.copytree(random_run, tmp_path / "run"), tmp_path / "victim"
+    (victim / "0000040").mkdir(parents=True)
+    (victim / "0000040" / "precious").touch()
+    if (run / folder).is_dir():
+        shutil.copytree(run / folder, victim, dirs_exist_ok=True)
+        shutil.rmtree(run / folder)
+    (run / folder).parent.mkdir(exist_ok=True)
+    (run / folder).symlink_to(victim)
+    before = sorted(victim.rglob("*"))
+    places = {"RUN": run, "DATA": data_folder, "OUT": tmp_path / "out.json"}
+    assert f"{run / folder} is a symbolic link to another folder" in refused([places.get(w, w) for w in words])
+    assert sorted(victim.rglob("*")) == before
+    read = ["sample", run, "--checkpoint", 20, "--num-images", 2, "--steps", 1, "--out", tmp_path / "s.npz"]
+    assert outcome([*map(str, read)])[0] == 0
+
+
 def test_the_default_dtype_does_not_change_samples(random_run):
     run = load_run(random_run)
     config = SampleConfig(steps=2, sampler="heun")

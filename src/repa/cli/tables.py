@@ -11,6 +11,7 @@ from repa.base.errors import printable
 from repa.base.reporting import columns
 from repa.cli import options
 from repa.cli.console import speaks
+from repa.runs import layout
 
 Rows = Sequence[dict[str, Any]]
 
@@ -54,6 +55,8 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
     `held` keeps its lock until the command ends.
     """
     out = options.file_of("--out", given or default, suffix)
+    if not given and default.parent.name == layout.ANALYSIS:
+        layout.refuse_links(default.parent.parent)
     files.require_writable(out)
     if suffix == ".json":
         files.require_replaceable(out, ("analysis", "rows"), (".csv", ".png"))
