@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import operator
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ from repa.report.runs import evaluation_row, read_runs
 from repa.runs import load_run
 from repa.training import TrainConfig
 from tests.oracles.data import noise_image
+from tests.report.fakes import fake_run
 
 
 @pytest.fixture
@@ -448,6 +450,19 @@ def test_modules_in_the_current_folder_are_not_imported(name, tmp_path):
     (tmp_path / f"{name}.py").write_text("from pathlib import Path\nPath('sang').write_text('imported')\n")
     subprocess.run([sys.executable, "-m", "repa", "list", "losses"], cwd=tmp_path, capture_output=True, check=True)
     assert not (tmp_path / "sang").exists()
+
+
+def test_a_matplotlibrc_in_the_current_folder_starts_no_latex(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for program in ("latex", "pdflatex", "kpsewhich"):
+        (tmp_path / "bin" / program).write_text(f"#!/bin/sh\ntouch {tmp_path / 'sang'}\nexit 1\n")
+        (tmp_path / "bin" / program).chmod(0o755)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    fake_run(tmp_path / "run", distances={50: 20.0, 100: 10.0})
+    path = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, "-m", "repa", "report", "run"], cwd=tmp_path, env=path, capture_output=True)
+    assert not (tmp_path / "sang").exists()
+    assert done.returncode == 0, done.stderr
 
 
 def test_data_whose_file_names_leave_the_folder_is_refused(stranger, tmp_path):

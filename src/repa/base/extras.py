@@ -1,6 +1,7 @@
 """Optional packages: if one is missing, the error prints the install command."""
 
 import importlib
+import sys
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -30,10 +31,15 @@ def need(module: str, what: str, extra: str = "") -> ModuleType:
     Raises:
         UserError: its package is not installed.
     """
+    package = module.partition(".")[0]
+    is_new = package not in sys.modules
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+        if is_new and package == "matplotlib":
+            # It has read the matplotlibrc of the current folder, which can start LaTeX; settings of a notebook stay.
+            sys.modules[package].rcdefaults()
+        return found
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
         if (error.name or "").partition(".")[0] != package:
             raise  # the package is installed, but lacks a dependency
         raise missing(package, what, extra) from error
