@@ -17,7 +17,7 @@ from repa.data.manifest import PARTS, Inventory, Manifest, Settings
 from repa.data.pipeline import Execution, Job, run
 from repa.data.progress import FinishedParts, PlannedShard, chosen_parts, plan_shards, started
 from repa.data.reader import ShardReader
-from repa.data.reading import FromCaptions, from_shards, from_source
+from repa.data.reading import from_captions, from_shards, from_source
 from repa.data.sources.contract import Source
 from repa.data.sources.opening import open_source
 from repa.encoders import canonical
@@ -158,9 +158,9 @@ def add(
 def _of_captions(out: Path, asked: Settings, num_shards: int) -> Job:
     """The job of encoding captions from the folder; tokens depend only on its files and the text encoder."""
     finished, shards = FinishedParts(out, asked, num_shards), []
-    found = {k: parts[BASE].shard for k, parts in enumerate(finished.parts) if BASE in parts}
+    stored = {k: parts[BASE].shard for k, parts in enumerate(finished.parts) if BASE in parts}
     for k in range(num_shards):
-        has_texts = k in found and not found[k].flipped  # a mirrored copy shares the captions of its original
-        shards.append(PlannedShard(range(found[k].num if has_texts else 0), is_ready=k in found))
-    read = functools.partial(by_threads, FromCaptions(out, found), depth=AHEAD)
+        has_texts = k in stored and not stored[k].flipped  # a mirrored copy shares the captions of its original
+        shards.append(PlannedShard(range(stored[k].num if has_texts else 0), is_ready=k in stored))
+    read = functools.partial(by_threads, from_captions(out, stored), depth=AHEAD)
     return Job(finished, shards, [TEXT], read)

@@ -47,7 +47,7 @@ def claimed(
     # read again, because another process may have finished everything while this one loaded its models
     manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
     for k, names in parts.items():
-        claims[k], mine = [], []
+        claims[k], claimed_parts = [], []
         for name in names:
             if (handle := lock.take(record_path(out, k, name).with_suffix(".lock"))) is None:
                 continue
@@ -59,15 +59,15 @@ def claimed(
             if finished_part(out, manifest, k, name):
                 lock.release(claims[k].pop())
             else:
-                mine.append(name)
-        rows = shards[k].rows if mine else range(0)
+                claimed_parts.append(name)
+        rows = shards[k].rows if claimed_parts else range(0)
         for at in range(0, max(len(rows), 1), size):  # a shard without images has an empty piece
-            yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(mine))
+            yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(claimed_parts))
 
 
 def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, DecodedImages]:
     """The images of a piece of a source, and the names of unreadable ones."""
-    pixels, given, kept, bad = [], [], [], []
+    pixels, given_moments, kept, bad = [], [], [], []
     for index in piece.rows:
         try:
             image = np.asarray(source.image(index, resolution))
@@ -76,7 +76,7 @@ def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, D
             bad.append((source.name(index), str(error)))
             continue
         pixels.append(image)
-        given.append(moments)
+        given_moments.append(moments)
         kept.append(index)
     captions = [_captions(source, index) for index in kept] if source.has_captions else []
     if not kept:
@@ -88,7 +88,7 @@ def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, D
         batch = batch[:, :, ::-1]
     batch = np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
     # the moments of a mirrored image are not the mirrored moments, so they are computed
-    stored = [row for row in given if row is not None and not piece.flipped]
+    stored = [row for row in given_moments if row is not None and not piece.flipped]
     return piece, DecodedImages(batch, source.labels[kept], captions, bad, np.stack(stored) if stored else None)
 
 
@@ -107,27 +107,26 @@ def from_shards(reader: ShardReader, piece: Piece) -> tuple[Piece, DecodedImages
     return piece, DecodedImages(reader.gather("images", indices), reader.gather("labels", indices), [], [])
 
 
-class FromCaptions:
-    """The stored captions of a piece, without its images."""
+def from_captions(folder: Path, shards: Mapping[int, Shard]) -> Callable[[Piece], tuple[Piece, DecodedImages]]:
+    """A function that reads the stored captions of a piece, without its images."""
 
-    def __init__(self, folder: Path, shards: Mapping[int, Shard]):
-        self.folder, self.shards = folder, shards
-        self._of_shard = functools.lru_cache(2)(self._read)  # the pieces of a shard follow each other
+    @functools.lru_cache(2)  # the pieces of a shard follow each other
+    def captions_of(number: int) -> list[tuple[str, ...]]:
+        shard = shards[number]
+        if shard.captions is None:
+            return [()] * shard.num
+        path = folder / shard.captions.file
+        return [texts_of(line, row, path) for row, line in enumerate(lines_of(path, shard.num))]
 
-    def __call__(self, piece: Piece) -> tuple[Piece, DecodedImages]:
-        captions, start = self._of_shard(piece.shard), piece.rows.start
+    def read(piece: Piece) -> tuple[Piece, DecodedImages]:
+        captions, start = captions_of(piece.shard), piece.rows.start
         texts = captions[start : piece.rows.stop]
         # the first text of a shard is the empty text, which its first piece adds
         before = sum(map(len, captions[:start])) + (start > 0)
         empty = np.empty((len(texts), 0), np.uint8), np.zeros(len(texts), np.int64)
         return piece, DecodedImages(*empty, texts, [], texts_before=before)
 
-    def _read(self, shard: int) -> list[tuple[str, ...]]:
-        stored = self.shards[shard]
-        if stored.captions is None:
-            return [()] * stored.num
-        path = self.folder / stored.captions.file
-        return [texts_of(line, row, path) for row, line in enumerate(lines_of(path, stored.num))]
+    return read
 
 
 def sample_pieces(shards: Sequence[PlannedShard], num: int) -> Iterator[Piece]:
