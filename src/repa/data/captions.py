@@ -41,15 +41,15 @@ class Captions:
         indices = self.reader.checked(indices)
         # shard by shard, because a caption file has lines of different lengths and is read from its start
         shards = np.searchsorted(self.reader.ends, indices, side="right")
-        found: list[tuple[str, ...]] = [()] * len(indices)
+        captions: list[tuple[str, ...]] = [()] * len(indices)
         for shard in np.unique(shards).tolist():
             if (record := self.reader.shards[shard].captions) is None:
                 continue
-            lines, where = self._kept(shard), Path(self.reader.folder, record.file)
+            lines, path = self._kept(shard), Path(self.reader.folder, record.file)
             for place in np.flatnonzero(shards == shard).tolist():
                 row = int(indices[place] - self.reader.starts[shard])
-                found[place] = texts_of(lines[row], row, where)
-        return found
+                captions[place] = texts_of(lines[row], row, path)
+        return captions
 
     def _lines(self, shard: int) -> list[bytes]:
         stored = self.reader.shards[shard]
@@ -130,8 +130,11 @@ class TextReader:
                 f"{self.folder} is damaged: image {indices[bad][0]} has captions {first[bad][0]} to "
                 f"{(first + count)[bad][0]} of {nums[bad][0]}. `repa check {self.folder} --full` lists changed files."
             )
-        picks = np.array([int(key) % int(num) for key, num in zip(keys, count, strict=True)]) if keys is not None else 0
-        return self._gather(self.tokens.starts[shards] + first + picks)
+        rows = self.tokens.starts[shards] + first
+        if keys is not None:
+            # in Python's integers, because keys may exceed int64
+            rows += np.array([int(key) % int(num) for key, num in zip(keys, count, strict=True)], np.int64)
+        return self._gather(rows)
 
     def empty(self) -> StoredText:
         """The tokens of the empty text, (1, S, E)."""

@@ -44,9 +44,10 @@ def _folder_of(where: str) -> Path:
 
 def _labels_inside(where: str, labels: str) -> str:
     """The path within a folder of the file that gives the labels; "" if it is elsewhere."""
-    path = Path(split_file(labels, _folder_of(where))[0]).absolute()
-    inside = labels and path.is_file() and path.is_relative_to(root := Path(where).absolute())
-    return path.relative_to(root).as_posix() if inside else ""
+    if not labels:
+        return ""
+    folder, path = Path(where).absolute(), Path(split_file(labels, _folder_of(where))[0]).absolute()
+    return path.relative_to(folder).as_posix() if path.is_file() and path.is_relative_to(folder) else ""
 
 
 class FileSource(Source):
