@@ -44,7 +44,9 @@ MAX_TEXT = 1 << 24  # bytes of a label, a caption or a .json
 OTHERS = "other files of samples"
 ABSENT = (0, -1)  # a part that a sample lacks
 MAX_OPEN_SHARDS = 16  # at a time; rows are read in order, so few are enough
-IMAGE, TEXT, JSON = range(3)  # the second axis of `Index.parts`
+IMAGE, TEXT, JSON, LABEL = range(4)  # parts of a sample; the first three are the second axis of `Index.parts`
+
+Part = tuple[int, int]  # offset and size of a file in its shard
 
 
 class WebDataset(Source):
@@ -231,7 +233,7 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
         arrays = load_npz(cached, "the index of a shard", remedy=again)
         with faults.reading(cached, "the index of a shard", again):
             keys, labels, left_out, label_like = json.loads(arrays["text"].tobytes())
-            left_out = {str(what): int(num) for what, num in left_out.items()}
+            left_out = {str(kind): int(num) for kind, num in left_out.items()}
             return Index(
                 keys, labels, arrays["parts"], int(arrays["size"]), left_out, [str(name) for name in label_like]
             )
@@ -242,58 +244,73 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
 
 
 def _scan(path: Path, name: str, image: str, label: str) -> Index:
-    size = os.path.getsize(path)
+    size, slices = os.path.getsize(path), Slices(path)
     keys, labels, parts = [], [], []
     others: collections.Counter[str] = collections.Counter()
     label_like: dict[str, None] = {}
     junk: list[str] = []
-    slices = Slices(path)
     for key, members in tar_samples(path, name, size, junk):
-        image_part = _image_of(key, members, name, image)
-        # the parts of 0001.v2.png may be called 0001.v2.cls and so on: a sample has one name up to the first dot
-        dotted = next((end for end, part in members.items() if part == image_part), "").rpartition(".")[0]
-        text, meta, cls, key_file = (
-            members.get(f"{dotted}.{what}", members.get(what, ABSENT)) for what in ("txt", "json", "cls", label.lower())
-        )
-        cls = key_file if cls is ABSENT else cls  # some name the file 0001.label
-        unused = [end for end, part in members.items() if part not in (image_part, text, meta, cls)]
+        used = _parts_of(key, members, name, image, label)
+        unused = [end for end, part in members.items() if part not in used]
         others.update(f"files .{printable(end)[:20]} of samples" for end in unused)
-        label_like.update(dict.fromkeys(end for end in unused if like_labels(end.split("."))))
-        for part, what in ((text, "txt"), (meta, "json"), (cls, "cls")):
-            if part[1] > MAX_TEXT:
-                raise UserError(f"{key}.{what} in {name} has {files.size(part[1])}, too much for a text: remove it.")
-        value = in_json = None
-        if cls is not ABSENT:
-            value = _text(slices.read(*cls), f"{key}.cls in {name}").strip() or None
-        if meta is not ABSENT:
-            where = f"{key}.json in {name}"
-            try:
-                values = json_object(slices.read(*meta), where)
-                in_json = values.get(label)
-                label_like.update(
-                    dict.fromkeys(like_labels(k for k, v in values.items() if v is not None and k != label))
-                )
-            except UserError:
-                if value is None:  # beside a .cls, the .json may have other content, such as a list of boxes
-                    raise
-            # one of the two may have the name of the class, the other its number
-            if value is None:
-                value = _label(in_json, where)
-            elif type(in_json) is int and value.isdecimal() and len(value) < 20 and int(value) != in_json:
-                raise UserError(
-                    f"The label of {key} in {name} is {value[:20]} in its .cls, but {str(in_json)[:20]} in its .json: "
-                    "correct one."
-                )
-        labels.append(value)
+        value, keys_like_labels = _label_of(key, used, slices, name, label)
+        files_like_labels = (end for end in unused if like_labels(end.split(".")))
+        label_like.update(dict.fromkeys((*files_like_labels, *keys_like_labels)))
         keys.append(key)
-        parts.append((image_part, text, meta))
+        labels.append(value)
+        parts.append(used[:LABEL])
     if not keys:
         raise UserError(f"{name} holds no images: give a shard with files named {' '.join(EXTENSIONS)}.")
     left_out = most_common(others, OTHERS) | ({JUNK_KIND: len(junk)} if junk else {})
     return Index(keys, labels, np.array(parts, np.int64), size, left_out, list(label_like)[:20])
 
 
-def _image_of(key: str, members: dict[str, tuple[int, int]], name: str, image: str) -> tuple[int, int]:
+def _parts_of(key: str, members: dict[str, Part], name: str, image: str, label: str) -> tuple[Part, Part, Part, Part]:
+    """The IMAGE, TEXT, JSON and LABEL of a sample, or ABSENT."""
+    image_part = _image_of(key, members, name, image)
+    # the parts of 0001.v2.png may be called 0001.v2.cls and so on: a sample has one name up to the first dot
+    dotted = next((end for end, part in members.items() if part == image_part), "").rpartition(".")[0]
+    text, meta, cls, key_file = (
+        members.get(f"{dotted}.{ending}", members.get(ending, ABSENT))
+        for ending in ("txt", "json", "cls", label.lower())
+    )
+    cls = key_file if cls is ABSENT else cls  # some name the file 0001.label
+    for (_, size), ending in ((text, "txt"), (meta, "json"), (cls, "cls")):
+        if size > MAX_TEXT:
+            raise UserError(f"{key}.{ending} in {name} has {files.size(size)}, too much for a text: remove it.")
+    return image_part, text, meta, cls
+
+
+def _label_of(
+    key: str, parts: Sequence[Part], slices: Slices, name: str, label: str
+) -> tuple[str | None, Sequence[str]]:
+    """The label of a sample, and the other keys of its .json that look like labels."""
+    written = None
+    if parts[LABEL] is not ABSENT:
+        written = _text(slices.read(*parts[LABEL]), f"{key}.cls in {name}").strip() or None
+    if parts[JSON] is ABSENT:
+        return written, ()
+    where = f"{key}.json in {name}"
+    try:
+        values = json_object(slices.read(*parts[JSON]), where)
+    except UserError:
+        if written is None:
+            raise
+        return written, ()  # beside a .cls, the .json may have other content, such as a list of boxes
+    others = like_labels(k for k, value in values.items() if value is not None and k != label)
+    in_json = values.get(label)
+    if written is None:
+        return _label(in_json, where), others
+    # one of the two may have the name of the class, the other its number
+    if type(in_json) is int and written.isdecimal() and len(written) < 20 and int(written) != in_json:
+        raise UserError(
+            f"The label of {key} in {name} is {written[:20]} in its .cls, but {str(in_json)[:20]} in its .json: "
+            "correct one."
+        )
+    return written, others
+
+
+def _image_of(key: str, members: dict[str, Part], name: str, image: str) -> Part:
     endings = [image.lower().lstrip(".")] if image else [end for end in members if f".{end}".endswith(EXTENSIONS)]
     images = [end for end in endings if end in members]
     if len(images) == 1:
