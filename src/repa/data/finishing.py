@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,37 +106,41 @@ def remove(out: str | Path, name: str) -> Manifest | None:
     """
     out, part = Path(out), name.removeprefix("features:")
     with lock.exclusive(out, "repa prepare --remove"):
-        before = started(out)
-        if before is None:
+        settings = started(out)
+        if settings is None:
             raise UserError(f"{out} holds no prepared data: give a folder of `repa prepare`.")
         manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
-        config = _without_images(out, manifest) if name == "images" else _without(out, before.config, name, part)
-        gone = ("images",) if name == "images" else fields_of(part)
+        fields = ("images",) if name == "images" else fields_of(part)
+        config = _without_images(out, manifest) if name == "images" else _without(out, settings.config, name, part)
         if manifest:
-            shards = [
-                shard.override(
-                    files={field: file for field, file in shard.files.items() if field not in gone},
-                    text={} if name == TEXT else shard.text,
-                )
-                for shard in manifest.shards
-            ]
-            features = {other: facts for other, facts in manifest.features.items() if name != f"features:{other}"}
-            text = None if name == TEXT else manifest.text
-            manifest = manifest.override(config=config, features=features, text=text, shards=shards)
+            manifest = _manifest_without(manifest, fields, config)
             manifest.save(out)
         # the folder may be unfinished or be extended: parts/ would restore the field
         if (out / PARTS).is_dir():
-            files.write_sealed(out / PARTS / SETTINGS_FILE, before.override(config=config).model_dump(mode="json"))
+            files.write_sealed(out / PARTS / SETTINGS_FILE, settings.override(config=config).model_dump(mode="json"))
             for path in _numbered_files(out / PARTS, "json", part):
                 path.unlink()
-        for path in _numbered_files(out, "npy", *gone):
+        for path in _numbered_files(out, "npy", *fields):
             path.unlink()
-        if name.startswith("features:"):
-            (out / basis_name(part)).unlink(missing_ok=True)
-        asked = {BASE, *config.features, *([TEXT] if config.text else [])}
-        if manifest and asked <= manifest.parts:  # nothing is left to make
+        (out / basis_name(part)).unlink(missing_ok=True)
+        wanted = {BASE, *config.features, *([TEXT] if config.text else [])}
+        if manifest and wanted <= manifest.parts:  # nothing is left to make
             remove_parts(out)
         return manifest
+
+
+def _manifest_without(manifest: Manifest, fields: Sequence[str], config: PrepareConfig) -> Manifest:
+    """The manifest of the other fields, with their configuration."""
+    shards = [
+        shard.override(
+            files={field: file for field, file in shard.files.items() if field not in fields},
+            text={field: file for field, file in shard.text.items() if field not in fields},
+        )
+        for shard in manifest.shards
+    ]
+    features = {spec: facts for spec, facts in manifest.features.items() if f"features.{spec}" not in fields}
+    text = None if "text" in fields else manifest.text
+    return manifest.override(config=config, features=features, text=text, shards=shards)
 
 
 def _without_images(out: Path, manifest: Manifest | None) -> PrepareConfig:
