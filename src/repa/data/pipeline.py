@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -11,7 +11,7 @@ import torch
 
 from repa.base import files, lock
 from repa.base.ahead import by_threads
-from repa.data.encoding import FeatureFields, encode, load_model, require_same_model
+from repa.data.encoding import FeatureFields, Fields, encode, load_model, require_same_model
 from repa.data.finishing import finish
 from repa.data.manifest import PARTS, SETTINGS_FILE, Manifest, remove_parts
 from repa.data.progress import FinishedParts, PlannedShard
@@ -80,35 +80,44 @@ def _make_shards(
     *, rank: int = 0, world: int = 1, progress: Report | None = None, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
     """Make the missing parts of this process's shards, and lost bases."""
-    out, config, device = job.finished.out, job.finished.settings.config, torch.device(device)
+    out, device = job.finished.out, torch.device(device)
     share = range(rank, len(job.shards), world)
-    mine = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
-    # Only the needed models are loaded, before the first image, so that wrong weights are reported at once.
-    needed = {*lost, *itertools.chain(*mine.values())}
-    models = {name: load_model(name, config, device) for name in job.parts if name in needed}
-    for name, model in models.items():
-        require_same_model(job.finished, name, model.identity)
+    todo = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
+    models = _load_models(job, {*lost, *itertools.chain(*todo.values())}, device)
     nums = [len(planned.rows) for planned in job.shards]
-    size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in mine.items() for name in names)
-    files.require_space(out, size, f"Preparing {sum(nums[k] for k in mine):,} images")
+    num_todo, total = sum(nums[k] for k in todo), sum(nums[k] for k in share)
+    size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in todo.items() for name in names)
+    files.require_space(out, size, f"Preparing {num_todo:,} images")
     files.write_sealed(out / PARTS / SETTINGS_FILE, job.finished.settings.model_dump(mode="json"))
     for name, model in models.items():
         if isinstance(model, FeatureFields) and model.num_directions:
             # after the settings are saved: a folder with a basis but no settings would be refused as foreign
             model.use_stored_basis(out, job.read, job.shards)
             require_same_model(job.finished, name, model.identity)
+    _write_shards(job, todo, models, Counter(progress, total, total - num_todo), device)
 
-    # a pipeline of three: workers read, one thread encodes, and this thread writes, so that the device does not wait
-    total = sum(nums[k] for k in share)
-    counter = Counter(progress, total, total - sum(nums[k] for k in mine))
+
+def _load_models(job: Job, needed: Collection[str], device: torch.device) -> dict[str, Fields]:
+    """Only the needed models, before the first image, so that wrong weights are reported at once."""
+    models = {name: load_model(name, job.finished.settings.config, device) for name in job.parts if name in needed}
+    for name, model in models.items():
+        require_same_model(job.finished, name, model.identity)
+    return models
+
+
+def _write_shards(
+    job: Job, todo: Mapping[int, Sequence[str]], models: Mapping[str, Fields], counter: Counter, device: torch.device
+) -> None:
+    """A pipeline of three: workers read, one thread encodes, and this thread writes, so that the device does not wait."""
+    out, config = job.finished.out, job.finished.settings.config
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     claims: dict[int, list[int]] = {}
-    pieces = claimed(out, job.shards, mine, claims, config.batch_size)
-    made = functools.partial(encode, models=models, skip_bad=config.skip_bad)
+    pieces = claimed(out, job.shards, todo, claims, config.batch_size)
+    encoding = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     try:
         with (
             contextlib.closing(job.read(pieces)) as read,
-            contextlib.closing(by_threads(made, read, depth=ENCODED, on_start=on_start)) as encoded,
+            contextlib.closing(by_threads(encoding, read, depth=ENCODED, on_start=on_start)) as encoded,
         ):
             # batches come in the order of the shards, so only one shard is open at a time
             for (k, names), batches in itertools.groupby(encoded, key=lambda item: (item[0].shard, item[0].parts)):
@@ -116,7 +125,7 @@ def _make_shards(
                     identities = {name: models[name].identity for name in names}
                     write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
                 else:  # another process has made it, or makes it now
-                    counter.done += nums[k]
+                    counter.done += len(job.shards[k].rows)
                 for handle in claims.pop(k):  # after the records; otherwise another process would make the parts again
                     lock.release(handle)
     finally:
