@@ -31,6 +31,14 @@ def test_configurations_round_trip_through_yaml(tmp_path):
     assert Outer.load(path) == config
 
 
+@pytest.mark.parametrize("number", ["010", "0x8", "0b11", "1_000", "1:30", "1:30.5", "1_0.5", "1.0_5"])
+def test_numbers_that_are_not_decimal_are_refused(number, tmp_path):
+    """YAML 1.1 reads them as other numbers: 010 is 8, and 1:30.5 is 90.5."""
+    (tmp_path / "c.yaml").write_text(f"rate: {number}\n")
+    with pytest.raises(UserError, match=f"line 1: '{number}' is not a decimal number"):
+        Outer.load(tmp_path / "c.yaml")
+
+
 def test_yaml_reads_exponents_without_a_point(tmp_path):
     (tmp_path / "c.yaml").write_text("rate: 1e-3\n")  # PyYAML alone reads this as text
     assert Outer.load(tmp_path / "c.yaml").rate == 0.001

@@ -123,17 +123,27 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     # YAML 1.1 reads 010 as 8 and 1:30 as 90, which is never meant here; thousands of digits take quadratic time.
-    text = node.value
-    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text) or len(text) > 20:
-        line = node.start_mark.line + 1
-        raise yaml.YAMLError(
-            f"line {line}: {text[:40]!r} is not a decimal number: write 8, not 010, 0x8, 1_000 or 1:30, or quote a text"
-        )
-    return int(text)
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", node.value) or len(node.value) > 20:
+        raise _not_decimal(node)
+    return int(node.value)
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    if set(node.value) & {":", "_"}:  # 1:30.5 would be 90.5
+        raise _not_decimal(node)
+    return float(yaml.SafeLoader.construct_yaml_float(loader, node))
+
+
+def _not_decimal(node: yaml.ScalarNode) -> yaml.YAMLError:
+    return yaml.YAMLError(
+        f"line {node.start_mark.line + 1}: {node.value[:40]!r} is not a decimal number: write 8, not 010, 0x8, 1_000 or "
+        "1:30, or quote a text"
+    )
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def option(name: str) -> str:
