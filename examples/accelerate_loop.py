@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import DiTTransformer2DModel
 from torch.utils.data import DataLoader, Dataset
 
@@ -75,4 +75,5 @@ def main(out: str | Path, num_epochs: int = 2) -> list[float]:
 
 if __name__ == "__main__":
     for step, loss in enumerate(main(sys.argv[1]), start=1):
-        print(f"step {step:3d}  loss {loss:.3f}")
+        if PartialState().is_main_process:  # its own part of each batch
+            print(f"step {step:3d}  loss {loss:.3f}")

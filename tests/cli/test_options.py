@@ -13,6 +13,7 @@ from repa.cli.evaluate import EvaluateArguments
 from repa.cli.export import ExportArguments
 from repa.cli.main import command_of
 from repa.cli.prepare import PrepareArguments
+from repa.cli.quickstart import QuickstartArguments
 from repa.cli.report import ReportArguments
 from repa.cli.sample import SampleArguments
 from repa.cli.train import TrainArguments
@@ -238,6 +239,7 @@ def test_help_without_alignments_shows_the_options_of_a_first_one(recipe, capsys
     [
         (ExportArguments, "usage: repa export RUN OUT [--OPTION VALUE ...]"),
         (TrainArguments, "usage: repa train RECIPE --data DATA --out OUT [--OPTION VALUE ...]"),
+        (QuickstartArguments, "usage: repa quickstart [SOURCE] [--OPTION VALUE ...]"),
         (PrepareArguments, "usage: repa prepare SOURCE [OUT] [--OPTION VALUE ...]"),
         (CknnaArguments, "usage: repa analyse cknna RUNS... --data DATA [--OPTION VALUE ...]"),
     ],

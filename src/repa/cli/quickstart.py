@@ -39,6 +39,7 @@ class QuickstartArguments(options.Command):
     """
 
     verb = "quickstart"
+    positional = ("source",)
 
     out: str = ""
     """Folder for data, runs and report; empty: quickstart, or quickstart-NAME for your own images."""

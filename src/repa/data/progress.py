@@ -62,7 +62,7 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     if lines:
         raise UserError(
             f"{out} holds data of another source or with other settings ({'; '.join(lines[:5])}): "
-            "choose another folder, or repeat its settings."
+            "choose another folder, repeat its settings, or delete it first."
         )
     return asked
 
