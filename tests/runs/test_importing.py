@@ -204,6 +204,15 @@ def test_prefixes_of_wrappers_are_removed(prefix, tmp_path):
     assert load_checkpoint(run).ema.keys() == STATE.keys()
 
 
+def test_a_tensor_with_and_without_a_wrapper_is_ambiguous(tmp_path, capsys):
+    wrapped = {"module." + key: value for key, value in STATE.items()}
+    assert convert({"ema": {**STATE, **wrapped}}, tmp_path)[0] == 0
+    (tmp_path / "two").mkdir()
+    changed = {**wrapped, "module.pos_embed": STATE["pos_embed"] + 1}
+    assert convert({"ema": {**STATE, **changed}}, tmp_path / "two")[0] == 2
+    assert "holds 'pos_embed' twice with different values, once as 'module.pos_embed'" in capsys.readouterr().err
+
+
 def test_a_missing_or_ambiguous_average_is_reported(tmp_path, capsys):
     assert convert({"ema": None, "model": STATE}, tmp_path)[0] == 0
     assert "'ema' has no named tensors, so the raw weights are used" in capsys.readouterr().out

@@ -127,6 +127,8 @@ def _unpickled(path: Path, mmap: bool) -> Any:
         _require_held(content, path.stat().st_size)
         return content
     except (pickle.UnpicklingError, RuntimeError) as error:
+        if "PytorchStreamReader" in str(error):
+            raise ValueError("it is truncated or damaged") from None
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
@@ -70,7 +71,14 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
     if not isinstance(content, Mapping) or id(content) in ancestors or len(above) > DEEPEST:
         return
     named = {key: value for key, value in content.items() if isinstance(key, str)}
-    tensors = {WRAPPERS.sub("", key): value for key, value in named.items() if isinstance(value, Tensor)}
+    tensors: StateDict = {}
+    for key, value in named.items():
+        if isinstance(value, Tensor):
+            first = tensors.setdefault(plain := WRAPPERS.sub("", key), value)
+            if first is not value and not torch.equal(first, value):
+                raise UserError(
+                    f"The checkpoint holds {plain!r} twice with different values, once as {key!r}: save it once."
+                )
     counted = tensors.pop(COUNTER, None) is not None
     prefixes = {key.removesuffix(ANCHOR) for key in tensors if f".{key}".endswith(f".{ANCHOR}")}
     found: list[tuple[str, Weights]] = []
