@@ -83,13 +83,13 @@ class PrepareConfig(Config):
 
     @field_validator("feature_forms")
     @classmethod
-    def _forms_of_features(cls, given: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+    def _forms_of_features(cls, forms: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         """One spelling for equal settings, which are compared when an interrupted call continues: in the order of
         `features`, without fp16, and without a form for all encoders."""
-        for form in given.values():
+        for form in forms.values():
             split_format(form)
-        forms = {name: given.get(name, given.get("", "fp16")) for name in info.data.get("features", ())}
-        return {name: form for name, form in forms.items() if form != "fp16"}
+        of_features = {name: forms.get(name, forms.get("", "fp16")) for name in info.data.get("features", ())}
+        return {name: form for name, form in of_features.items() if form != "fp16"}
 
     @property
     def forms(self) -> dict[str, str]:

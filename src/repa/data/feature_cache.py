@@ -103,14 +103,14 @@ class FeatureCache:
         """
         if isinstance(keys, (str, int)):
             return self[[keys]][0]
-        found = self.find(keys)
-        missing = [key for key, entry in zip(keys, found, strict=True) if entry is None]
+        entries = self.find(keys)
+        missing = [key for key, entry in zip(keys, entries, strict=True) if entry is None]
         if missing:
             raise UserError(
                 f"{self.folder} lacks features for {len(missing)} of {len(keys)} keys, such as {missing[0]!r}: add them with "
                 "fill."
             )
-        return torch.stack([entry for entry in found if entry is not None])
+        return torch.stack([entry for entry in entries if entry is not None])
 
     def find(self, keys: Sequence[Hashable]) -> list[Tensor | None]:
         """Each entry, float32 (M, F), or None if it is missing or damaged."""
@@ -125,8 +125,8 @@ class FeatureCache:
         Args:
             compute: positions in `keys` that are missing -> their features (n, M, F).
         """
-        found = self.find(keys)
-        missing = [position for position, entry in enumerate(found) if entry is None]
+        entries = self.find(keys)
+        missing = [position for position, entry in enumerate(entries) if entry is None]
         if missing:
             new = compute(missing).detach()
             if len(new) != len(missing):
@@ -136,8 +136,8 @@ class FeatureCache:
             self.add([keys[position] for position in missing], new)
             # rounded like stored entries, so that the first epoch sees the same numbers as the others
             for position, entry in zip(missing, new.to("cpu", DTYPES[self.dtype]).float(), strict=True):
-                found[position] = entry
-        whole = [entry for entry in found if entry is not None]
+                entries[position] = entry
+        whole = [entry for entry in entries if entry is not None]
         return torch.stack(whole) if whole else torch.empty(0, *(self.shape or ()))
 
     def add(self, keys: Sequence[Hashable], features: Tensor) -> bool:

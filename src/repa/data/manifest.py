@@ -116,11 +116,11 @@ class Manifest(Settings):
         """Every shard of originals with images must have all files of caption tokens."""
         wanted = self.text.fields if self.text else {}
         for number, shard in enumerate(self.shards):
-            found = {field: (f.dtype, f.shape[1:]) for field, f in shard.text.items()}
-            if found != (wanted if shard.num and not shard.flipped else {}):
+            stored = {field: (f.dtype, f.shape[1:]) for field, f in shard.text.items()}
+            if stored != (wanted if shard.num and not shard.flipped else {}):
                 raise ValueError(f"shard {number} has other caption tokens than it declares")
             nums = {f.shape[:1] for field, f in shard.text.items() if field != "text_rows"}
-            if found and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
+            if stored and (len(nums) != 1 or shard.text["text_rows"].shape[:1] != (shard.num,)):
                 raise ValueError(f"shard {number} has caption tokens that do not match its images")
 
     def settings(self, **changes: Any) -> Settings:

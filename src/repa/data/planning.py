@@ -77,9 +77,9 @@ def make_plan(
     out, device = Path(out), torch.device(device)
     images = open_source(source, labels=config.labels)
     images.require_fit(config)
-    asked = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
+    requested = Settings(source=images.identity, class_names=tuple(images.class_names), config=config)
     shards = plan_shards(len(images), config.shard_size, config.flip)
-    finished = FinishedParts(out, asked, len(shards))
+    finished = FinishedParts(out, requested, len(shards))
     config = finished.settings.config
     chosen = [name for name in chosen_parts(only, config) if name != TEXT]
     models = {name: load_model(name, config, device) for name in chosen}

@@ -76,10 +76,10 @@ def prepare(
     out, images = Path(out), open_source(source, labels=config.labels)
     images.require_fit(config)
     inventory, names = Inventory(labels_from=images.labels_from, left_out=dict(images.left_out)), images.class_names
-    asked = Settings(source=images.identity, class_names=tuple(names), config=config, inventory=inventory)
+    requested = Settings(source=images.identity, class_names=tuple(names), config=config, inventory=inventory)
     shards = plan_shards(len(images), config.shard_size, config.flip)
     with lock.shared(out, "repa prepare"):
-        finished = FinishedParts(out, asked, len(shards))
+        finished = FinishedParts(out, requested, len(shards))
         config = finished.settings.config
         chosen = chosen_parts(only, config)
         if TEXT in chosen and not images.has_captions:
@@ -155,9 +155,9 @@ def add(
         return run(Job(finished, shards, [spec], read), **execution)
 
 
-def _of_captions(out: Path, asked: Settings, num_shards: int) -> Job:
+def _of_captions(out: Path, requested: Settings, num_shards: int) -> Job:
     """The job of encoding captions from the folder; tokens depend only on its files and the text encoder."""
-    finished, shards = FinishedParts(out, asked, num_shards), []
+    finished, shards = FinishedParts(out, requested, num_shards), []
     stored = {k: parts[BASE].shard for k, parts in enumerate(finished.parts) if BASE in parts}
     for k in range(num_shards):
         has_texts = k in stored and not stored[k].flipped  # a mirrored copy shares the captions of its original

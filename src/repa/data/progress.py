@@ -32,15 +32,15 @@ class Part(Config):
     """Identity of the model."""
 
 
-def merge_settings(out: Path, asked: Settings) -> Settings:
+def merge_settings(out: Path, requested: Settings) -> Settings:
     """The settings for `out`: the requested ones, plus encoders and text encoder requested earlier.
 
     Raises UserError for a folder with other contents, or with data of another source or configuration.
     """
-    before = started(out)
-    if before is None:
-        return asked
-    old, new = before.config, asked.config
+    stored = started(out)
+    if stored is None:
+        return requested
+    old, new = stored.config, requested.config
     # not by `difference`: each call names only its own encoders, so the lists of forms may differ without a conflict
     both = [name for name in new.features if name in old.features]
     lines = [
@@ -54,9 +54,10 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
     new = new.override(features=features, feature_forms={**new.forms, **old.forms})
     added = () if old.text else ("text", "text_form")
     same = {name: getattr(new, name) for name in (*MAY_CHANGE, *added, "features", "feature_forms")}
-    asked = asked.override(config=new)
-    was = before.override(config=old.override(**same), inventory=asked.inventory)
-    lines += [line if len(line) <= MOST_SHOWN else f"other {line.partition(':')[0]}" for line in difference(was, asked)]
+    merged = requested.override(config=new)
+    before = stored.override(config=old.override(**same), inventory=merged.inventory)
+    changes = difference(before, merged)
+    lines += [line if len(line) <= MOST_SHOWN else f"other {line.partition(':')[0]}" for line in changes]
     # Settings are named as options are, without the part of the record that holds them.
     lines = [line.removeprefix("config.") for line in lines]
     if lines:
@@ -64,7 +65,7 @@ def merge_settings(out: Path, asked: Settings) -> Settings:
             f"{out} holds data of another source or with other settings ({'; '.join(lines[:5])}): "
             "choose another folder, repeat its settings, or delete it first."
         )
-    return asked
+    return merged
 
 
 def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
@@ -134,8 +135,8 @@ class FinishedParts:
         parts: for each shard, the finished parts.
     """
 
-    def __init__(self, out: Path, asked: Settings, num_shards: int):
-        self.out, self.settings = out, merge_settings(out, asked)
+    def __init__(self, out: Path, requested: Settings, num_shards: int):
+        self.out, self.settings = out, merge_settings(out, requested)
         self.manifest = Manifest.open(out) if (out / MANIFEST).is_file() else None
         config, stored = self.settings.config, self.manifest.features if self.manifest else {}
         self.names = (BASE, *dict.fromkeys([*config.features, *stored]), *([TEXT] if config.text else []))

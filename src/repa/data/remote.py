@@ -68,14 +68,14 @@ class FileCache:
         return path
 
     def _evict(self, keep: Path) -> None:
-        found = []
+        copies = []
         for path in self.folder.glob("[0-9a-f]*/*"):
             with contextlib.suppress(FileNotFoundError):  # another process evicts at the same time
                 if not path.name.startswith("."):  # these are being downloaded
                     status = path.stat()
-                    found.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
+                    copies.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in copies)
+        for _, size, path in sorted(copies):
             if total <= self.limit:
                 return
             if path != keep:

@@ -75,11 +75,11 @@ def write_shard(
             )
     captions, records = writer.captions(), writer.records()
     for name, identity in identities.items():
-        mine = {field: file for field, file in records.items() if field in fields_of(name)}
-        num = next((file.shape[0] for field, file in mine.items() if name != TEXT or field == "text_rows"), 0)
+        part_files = {field: file for field, file in records.items() if field in fields_of(name)}
+        num = next((file.shape[0] for field, file in part_files.items() if name != TEXT or field == "text_rows"), 0)
         shard = Shard(
             num=num, flipped=planned.flipped, skipped=tuple(image for image, _ in bad),
-            captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": mine},
+            captions=captions if name == BASE else None, **{"text" if name == TEXT else "files": part_files},
         )  # fmt: skip
         part = Part(shard=shard, identity=identity)
         files.write_sealed(record_path(out, number, name), part.model_dump(mode="json"))

@@ -121,13 +121,13 @@ class _Npz:
         with open_zip(path) as archive:
             self.names = sorted(name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy"))
 
-    def choose(self, given: str, usual: tuple[str, ...], what: str) -> str:
-        """The key `given`, else the first usual name that exists; raises UserError if there is none."""
-        keys = [given] if given in self.names else [name for name in usual if name in self.names and not given]
+    def choose(self, key: str, usual: tuple[str, ...], content: str) -> str:
+        """This key, or without one the first usual name that exists; raises UserError if there is none."""
+        keys = [name for name in ((key,) if key else usual) if name in self.names]
         if not keys:
             raise UserError(
-                f"{self.path} has no array {given or ' or '.join(usual)!r}: it has {', '.join(self.names) or 'none'}. "
-                f"Choose the {what} with {self.path}:{'image' if what == 'images' else 'label'}=NAME."
+                f"{self.path} has no array {key or ' or '.join(usual)!r}: it has {', '.join(self.names) or 'none'}. "
+                f"Choose the {content} with {self.path}:{content.removesuffix('s')}=NAME."
             )
         return keys[0]
 

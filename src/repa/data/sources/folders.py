@@ -64,7 +64,7 @@ class FileSource(Source):
         """
         paths = sorted(path for path in stamps if path.lower().endswith(EXTENSIONS))
         if not paths:
-            listed = ", ".join(f"{num:,} {what}" for what, num in count_others(stamps, (), junk).items())
+            listed = ", ".join(f"{num:,} {kind}" for kind, num in count_others(stamps, (), junk).items())
             raise UserError(
                 f"{where} holds no images{listed and f', but {listed}'}: give a folder or archive with files named "
                 f"{' '.join(EXTENSIONS)}, at any depth."
@@ -90,24 +90,24 @@ class FileSource(Source):
         listing = "\n".join(f"{path} {stamps[path]}" for path in paths)
         digest = hashlib.sha256(listing.encode(errors="surrogateescape"))
         digest.update(self._sampled_digest(len(paths)).encode())
-        given = self._given_classes(where, paths, labels)
-        if given is not None and (splits := split_folders(paths)):
+        explicit = self._explicit_classes(where, paths, labels)
+        if explicit is not None and (splits := split_folders(paths)):
             shown = ", ".join(map(printable, splits))
             if not labels:
                 raise UserError(
-                    f"{where} holds folders that look like splits ({shown}), and {given.origin} labels all of them: "
+                    f"{where} holds folders that look like splits ({shown}), and {explicit.origin} labels all of them: "
                     "give one split as the source, or --labels none or TABLE.csv:COLUMN to use all splits as one set."
                 )
-            given = given._replace(origin=f"{given.origin}; the splits {shown} are one set")
-        classes = given or from_folders(where, paths, labels)
-        if given is None and not labels:
+            explicit = explicit._replace(origin=f"{explicit.origin}; the splits {shown} are one set")
+        classes = explicit or from_folders(where, paths, labels)
+        if explicit is None and not labels:
             self._require_nothing_label_like(where, paths, unknown, above, is_one=len(classes.names) == 1)
         # labels from folders follow from the list of paths
-        self._identify(classes, Path(where).name, with_labels=given is not None, sha256=digest.hexdigest())
+        self._identify(classes, Path(where).name, with_labels=explicit is not None, sha256=digest.hexdigest())
         if not labels:
             self._require_no_numbers(where)
 
-    def _given_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
+    def _explicit_classes(self, where: str, paths: Sequence[str], labels: str) -> Classes | None:
         """The classes, unless they are the folders: then None."""
         if labels == "none":
             return one_class(len(paths), labels)

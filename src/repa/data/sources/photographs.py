@@ -99,9 +99,9 @@ def lit(image: Image.Image, light: str) -> Image.Image:
 def captions_of(name: str, light: str, close: bool) -> tuple[str, str]:
     """Two captions of a crop: "a dark picture of a cat, close" and "cat, dark, close"."""
     no_article = name.endswith("s") or name in ("coffee", "sushi")
-    what = name if no_article else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    subject = name if no_article else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     near = ", close" if close else ""
-    return f"a {light} picture of {what}{near}".replace("  ", " "), ", ".join(filter(None, (name, light, near[2:])))
+    return f"a {light} picture of {subject}{near}".replace("  ", " "), ", ".join(filter(None, (name, light, near[2:])))
 
 
 class PhotographSource(Source):

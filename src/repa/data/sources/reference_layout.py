@@ -137,11 +137,11 @@ class ReferenceSource(Source):
         # REPA's own loader indexes two sorted lists: after one missing file, every image gets the moments of another
         images = {_number(path, IMAGE_PREFIX): path for path in self._images.paths}
         latents = {_number(path, MOMENTS_PREFIX): path for path in moments}
-        for ours, others, what, where in ((images, latents, "moments", MOMENTS), (latents, images, "image", IMAGES)):
+        for ours, others, kind, folder in ((images, latents, "moments", MOMENTS), (latents, images, "image", IMAGES)):
             alone = [path for number, path in ours.items() if number not in others]
             if alone:
                 raise UserError(
-                    f"{self.root} has {len(alone):,} files without their {what} in {where}/; the first is {alone[0]}: "
+                    f"{self.root} has {len(alone):,} files without their {kind} in {folder}/; the first is {alone[0]}: "
                     "finish the preprocessing, or remove them."
                 )
         if not len(images) == len(latents) == len(self._images) == len(moments):
