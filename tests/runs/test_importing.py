@@ -301,7 +301,7 @@ def test_mistakes_give_one_line_errors(tmp_path, capsys):
     for content, options, sentence in [
         (one, ("--model.num-heads", "0"), "The option is --model.num-heads."),
         (two, (), "give --kind sit or --kind dit"),
-        (one, ("--kind", "dit"), "give --kind repa or --kind sit"),
+        (one, ("--kind", "dit"), "give --kind repa or sit"),
         (two, ("--kind", "dit", "--path", "linear"), "A DiT has no choice of path"),
         (wide, (), "MLP ratio 2"),
         (released.sit_training(one, prediction="noise"), ("--kind", "sit"), "only networks that predict velocity"),
@@ -331,7 +331,7 @@ def test_mistakes_give_one_line_errors(tmp_path, capsys):
     assert convert({key: value + 1 for key, value in one.items()}, tmp_path)[0] == 2
     assert "exists and is not empty" in capsys.readouterr().err
     assert repa(["convert", str(tmp_path / "absent.pt"), str(tmp_path / "new")]) == 2
-    assert "There is no checkpoint file" in capsys.readouterr().err
+    assert "There is no file or folder" in capsys.readouterr().err
 
 
 def test_a_converted_run_contains_all_weights(tmp_path):
