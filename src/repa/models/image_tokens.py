@@ -87,7 +87,8 @@ def image_tokens(
         found = tuple(tensor.shape[2:])
         if grid is not None and grid != found:
             raise UserError(
-                f"Block {where} returns a map of {_grid_text(found)}, but grid= is {_grid_text(grid)}: give the grid of the map."
+                f"Block {where} returns a map of {_grid_text(found)}, but the grid is {_grid_text(grid)}: give grid={found}, or for the "
+                "backbone hooked --model.patch-size, the side of a token in latent pixels."
             )
         return Tokens(tensor.flatten(2).transpose(1, 2), found)
     number = tensor.shape[1]
