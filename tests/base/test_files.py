@@ -12,6 +12,14 @@ from repa.base.arrays import load_npy, save_npy
 from repa.base.errors import UserError
 
 
+@pytest.mark.parametrize("value", ["", "cache", "./x"])
+def test_a_cache_folder_is_not_in_the_current_folder(value, monkeypatch, tmp_path):
+    monkeypatch.delenv("REPA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", value)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.cache_folder() == tmp_path / ".cache" / "repa"
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     files.write_text(path, "old")

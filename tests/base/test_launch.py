@@ -96,6 +96,13 @@ def test_a_missing_master_address_is_refused(tmp_path):
     assert "MASTER_ADDR" in ended.stderr
 
 
+def test_an_invalid_port_is_not_called_a_wait(tmp_path):
+    ended = alone(0, tmp_path, MASTER_PORT="x", REPA_JOIN_MINUTES="10")
+    assert ended.returncode == 2
+    assert "The processes cannot meet at 127.0.0.1:x" in ended.stderr
+    assert "Waited" not in ended.stderr
+
+
 def _worker(parent, told):
     die_with_parent(parent)
     told.send(os.getpid())

@@ -86,9 +86,14 @@ def _join(backend: str) -> None:
     except (td.DistError, TimeoutError, ValueError, OSError) as error:
         if isinstance(error, UserError):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        if time.monotonic() < deadline:
+            raise UserError(
+                f"The processes cannot meet at {where} ({reason}): correct MASTER_ADDR and MASTER_PORT, or start the "
+                "processes by torchrun."
+            ) from error
         raise UserError(
-            _timeout_sentence(f"the other processes at {where}", minutes) + f" (PyTorch said: {reason[:200]})"
+            _timeout_sentence(f"the other processes at {where}", minutes) + f" (PyTorch said: {reason})"
         ) from error
     finally:
         note.cancel()

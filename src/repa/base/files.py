@@ -32,8 +32,11 @@ MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up 
 
 def cache_folder() -> Path:
     """The folder for downloads and derived files: $REPA_CACHE, else $XDG_CACHE_HOME/repa, else ~/.cache/repa."""
-    base = os.environ.get("REPA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repa"
-    return Path(base)
+    if own := os.environ.get("REPA_CACHE"):
+        return Path(own)
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # its specification ignores a relative path, which would write into the current folder
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "repa"
 
 
 @contextlib.contextmanager
