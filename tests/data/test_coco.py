@@ -79,3 +79,21 @@ def test_an_oversized_annotation_file_is_refused_unread(coco):
         file.truncate(2**28 + 1)  # sparse
     with pytest.raises(UserError, match=r"256\.0 MiB"):
         open_source(coco)
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "why"),
+    [
+        ("images", {"id": 3, "file_name": "000012.png"}, "two images have the id 3"),
+        ("images", {"id": 3.5, "file_name": "x.png"}, "id 3.5 is not a whole number"),
+        ("images", {"id": True, "file_name": "x.png"}, "id True is not a whole number"),
+        ("annotations", {"id": 1, "image_id": 99, "caption": "x"}, "image_id 99 is none of its images"),
+        ("annotations", {"id": 1, "image_id": 3, "bbox": []}, "caption. Give a file such as captions_val2014.json"),
+    ],
+)
+def test_entries_that_name_no_image_are_refused(coco, part, entry, why):
+    values = json.loads(coco.read_text())
+    values[part].append(entry)
+    coco.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=why):
+        open_source(coco)

@@ -733,6 +733,19 @@ def test_one_parquet_file_per_class_needs_a_choice(tmp_path):
     assert open_source(tmp_path / "parts").class_names == ["all"]
 
 
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_missing_parts_of_a_folder_are_reported(ending, tmp_path):
+    for number in range(2):
+        path = tmp_path / f"train-0000{number}-of-00003.{ending}"
+        if ending == "tar":
+            tar(path, **{f"{number}.png": png(), f"{number}.cls": b"0"})
+        else:
+            parquet.write_table(pa.table({"image": [png()], "label": [0]}), path)
+    with pytest.raises(UserError, match=rf"only 2 of the 3 parts .*train-\*\.{ending}: download the others, or give"):
+        open_source(tmp_path)
+    assert len(open_source(f"{tmp_path}/train-*.{ending}")) == 2
+
+
 @pytest.mark.parametrize("key", ["cls", "category", "Y"])
 def test_arrays_named_like_labels_are_recognised(key, tmp_path):
     np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 3), np.uint8), **{key: np.arange(2)})

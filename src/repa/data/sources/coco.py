@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from repa.base import faults, files
 from repa.base.errors import UserError, printable
@@ -26,11 +27,17 @@ class CocoSource(Source):
     def __init__(self, annotations: Path, *, images: str = ""):
         values = files.read_object(annotations, images=list, annotations=list)
         self.folder = _folder_of_images(annotations, images)
-        with faults.reading(annotations, "COCO's annotations of captions"):
-            names = dict(sorted((int(row["id"]), _plain_file_name(row["file_name"])) for row in values["images"]))
+        remedy = "Give a file such as captions_val2014.json, whose entries have id, file_name, image_id and caption."
+        with faults.reading(annotations, "COCO's annotations of captions", remedy):
+            names: dict[int, str] = {}
+            for row in sorted(values["images"], key=lambda row: _number(row, "id")):
+                if names.setdefault(row["id"], _plain_file_name(row["file_name"])) != row["file_name"]:
+                    raise ValueError(f"two images have the id {row['id']}")
             texts: dict[int, list[str]] = {number: [] for number in names}
-            for row in sorted(values["annotations"], key=lambda row: int(row["id"])):
-                texts[int(row["image_id"])].append(_caption(row["caption"]))
+            for row in sorted(values["annotations"], key=lambda row: _number(row, "id")):
+                if _number(row, "image_id") not in texts:
+                    raise ValueError(f"image_id {row['image_id']} is none of its images")
+                texts[row["image_id"]].append(_caption(row["caption"]))
         if not names:
             raise UserError(f"{annotations} lists no images: give an annotation file of captions.")
         self._names = Strings(names.values())
@@ -61,6 +68,12 @@ def _folder_of_images(annotations: Path, images: str) -> Path:
             f"The images of {annotations} are not in {' or '.join(map(str, places))}: give {annotations}:images=FOLDER."
         )
     return folder
+
+
+def _number(row: dict[str, Any], key: str) -> int:
+    if type(number := row[key]) is not int:  # 1.5 and true would become the id of another image
+        raise ValueError(f"{key} {number!r:.40} is not a whole number")
+    return number
 
 
 def _plain_file_name(name: str) -> str:

@@ -1,8 +1,9 @@
 """Open a source by its name: recognise its kind, and choose the class that reads it."""
 
+import collections
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,21 @@ def _shards(folder: Path, paths: Iterable[Path]) -> list[str]:
                 f"{folder} holds both shards ({Path(shards[0]).name}) and {path.name}: give the shards as "
                 f"{Path(shards[0]).parent}/*{Path(shards[0]).suffix}, or move other files out of the folder."
             )
+    _require_all_parts(shards)
     return shards
+
+
+def _require_all_parts(shards: Sequence[str]) -> None:
+    """Raises UserError for names such as train-00000-of-00002.parquet without all parts, as after a stopped download."""
+    found = collections.Counter(
+        match.groups() for shard in shards if (match := re.fullmatch(r"(.*?)[0-9]+-of-([0-9]+)(\.\w+)", shard))
+    )
+    for (start, total, ending), num in found.items():
+        if num < int(total):
+            raise UserError(
+                f"There are only {num:,} of the {int(total):,} parts {start}*{ending}: download the others, or give "
+                f"'{start}*{ending}' to use only these."
+            )
 
 
 def _require_own(labels: str, what: object) -> str:
