@@ -216,7 +216,7 @@ def test_help_and_errors_import_nothing_heavy(random_run, data_folder, tmp_path)
         ["evaluate", "reference", "nowhere", "--out", "r.npz"], ["sample", run, "--out", "s.npz", "--prompt-file", "no"],
         ["train", "quickstart", "--data", data, "--out", new, "--init", "nowhere"],
         ["train", "finetune-256", "--data", data, "--out", new, "--init", "sit:nowhere.pt"],
-        ["train", "finetune-256", "--data", data, "--out", new],
+        ["train", "finetune-256", "--data", data, "--out", new], ["train", "quickstart", "--data", data, "--out", data],
     ]  # fmt: skip
     subprocess.run([sys.executable, "-c", LIGHT.format(commands=[[w for w in c if w] for c in commands])], check=True)
 

@@ -4,10 +4,10 @@ import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from repa.base import launch
-from repa.base.config import refuse_idle
+from repa.base.config import OnDisk, refuse_idle
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
 from repa.evaluation.config import EvaluateConfig
@@ -37,7 +37,7 @@ class TrainArguments(TrainConfig, options.Command):
     """recipe name, .yaml file, or run folder"""
     data: options.DataFolder
     """Folder of prepared data, or the URL of a copy of it such as s3://bucket/data."""
-    out: str
+    out: Annotated[str, OnDisk(layout.require_run_or_empty)]
     """Run folder."""
 
     def idle(self) -> dict[str, str]:

@@ -191,6 +191,15 @@ def require_run(run: Path) -> Path:
     return path
 
 
+def require_run_or_empty(run: Path) -> None:
+    """Raises UserError for a folder that holds other files than a run's; ignores files of a kill while a run was begun."""
+    if run.is_dir() and not (run / CONFIG).is_file():
+        temporary = (f".{DATA}.", f".{CONFIG}.")
+        names = [path.name for path in run.iterdir()]
+        if any(name != DATA and not (name.startswith(temporary) and name.endswith(".tmp")) for name in names):
+            raise UserError(f"{run} is not empty and not a run: choose another --out folder.")
+
+
 def read_config(run: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """The resolved configuration of a run as plain values, checked against TYPES; must contain `needed`."""
     path = require_run(Path(run))

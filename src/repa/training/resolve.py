@@ -145,15 +145,13 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     layout.refuse_links(run)
     if files.well_formed(str(run)) != str(run):
         raise UserError(f"--out is {run}, but TensorBoard needs a name in UTF-8: choose another name.")
-    if path.is_file():
-        if lines := _changed_settings(run, config):
-            raise UserError(
-                f"{run} holds a run with another configuration ({'; '.join(lines)}): to continue it with its settings run "
-                f"`repa train {run} --data {data.folder} --out {run}`. For a new run from its weights with these settings, "
-                f"give --init {run} and another --out."
-            )
-    elif run.is_dir() and any(not _is_leftover(file.name) for file in run.iterdir()):
-        raise UserError(f"{run} is not empty and not a run: choose another --out folder.")
+    if path.is_file() and (lines := _changed_settings(run, config)):
+        raise UserError(
+            f"{run} holds a run with another configuration ({'; '.join(lines)}): to continue it with its settings run "
+            f"`repa train {run} --data {data.folder} --out {run}`. For a new run from its weights with these settings, "
+            f"give --init {run} and another --out."
+        )
+    layout.require_run_or_empty(run)
     summary = data.summary() | ({"text": text} if text else {})
     if path.is_file() and (before_data := files.read_object(run / layout.DATA)) != summary:
         changed = sorted(key for key in {*before_data, *summary} if before_data.get(key) != summary.get(key))
@@ -161,7 +159,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
             f"{run} was trained on other data than {data.folder} (different: {', '.join(changed)}): "
             "choose another --out, or give its original data."
         )
-    # data.json first: a kill in between leaves a folder without a configuration, which is not a run yet (see `_is_leftover`).
+    # data.json first: a kill in between leaves a folder without a configuration, which is not a run yet (see `require_run_or_empty`).
     files.write_sealed(run / layout.DATA, summary)
     files.write_text(path, config.to_yaml())
 
@@ -183,13 +181,6 @@ def is_finished(config: TrainConfig, data: DataSet, run: Path, device: torch.dev
     config = resolve(first_choices(config, run, device).applied(config), data, device)
     same_data = files.read_object(run / layout.DATA) == data.summary()
     return steps[-1] >= config.num_steps and same_data and not _changed_settings(run, config)
-
-
-def _is_leftover(name: str) -> bool:
-    """Whether a file was left by a kill during `claim_folder`."""
-    return name == layout.DATA or (
-        name.startswith((f".{layout.DATA}.", f".{layout.CONFIG}.")) and name.endswith(".tmp")
-    )
 
 
 def require_equal_parts(batch_size: int, world: int, accumulate: int) -> None:
