@@ -105,17 +105,19 @@ def test_gather_does_not_read_whole_shards(tmp_path):
 
     noise_image(0).save(tmp_path / "pictures" / "a.png")
     prepare(tmp_path / "pictures", tmp_path / "out", CONFIG)
-    big = np.lib.format.open_memmap(tmp_path / "out" / "big-00000.npy", "w+", np.uint8, (4096, 8192))
+    num, side = 4096, 52
+    big = np.lib.format.open_memmap(tmp_path / "out" / "images-00000.npy", "w+", np.uint8, (num, 3, side, side))
     big[7] = 5
     del big
-    size = (tmp_path / "out" / "big-00000.npy").stat().st_size
+    np.save(tmp_path / "out" / "labels-00000.npy", np.zeros(num, np.int64))
 
     def change(values):
-        shard, num = values["shards"][0], 4096
+        values["config"]["resolution"], shard = side, values["shards"][0]
         shard["num"] = values["num_images"] = num
         values["class_counts"] = [num]
-        record = {"file": "big-00000.npy", "dtype": "uint8", "shape": [num, 8192], "size": size, "sha256": "0" * 64}
-        shard["files"] = {"images": record, "labels": {**record, "dtype": "uint8"}}
+        for name, shape in (("images", [num, 3, side, side]), ("labels", [num])):
+            size = (tmp_path / "out" / shard["files"][name]["file"]).stat().st_size
+            shard["files"][name].update(shape=shape, size=size)
 
     edit(tmp_path / "out", change)
     data = open_data(tmp_path / "out")
@@ -123,7 +125,7 @@ def test_gather_does_not_read_whole_shards(tmp_path):
     rows = data.gather("images", np.array([4000, 7, 8]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert rows[:, 0].tolist() == [0, 5, 0]
+    assert rows[:, 0, 0, 0].tolist() == [0, 5, 0]
     assert peak < 1 << 20
 
 
@@ -188,6 +190,11 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
         (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files without its 3"),
         (lambda v: v["shards"][0]["files"]["labels"].update(dtype="object"), "is 'object': input should be 'uint8'"),
         (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which contradicts"),
+        (lambda v: v["config"].update(resolution=16), "its images are 3x8x8, but its resolution is 16"),
+        (
+            lambda v: v["shards"][1]["files"].update(images=v["shards"][0]["files"]["images"]),
+            r"the file images-00000\.npy is named twice",
+        ),
     ],
 )
 def test_damaged_manifests_give_one_line_errors(out, change, message):

@@ -9,6 +9,7 @@ DATA/
   parts/                      only while unfinished: settings.json, a record for each finished part
 """
 
+import collections
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -100,6 +101,12 @@ class Manifest(Settings):
                 raise ValueError(f"shard {number} has other fields, types or shapes than the first")
             if any(f.shape[:1] != (shard.num,) for f in shard.files.values()):
                 raise ValueError(f"shard {number} has files without its {shard.num} images")
+        side = self.config.resolution
+        if "images" in fields and fields["images"][1] != (3, side, side):
+            raise ValueError(f"its images are {'x'.join(map(str, fields['images'][1]))}, but its resolution is {side}")
+        names = [file.file for shard in self.shards for file in (*shard.files.values(), *shard.text.values())]
+        if twice := next((name for name, num in collections.Counter(names).items() if num > 1), ""):
+            raise ValueError(f"the file {twice} is named twice")
         expected = {"labels", *(f"features.{name}" for name in self.features)}
         expected |= {f"pooled.{name}" for name, facts in self.features.items() if facts.pooled}
         expected |= {f"scale.{name}" for name, facts in self.features.items() if facts.form.endswith("int8")}
