@@ -361,7 +361,7 @@ def test_the_refusal_names_module_and_flag_and_the_flag_permits_it(stranger, can
     assert "--trust canary" in error
     assert not canary.exists()
     assert repa(["sample", str(run), *SMALL, "--out", str(tmp_path / "s.npz"), "--trust", "canary"]) == 2
-    assert "returned a NoneType, not a repa.autoencoders.Autoencoder" in capsys.readouterr().err
+    assert "must return an instance of Autoencoder, but returned NoneType" in capsys.readouterr().err
     assert canary.read_text() == "called"
 
 

@@ -347,7 +347,7 @@ def test_a_private_source_is_given_by_dotted_name_or_as_an_object(tmp_path):
     assert (data.num_images, data.gather("images", [5])[0, :, 0, 0].tolist()) == (6, [200, 5, 0])
     for spec, sentence in (
         (".shapes:nmu=6", "has no setting 'nmu'.* Did you mean 'num'"),
-        (".no_source", "must return a repa.data.Source, but returned list"),
+        (".no_source", "must return an instance of Source, but returned list"),
         (".shape", "There is no source .* the dotted name of your own function.* has no attribute 'shape'"),
     ):
         with pytest.raises(UserError, match=sentence):

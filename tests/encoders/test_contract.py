@@ -119,7 +119,7 @@ def test_a_tilde_in_the_weight_path_is_expanded(tmp_path, monkeypatch):
 
 def test_a_private_encoder_loads_by_dotted_name(tiny):
     assert load_encoder("tests.encoders.private.load").dim == 3
-    with pytest.raises(UserError, match="returned a dict, not a repa.encoders.VisionEncoder"):
+    with pytest.raises(UserError, match="must return an instance of VisionEncoder, but returned dict"):
         load_encoder("tests.encoders.private.load_wrong")
 
 

@@ -66,14 +66,11 @@ class Alignment(nn.Module):
         # Relations between tokens have no width, so a tap without a projector keeps its own.
         relations = declared(self.loss, "compares_relations")
         width = hidden_dim if relations and config.projector == "none" else feature_dim or hidden_dim
-        self.projector = projector(hidden_dim, width, grid, *classes)
+        made = projector(hidden_dim, width, grid, *classes)
+        self.projector = PROJECTORS.instance(config.projector, made, nn.Module)
         # The term that owns a shared projector. A list hides it from nn.Module: as a submodule, its weights would be counted and
         # saved twice.
         self._sharing: list[Alignment] = []
-        if not isinstance(self.projector, nn.Module):
-            raise UserError(
-                f"The projector {config.projector!r} must return an nn.Module, but returned {type(self.projector).__name__}."
-            )
         self.token_norm = TOKEN_NORMS.build(config.token_norm)
         self.schedule = SCHEDULES.build(config.schedule)
         self.time_weight = TIME_WEIGHTS.build(config.time_weight)

@@ -266,6 +266,4 @@ def build_target(config: AlignmentConfig, model: Backbone, dims: Mapping[str, in
     if encoder:
         return EncoderTarget(encoder, dims[encoder], **settings)
     target = TARGETS.build(config.target)(model, Tap(config.depth, config.tap))
-    if not isinstance(target, Target):
-        raise UserError(f"The target {config.target!r} must return a Target, but returned {type(target).__name__}.")
-    return target
+    return TARGETS.instance(config.target, target, Target)

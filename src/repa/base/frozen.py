@@ -45,12 +45,7 @@ def load_frozen(
         made = made(parse_spec(spec)[0], weights)
     elif weights is not None:
         raise UserError(f"The {registry.kind} {spec!r} needs no weights, but got {weights}: leave them out.")
-    if not isinstance(made, kind):
-        room = kind.__module__.rpartition(".")[0]
-        raise UserError(
-            f"The {registry.kind} {spec!r} returned a {type(made).__name__}, not a {room}.{kind.__name__}: return one from it."
-        )
-    made = made.to(device).requires_grad_(False).eval()
+    made = registry.instance(spec, made, kind).to(device).requires_grad_(False).eval()
     # A sum is the cheapest test: it reads every number once and stores none.
     if spoilt := next((name for name, p in made.named_parameters() if not p.sum(dtype=torch.float32).isfinite()), None):
         raise UserError(

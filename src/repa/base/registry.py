@@ -159,6 +159,15 @@ class Registry:
             require_origin(self.kind, name, component)
         return component
 
+    def instance(self, spec: str, value: Any, kind: type) -> Any:
+        """`value`, which the function of a spec returned; UserError if it is of another class than `kind`."""
+        if not isinstance(value, kind):
+            given = type(value).__name__
+            raise UserError(
+                f"The {self.kind} {spec!r} must return an instance of {kind.__name__}, but returned {given}."
+            )
+        return value
+
     def returned(self, spec: str, value: Any, shape: Sequence[int], what: str) -> Any:
         """`value`, which the function of a spec returned; UserError for another shape: it might be broadcast."""
         given = getattr(value, "shape", () if isinstance(value, int | float) else None)

@@ -202,8 +202,7 @@ class Flow:
         self.path: Interpolant = PATHS.build(config.path)
         self.prediction = config.prediction
         self._spec, self._times = config.timesteps, TIMESTEPS.build(config.timesteps)
-        if not isinstance(found := self.path(torch.tensor(0.5)), Coefficients):
-            raise UserError(f"The path {config.path!r} must return Coefficients, but returned {type(found).__name__}.")
+        PATHS.instance(config.path, self.path(torch.tensor(0.5)), Coefficients)
         self.shift = float(config.shift)
         of_data = (config.prediction, config.loss_weight) == ("data", "velocity")
         self.sigma_min = config.sigma_min if of_data else SIGMA_MIN

@@ -292,9 +292,4 @@ def build(config: ModelConfig) -> Backbone:
     Raises:
         UserError: incompatible sizes, or a private backbone that does not return a Backbone.
     """
-    network = BACKBONES.build(config.backbone)(config)
-    if not isinstance(network, Backbone):
-        raise UserError(
-            f"The backbone {config.backbone!r} must return a Backbone, but returned {type(network).__name__}."
-        )
-    return network
+    return BACKBONES.instance(config.backbone, BACKBONES.build(config.backbone)(config), Backbone)

@@ -127,9 +127,7 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
         UserError: no such blocks, or a width that cannot be determined.
     """
     config.refuse_dit_options()
-    made = NETS.load(net)(config)
-    if not isinstance(made, nn.Module):
-        raise UserError(f"{net} must return a torch.nn.Module, but returned {type(made).__name__}.")
+    made = NETS.instance(net, NETS.load(net)(config), nn.Module)
     found = find_blocks(made, blocks)
     width = hidden_dim or width_of(made, found[0])
     if not width:

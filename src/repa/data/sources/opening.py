@@ -68,9 +68,7 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     check_settings("source", str(spec), settings, known)
     # settings are parsed as Python values if possible: a column called 1 becomes a text again
     source = opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
-    if not isinstance(source, Source):
-        raise UserError(f"The source {spec!r} must return a repa.data.Source, but returned {type(source).__name__}.")
-    return source
+    return SOURCES.instance(str(spec), source, Source)
 
 
 def require_source(spec: str, labels: str = "") -> None:
