@@ -411,30 +411,30 @@ def test_a_shard_locked_by_another_process_is_skipped(folder, tmp_path, fakes):
 
 def test_shards_finished_while_models_load_are_not_made_again(folder, tmp_path, fakes, monkeypatch):
     """The same command runs twice: the first finishes after the second has listed missing shards."""
-    out, real = tmp_path / "out", pipeline.load_model
+    out, real = tmp_path / "out", encoding.load_model
 
     def slow(*arguments):
-        monkeypatch.setattr(pipeline, "load_model", real)
+        monkeypatch.setattr(encoding, "load_model", real)
         prepare(folder, out, FULL)
         monkeypatch.setattr(pipeline, "write_shard", lambda *arguments, **options: pytest.fail("made again"))
         return real(*arguments)
 
-    monkeypatch.setattr(pipeline, "load_model", slow)
+    monkeypatch.setattr(encoding, "load_model", slow)
     assert prepare(folder, out, FULL) == open_data(out).manifest
     assert not (out / "parts").exists()
 
 
 def test_concurrent_processes_with_different_weights_are_refused(folder, tmp_path, fakes, monkeypatch):
-    out, real = tmp_path / "out", pipeline.load_model
+    out, real = tmp_path / "out", encoding.load_model
 
     def slow(*arguments):
-        monkeypatch.setattr(pipeline, "load_model", real)
+        monkeypatch.setattr(encoding, "load_model", real)
         with monkeypatch.context() as patch:
             patch.setattr(fakes[1], "identity", {"sha256": "of other weights"})
             prepare(folder, out, FULL, rank=1, world=2)
         return real(*arguments)
 
-    monkeypatch.setattr(pipeline, "load_model", slow)
+    monkeypatch.setattr(encoding, "load_model", slow)
     with pytest.raises(UserError, match=r"were made by another tiny .*sha256"):
         prepare(folder, out, FULL, rank=0, world=2)
     assert not (out / "manifest.json").exists()

@@ -112,7 +112,7 @@ def test_the_form_is_resolved_for_each_encoder():
     config = PrepareConfig(resolution=8, features=("tiny", "dinov2-b"), feature_forms=("int8", "dinov2-vit-b=pca64"))
     assert config.feature_forms == {"tiny": "int8", "dinov2-b": "pca64"}
     assert PrepareConfig.parse(config.model_dump()) == config
-    assert config.override(features=("dinov2-b",), feature_forms={}).forms == {"dinov2-b": "fp16"}
+    assert config.override(features=("dinov2-b",), feature_forms={}).feature_forms == {}
     assert PrepareConfig(resolution=8, features=("tiny",), feature_forms=("int8", "tiny=fp16")).feature_forms == {}
     for form in ("pca", "pca0", "int4", "pca64-", "-int8", "fp16-int8", "", "pca8-fp16"):
         with pytest.raises(UserError, match="Unknown token format .*fp16, int8, pcaK"):

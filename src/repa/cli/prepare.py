@@ -12,7 +12,7 @@ from repa.base.errors import UserError
 from repa.base.reporting import duration
 from repa.cli import options
 from repa.cli.console import ProgressBar, say, short
-from repa.data.config import PrepareConfig
+from repa.data.config import FP16, PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
 from repa.encoders import ENCODERS
@@ -144,7 +144,7 @@ def _add(folder: Path, given: PrepareArguments) -> None:
         weights, form, spec = given.text_weights, str(given.text_form), given.text
         if part != TEXT:
             spec = ENCODERS.check(part.removeprefix(FEATURES))
-            weights, form = given.feature_weights.get(spec, ""), given.forms[spec]
+            weights, form = given.feature_weights.get(spec, ""), given.feature_forms.get(spec, FP16)
         one = f"{TEXT}:{spec}" if part == TEXT else f"{FEATURES}{spec}"
         _work(folder, partial(add, folder, one, weights=weights or None, form=form))
 

@@ -16,6 +16,7 @@ from repa.encoders.loading import ByEncoder, LocalWeights
 
 BASE, TEXT = "base", "text"
 """Names of two parts of a shard; the other parts have the names of their encoders. `--only` selects parts."""
+FP16 = "fp16"  # stored form of tokens, unless `feature_forms` has another
 
 
 class PrepareConfig(Config):
@@ -86,15 +87,10 @@ class PrepareConfig(Config):
     def _forms_of_features(cls, forms: dict[str, str], info: ValidationInfo) -> dict[str, str]:
         """One spelling for equal settings, which are compared when an interrupted call continues: in the order of
         `features`, without fp16, and without a form for all encoders."""
-        for form in forms.values():
+        of_features = {name: forms.get(name, forms.get("", FP16)) for name in info.data.get("features", ())}
+        for form in {*forms.values(), *of_features.values()}:
             split_format(form)
-        of_features = {name: forms.get(name, forms.get("", "fp16")) for name in info.data.get("features", ())}
-        return {name: form for name, form in of_features.items() if form != "fp16"}
-
-    @property
-    def forms(self) -> dict[str, str]:
-        """Encoder -> stored form of its tokens: fp16, int8, pcaK or pcaK-int8."""
-        return {name: self.feature_forms.get(name, "fp16") for name in self.features}
+        return {name: form for name, form in of_features.items() if form != FP16}
 
     @model_validator(mode="after")
     def _files_differ(self) -> Self:

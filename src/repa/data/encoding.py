@@ -16,7 +16,7 @@ from repa.base.errors import UserError
 from repa.base.files import sha256
 from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
-from repa.data.config import BASE, TEXT, PrepareConfig, split_format
+from repa.data.config import BASE, FP16, TEXT, PrepareConfig, split_format
 from repa.data.manifest import PARTS
 from repa.data.packing import pack, principal_basis, to_float16
 from repa.data.progress import FinishedParts, Piece, PlannedShard
@@ -90,7 +90,7 @@ class FeatureFields:
         self.spec, self.config, self.device = spec, config, device
         self.model = load_encoder(spec, weights=config.feature_weights.get(spec), device=device)
         self.grid = config.grid or self.model.grid_for(config.resolution)
-        self.form = config.forms[spec]
+        self.form = config.feature_forms.get(spec, FP16)
         self.num_directions, dtype = split_format(self.form)
         if self.num_directions > self.model.dim:
             raise UserError(
@@ -186,6 +186,14 @@ def load_model(part: str, config: PrepareConfig, device: torch.device) -> Fields
     if part in (BASE, TEXT):
         return (BaseFields if part == BASE else TextFields)(config, device)
     return FeatureFields(part, config, device)
+
+
+def load_models(finished: FinishedParts, parts: Iterable[str], device: torch.device) -> dict[str, Fields]:
+    """The models of these parts; refused if finished parts are from others."""
+    models = {name: load_model(name, finished.settings.config, device) for name in parts}
+    for name, model in models.items():
+        require_same_model(finished, name, model.identity)
+    return models
 
 
 def require_same_model(finished: FinishedParts, name: str, identity: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from repa.base import files, lock
 from repa.base.arrays import load_npy
 from repa.base.errors import UserError, choices
-from repa.data.config import BASE, TEXT, PrepareConfig, plain_name, split_format
+from repa.data.config import BASE, FP16, TEXT, PrepareConfig, plain_name, split_format
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, remove_parts
 from repa.data.progress import FinishedParts, Part, started
 from repa.data.records import ArrayFile, FeatureField, Shard, TextField, basis_name, fields_of
@@ -42,7 +42,9 @@ def finish(finished: FinishedParts) -> Manifest:
         num_images=sum(shard.num for shard in shards),
         class_counts=tuple(counts.tolist()),
         autoencoder=first[BASE].identity,
-        features={name: _facts(out, name, settings.config.forms.get(name, "fp16"), first[name]) for name in encoders},
+        features={
+            name: _facts(out, name, settings.config.feature_forms.get(name, FP16), first[name]) for name in encoders
+        },
         text=_text_facts(settings.config.text_form, first[TEXT]) if TEXT in first else None,
         shards=tuple(shards),
     )

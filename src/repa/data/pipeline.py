@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -11,7 +11,7 @@ import torch
 
 from repa.base import files, lock
 from repa.base.ahead import by_threads
-from repa.data.encoding import FeatureFields, Fields, encode, load_model, require_same_model
+from repa.data.encoding import FeatureFields, encode, load_models, require_same_model
 from repa.data.finishing import finish
 from repa.data.manifest import PARTS, SETTINGS_FILE, Manifest, remove_parts
 from repa.data.progress import FinishedParts, PlannedShard
@@ -80,10 +80,12 @@ def _make_shards(
     *, rank: int = 0, world: int = 1, progress: Report | None = None, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
     """Make the missing parts of this process's shards, and lost bases."""
-    out, device = job.finished.out, torch.device(device)
+    out, config, device = job.finished.out, job.finished.settings.config, torch.device(device)
     share = range(rank, len(job.shards), world)
     todo = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
-    models = _load_models(job, {*lost, *itertools.chain(*todo.values())}, device)
+    # Only the needed models, before the first image, so that wrong weights are reported at once.
+    needed = {*lost, *itertools.chain(*todo.values())}
+    models = load_models(job.finished, [name for name in job.parts if name in needed], device)
     nums = [len(planned.rows) for planned in job.shards]
     num_todo, total = sum(nums[k] for k in todo), sum(nums[k] for k in share)
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in todo.items() for name in names)
@@ -94,24 +96,10 @@ def _make_shards(
             # after the settings are saved: a folder with a basis but no settings would be refused as foreign
             model.use_stored_basis(out, job.read, job.shards)
             require_same_model(job.finished, name, model.identity)
-    _write_shards(job, todo, models, Counter(progress, total, total - num_todo), device)
 
-
-def _load_models(job: Job, needed: Collection[str], device: torch.device) -> dict[str, Fields]:
-    """Only the needed models, before the first image, so that wrong weights are reported at once."""
-    models = {name: load_model(name, job.finished.settings.config, device) for name in job.parts if name in needed}
-    for name, model in models.items():
-        require_same_model(job.finished, name, model.identity)
-    return models
-
-
-def _write_shards(
-    job: Job, todo: Mapping[int, Sequence[str]], models: Mapping[str, Fields], counter: Counter, device: torch.device
-) -> None:
-    """A pipeline of three: workers read, one thread encodes, and this thread writes, so that the device does not wait."""
-    out, config = job.finished.out, job.finished.settings.config
+    # a pipeline of three: workers read, one thread encodes, and this thread writes, so that the device does not wait
+    counter, claims = Counter(progress, total, total - num_todo), dict[int, list[int]]()
     on_start = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-    claims: dict[int, list[int]] = {}
     pieces = claimed(out, job.shards, todo, claims, config.batch_size)
     encoding = functools.partial(encode, models=models, skip_bad=config.skip_bad)
     try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from repa.base import files
 from repa.base.config import Config, difference
 from repa.base.errors import UserError, choices
-from repa.data.config import BASE, TEXT, PrepareConfig, array_name
+from repa.data.config import BASE, FP16, TEXT, PrepareConfig, array_name
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest, Settings
 from repa.data.records import Shard, fields_of
 
@@ -43,15 +43,12 @@ def merge_settings(out: Path, requested: Settings) -> Settings:
     old, new = stored.config, requested.config
     # not by `difference`: each call names only its own encoders, so the lists of forms may differ without a conflict
     both = [name for name in new.features if name in old.features]
-    lines = [
-        f"feature_forms of {name}: {old.forms[name]} -> {new.forms[name]}"
-        for name in both
-        if old.forms[name] != new.forms[name]
-    ]
+    forms = [(name, *(config.feature_forms.get(name, FP16) for config in (old, new))) for name in both]
+    lines = [f"feature_forms of {name}: {was} -> {now}" for name, was, now in forms if was != now]
     if old.text and not new.text:
         new = new.override(text=old.text, text_form=old.text_form, text_weights=new.text_weights or old.text_weights)
     features = tuple(dict.fromkeys([*old.features, *new.features]))
-    new = new.override(features=features, feature_forms={**new.forms, **old.forms})
+    new = new.override(features=features, feature_forms={**new.feature_forms, **old.feature_forms})
     added = () if old.text else ("text", "text_form")
     same = {name: getattr(new, name) for name in (*MAY_CHANGE, *added, "features", "feature_forms")}
     merged = requested.override(config=new)
