@@ -149,6 +149,16 @@ def test_numbered_shards_need_no_choice(tmp_path):
     assert open_source(tmp_path).class_names == ["all"]
 
 
+def test_tars_in_an_inner_folder_are_named(tmp_path):
+    (tmp_path / "s/train").mkdir(parents=True)
+    for number, name in enumerate(("cat", "dog")):
+        tar(tmp_path / "s/train" / f"{name}.TAR", **{f"{number}.png": png(number)})
+    with pytest.raises(UserError, match=r"holds no images, but 2 files \.tar: give '(.*)'\.") as error:
+        open_source(tmp_path / "s")
+    with pytest.raises(UserError, match="--labels tars if each tar is a class"):
+        open_source(str(error.value).split("'")[1])
+
+
 @pytest.mark.parametrize("names", [("class_0", "class_1"), ("0", "1"), ("n01440764", "n01440765")])
 def test_consecutive_numbers_may_be_classes(names, tmp_path):
     (tmp_path / "tars").mkdir()

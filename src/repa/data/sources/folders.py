@@ -65,10 +65,12 @@ class FileSource(Source):
         paths = sorted(path for path in stamps if path.lower().endswith(EXTENSIONS))
         if not paths:
             listed = ", ".join(f"{num:,} {kind}" for kind, num in count_others(stamps, (), junk).items())
-            raise UserError(
-                f"{where} holds no images{listed and f', but {listed}'}: give a folder or archive with files named "
-                f"{' '.join(EXTENSIONS)}, at any depth."
-            )
+            remedy = f"give a folder or archive with files named {' '.join(EXTENSIONS)}, at any depth"
+            # class.tar in train/: a pattern makes them the source, and a shard inside an archive cannot be read in place
+            if packed := next((path for path in sorted(stamps) if path.lower().endswith((".tar", ".parquet"))), ""):
+                pattern = (Path(where) / packed).with_name(f"*{Path(packed).suffix}")
+                remedy = f"give {printable(str(pattern))!r}" + " from the unpacked archive" * Path(where).is_file()
+            raise UserError(f"{where} holds no images{listed and f', but {listed}'}: {remedy}.")
         used = _labels_inside(where, labels)
         texts = {path for path in stamps if path.lower().endswith(CAPTION_ENDING) and path != used}
         above = _folders_above(paths)  # files in other folders do not describe these images
