@@ -86,3 +86,11 @@ def test_the_command_that_training_prints_samples_a_run_on_captions(captioned_da
     )
     command = capsys.readouterr().out.partition("Next: repa ")[2]
     assert run([*shlex.split(command), "--num-images", "2", "--steps", "1"]) == 0
+
+
+def test_a_refused_setting_leaves_no_parts(random_run, tmp_path, capsys):
+    command = ["sample", str(random_run), "--num-images", "2", "--steps", "1", "--out", str(tmp_path / "s.npz")]
+    assert run([*command, "--sampler", "euler_maruyama:last=-1"]) == 2
+    assert "last=-1" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert run(command) == 0

@@ -151,12 +151,17 @@ def _write_samples(
     # Processes share complete batches of fixed size, because rounding depends on the size of a batch.
     mine = starts[dist.rank() :: dist.world()]
     before = _found(parts)
-    with BackgroundWorker(device) as behind:
-        for done, start in enumerate(mine):
-            if start not in before:
-                drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
-                behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
-            progress(min((done + 1) * config.batch_size * dist.world(), num), num)
+    try:
+        with BackgroundWorker(device) as behind:
+            for done, start in enumerate(mine):
+                if start not in before:
+                    drawn = draw(run, config, range(start, min(start + config.batch_size, num)), callback)
+                    behind(functools.partial(_decode_and_save, run, config, drawn, parts, count))
+                progress(min((done + 1) * config.batch_size * dist.world(), num), num)
+    except UserError:
+        if not dist.active() and not _found(parts):  # refused settings: nothing was made that could be continued
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
     dist.barrier()
     if dist.is_main():
         _finish(run, job, starts, parts, out)
