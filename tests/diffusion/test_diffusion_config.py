@@ -36,6 +36,7 @@ def test_invalid_diffusion_settings_are_refused(values, words):
         ("cfg:scale=2,low=0.7,high=0.2", "low <= high"),
         ("cfg:scale=2,high=1.2", "high"),
         ("cfg:scale=2,channels=-3", "channels"),
+        ("cfg", "needs scale: write cfg:scale=..."),
         ("cfg:scal=2", "Did you mean 'scale'"),
         ("cgf:scale=2", "Did you mean 'cfg'"),
         ("internal:scale=2", "head"),
@@ -51,7 +52,7 @@ def test_invalid_guidance_settings_are_refused(spec, words):
 def test_guidances_are_recorded_in_one_spelling():
     given = ("cfg:high=0.70,scale=2.0,low=0", "cfg:scale=1", "internal:head=8,scale=1.4", "cfg:scale=1,streams=2")
     found = SampleConfig(guidance=given).guidance
-    assert found == ("cfg:scale=2,high=0.7", "internal:head=8,scale=1.4", "cfg:streams=2")
+    assert found == ("cfg:scale=2,high=0.7", "internal:head=8,scale=1.4", "cfg:scale=1,streams=2")
     assert SampleConfig(guidance=found).guidance == found
 
 

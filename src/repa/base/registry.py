@@ -231,9 +231,6 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
         if not DOTTED.fullmatch(inner):
             raise UserError(f"{SETTING} of {spec!r} must be a dotted name of a function, such as mylab.nets.unet.")
         require_trusted(kind, inner)
-    if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
-        name, _ = parse_spec(spec)
-        raise UserError(f"The {kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=...")
     for key, value in given.items():
         if key not in known:
             raise UserError(f"The {kind} {spec!r} has no setting {key!r}{choices(key, sorted(known))}")
@@ -246,6 +243,10 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
             raise UserError(
                 f"The setting {key!r} of the {kind} {spec!r} is {value!r}: {reason[0].lower()}{reason[1:]}."
             ) from None
+    # last, because a misspelt setting is missing too
+    if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
+        name, _ = parse_spec(spec)
+        raise UserError(f"The {kind} {spec!r} needs {', '.join(missing)}: write {name}:{'=..., '.join(missing)}=...")
 
 
 def declared(component: Any, name: str) -> Any:

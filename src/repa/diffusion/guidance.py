@@ -81,7 +81,7 @@ class ClassifierFree(Extrapolation):
     """
 
     other = NULL
-    scale: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat
     low: float = 0.0
     high: float = 1.0
     channels: NonNegativeInt = 0
@@ -113,7 +113,7 @@ class Internal(Extrapolation):
     """Internal guidance: away from the prediction of the network's own head at block `head` (arXiv 2512.24176), in the same pass."""
 
     head: PositiveInt
-    scale: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat
     low: float = 0.0
     high: float = 1.0
 
@@ -132,7 +132,7 @@ class Auto(Extrapolation):
     """Autoguidance: away from the prediction of a weaker network (arXiv 2406.02507), smaller or trained for fewer steps."""
 
     other = "weak"
-    scale: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat
     low: float = 0.0
     high: float = 1.0
 
@@ -142,7 +142,7 @@ class PathDrop(Extrapolation):
     """Path-drop guidance: away from the prediction without a condition that skips the blocks of the route (arXiv 2510.21986)."""
 
     other = "routed"
-    scale: NonNegativeFloat = 1.0
+    scale: NonNegativeFloat
     low: float = 0.0
     high: float = 1.0
 
@@ -156,7 +156,7 @@ class Representation(Extrapolation):
     """
 
     other = "gradient"
-    scale: NonNegativeFloat = 0.0
+    scale: NonNegativeFloat
     low: float = 0.0
     high: float = 1.0
     term: str = ""
