@@ -98,6 +98,15 @@ def test_one_of_several_images_is_chosen(tmp_path):
     np.testing.assert_array_equal(np.asarray(open_source(f"{path}:image=seg.png").decode(0)), pixels(pictures())[4])
 
 
+def test_a_replaced_shard_of_equal_size_and_time_has_a_new_index(tmp_path, cache):
+    """`cp -p` and `rsync -t` keep the time of change."""
+    path = tmp_path / "a.tar"
+    for label in ("cat", "dog"):
+        tar(path, a_png=PNG, a_cls=label)
+        os.utime(path, ns=(10**18, 10**18))
+        assert open_source(path).class_names == [label]
+
+
 def test_the_index_is_rebuilt_only_for_a_changed_shard(tmp_path, monkeypatch, cache):
     spec = as_shards(tmp_path, pictures())
     scans = []

@@ -224,7 +224,8 @@ def index_of(shard: str, image: str, label: str, cache_limit: int) -> Index:
             raise UserError(f"There is no shard {shard!r}: give its path.")
         # not a checksum: it would read the whole shard, which the index avoids
         stat = path.stat()
-        version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        # ctime: copies that keep the time of change (cp -p, rsync -t) may replace a shard by another of the same size
+        version = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
     key = files.json_sha256([INDEX_VERSION, version, image, label])[:32]
     cached = files.cache_folder() / "sources" / "indices" / f"{key}.npz"
     # indices are enough to open a source: a remote shard is copied only when one of its images is read
