@@ -268,6 +268,32 @@ def test_a_linked_folder_inside_a_run_is_not_written(folder, words, random_run, 
     assert outcome([*map(str, read)])[0] == 0
 
 
+def test_a_linked_folder_inside_data_is_not_written(pictures, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPA_CACHE", str(tmp_path / "cache"))
+    victim, unfinished = tmp_path / "victim", tmp_path / "unfinished"
+    victim.mkdir()
+    (victim / "settings.json").write_text("{}")
+    unfinished.mkdir()
+    (unfinished / "parts").symlink_to(victim)
+    assert "parts is a symbolic link" in refused(["prepare", pictures, unfinished, *PREPARE])
+    data = shutil.copytree(data_folder, tmp_path / "data")
+    (data / "reference").symlink_to(victim)
+    measure = [
+        "evaluate",
+        pictures,
+        "--reference",
+        data,
+        "--features",
+        "tiny",
+        "--metrics",
+        "fd",
+        "--out",
+        tmp_path / "e.json",
+    ]
+    assert outcome([*map(str, measure)])[0] == 0
+    assert [path.name for path in victim.iterdir()] == ["settings.json"]
+
+
 def test_the_default_dtype_does_not_change_samples(random_run):
     run = load_run(random_run)
     config = SampleConfig(steps=2, sampler="heun")

@@ -70,7 +70,7 @@ def hidden_of_run(
 
 def _cache_of(run: Path) -> Path:
     """In the run's folder, or in the user's cache if the run's folder is read-only."""
-    layout.refuse_links(run)
+    files.refuse_links(run)
     own = run / FOLDER / "cache"
     there = next(folder for folder in (own, *own.parents) if folder.exists())
     return own if os.access(there, os.W_OK) else files.cache_folder() / FOLDER

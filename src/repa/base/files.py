@@ -341,6 +341,19 @@ def require_replaceable(path: str | Path, keys: Collection[str] = (), beside: Co
         raise UserError(f"{others[0]} exists and would be replaced: choose another name than {path}.")
 
 
+def refuse_links(folder: Path) -> None:
+    """Raises UserError before a command writes into a run or data in which a link leads to another folder.
+
+    Writing would remove and replace files there, and the link may be a stranger's. The folder itself may be a link.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        if path.is_symlink() and path.is_dir():
+            raise UserError(
+                f"{path} is a symbolic link to another folder, in which files would be replaced: remove the link, or "
+                f"move the whole of {folder} to that disk and link it instead."
+            )
+
+
 def size(num_bytes: float) -> str:
     """A number of bytes as text: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):

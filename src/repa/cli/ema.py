@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     from repa.runs import layout
     from repa.runs.averaging import write_average
 
-    layout.refuse_links(Path(given.run))
+    files.refuse_links(Path(given.run))
     averages = Path(given.run) / layout.AVERAGES
     with lock.exclusive(averages, "repa ema"):
         for folder in averages.glob("*"):

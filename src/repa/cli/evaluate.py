@@ -84,7 +84,7 @@ def main(argv: list[str]) -> int:
     output = out or (of_run if given.is_run else None)
     if output:
         if not out:
-            layout.refuse_links(Path(given.samples))
+            files.refuse_links(Path(given.samples))
         files.require_writable(out or of_run / "results.json")
     if out:
         files.require_replaceable(out, ("metrics", "num_samples"))

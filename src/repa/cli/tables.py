@@ -56,7 +56,7 @@ def output(held: ExitStack, given: str, default: Path, suffix: str = ".json") ->
     """
     out = options.file_of("--out", given or default, suffix)
     if not given and default.parent.name == layout.ANALYSIS:
-        layout.refuse_links(default.parent.parent)
+        files.refuse_links(default.parent.parent)
     files.require_writable(out)
     if suffix == ".json":
         files.require_replaceable(out, ("analysis", "rows"), (".csv", ".png"))

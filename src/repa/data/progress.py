@@ -77,6 +77,7 @@ def chosen_parts(only: Sequence[str], config: PrepareConfig) -> list[str]:
 
 def started(out: Path) -> Settings | None:
     """The settings in `out`; None for a new folder; UserError for other contents."""
+    files.refuse_links(out)
     settings = out / PARTS / SETTINGS_FILE
     if (values := _read_record(settings)) is not None:
         return Settings.parse(values, where=str(settings))

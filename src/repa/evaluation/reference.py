@@ -164,7 +164,9 @@ def _kept_path(images: Images, extractor: Extractor, spec: str) -> Path:
     name = f"{extractor.name}-{files.json_sha256([spec, extractor.identity, images.identity])[:12]}.npz"
     if images.home is not None:
         folder = images.home / "reference"
-        if (folder / name).is_file() or os.access(folder if folder.exists() else images.home, os.W_OK):
+        is_writable = os.access(folder if folder.exists() else images.home, os.W_OK)
+        # through a link of a stranger's data nothing is written
+        if not folder.is_symlink() and ((folder / name).is_file() or is_writable):
             return folder / name
     return files.cache_folder() / "reference" / name
 

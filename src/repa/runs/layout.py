@@ -168,19 +168,6 @@ def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
     return [items[-1]] if most == 1 else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
-def refuse_links(run: Path) -> None:
-    """Raises UserError before a command writes into a run in which a link leads to another folder.
-
-    Writing would remove and replace files there, and the folder may be a stranger's. The run itself may be a link.
-    """
-    for path in (*run.glob("*"), *run.glob("*/*")):
-        if path.is_symlink() and path.is_dir():
-            raise UserError(
-                f"{path} is a symbolic link to another folder, in which files would be replaced: remove the link, or "
-                f"move the whole of {run} to that disk and link it instead."
-            )
-
-
 def require_run(run: Path) -> Path:
     """The configuration of a run; raises UserError if the folder is not a run."""
     path = run / CONFIG

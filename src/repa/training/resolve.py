@@ -142,7 +142,7 @@ def claim_folder(run: Path, config: TrainConfig, data: DataSet, text: dict[str, 
     Only what `layout.CHANGEABLE` names may differ between continuations. `text` is the identity of the text encoder, where there is one.
     """
     path = run / layout.CONFIG
-    layout.refuse_links(run)
+    files.refuse_links(run)
     if files.well_formed(str(run)) != str(run):
         raise UserError(f"--out is {run}, but TensorBoard needs a name in UTF-8: choose another name.")
     if path.is_file() and (lines := _changed_settings(run, config)):
