@@ -278,18 +278,7 @@ def test_a_linked_folder_inside_data_is_not_written(pictures, data_folder, tmp_p
     assert "parts is a symbolic link" in refused(["prepare", pictures, unfinished, *PREPARE])
     data = shutil.copytree(data_folder, tmp_path / "data")
     (data / "reference").symlink_to(victim)
-    measure = [
-        "evaluate",
-        pictures,
-        "--reference",
-        data,
-        "--features",
-        "tiny",
-        "--metrics",
-        "fd",
-        "--out",
-        tmp_path / "e.json",
-    ]
+    measure = ["evaluate", data, "--reference", data, *MEASURED, "--out", tmp_path / "e.json"]
     assert outcome([*map(str, measure)])[0] == 0
     assert [path.name for path in victim.iterdir()] == ["settings.json"]
 
