@@ -1,7 +1,9 @@
 """Locks on output: one command at a time, and no stale lock after a kill."""
 
+import contextlib
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -105,6 +107,55 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
     lock.release(handle)
     assert lock.take(path) is not None
     os.write(ending, b"x")
+
+
+def test_a_forked_process_that_leaves_the_block_changes_no_lock_and_no_file(tmp_path):
+    with contextlib.ExitStack() as held:
+        held.enter_context(lock.exclusive(tmp_path / "run", "repa train"))
+        held.enter_context(lock.held(tmp_path / "claim.lock"))
+        if (child := os.fork()) == 0:
+            opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(2)]  # with the numbers of the two locks
+            held.close()
+            os._exit(sum(os.fstat(number).st_size for number in opened))
+        assert os.waitpid(child, 0)[1] == 0
+        with pytest.raises(UserError, match="repa train"), lock.exclusive(tmp_path / "run", "x"):
+            pass
+
+
+def waiting(path):
+    """Start a thread that waits for a lock; returns it and a list of what it gets."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(lock.take(path, wait=True)))
+    thread.start()
+    time.sleep(0.2)
+    return thread, found
+
+
+def test_a_process_forked_while_a_thread_waits_does_not_keep_the_lock(tmp_path):
+    path = tmp_path / "claim.lock"
+    handle = lock.take(path)
+    thread, found = waiting(path)
+    end, ending = os.pipe()
+    if os.fork() == 0:
+        os.close(ending)  # so that the process ends if the test fails
+        os.read(end, 1)
+        os._exit(0)
+    lock.release(handle)
+    thread.join()
+    lock.release(found[0])
+    assert lock.take(path) is not None
+    os.write(ending, b"x")
+
+
+def test_a_folder_that_is_removed_while_a_process_waits_for_its_lock_is_made_again(tmp_path):
+    path = tmp_path / "parts/finish.lock"
+    handle = lock.take(path)
+    thread, found = waiting(path)
+    files.remove_folder(path.parent)
+    lock.release(handle)
+    thread.join()
+    assert found[0] is not None
+    assert lock.take(path) is None
 
 
 def test_an_equal_folder_may_be_written_again_but_another_is_refused(tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import socket
@@ -32,36 +31,41 @@ def take(path: Path, *, wait: bool = False, is_shared: bool = False) -> int | No
     """
     import fcntl  # missing on Windows, where the rest of the package can be imported
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     mode = (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
+        path.parent.mkdir(parents=True, exist_ok=True)  # the last holder may have removed it
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        _handles.add(handle)  # now, because another thread may fork while this one waits
         try:
             fcntl.flock(handle, mode)
             # The last holder may have removed the file after it was opened: a lock on an unnamed file would exclude nobody.
             if os.fstat(handle).st_nlink:
-                break
-            os.close(handle)
+                return handle
+            release(handle)
         except OSError as error:
             if error.errno in NO_LOCKS:
                 warnings.warn(
                     f"The file system of {path.parent} has no locks: make sure that no other command writes there.",
                     stacklevel=2,
                 )
-                break
-            os.close(handle)
+                return handle
+            release(handle)
+            if error.errno == errno.ESTALE:  # removed on another machine
+                continue
             if error.errno not in TAKEN:
                 raise
             if not is_shared or attempt == TRIES:
                 return None
             time.sleep(1 / TRIES)
-    _handles.add(handle)
-    return handle
 
 
 def release(handle: int) -> None:
-    _handles.discard(handle)
-    os.close(handle)
+    """Free a lock. In a forked process nothing: its copy is closed, and the number may be another file's."""
+    if handle in _handles:
+        _handles.remove(handle)
+        os.close(handle)
 
 
 def _close_inherited() -> None:
@@ -125,7 +129,8 @@ def exclusive(target: Path, doing: str, *, is_shared: bool = False) -> Iterator[
                 if is_shared:  # The last process removes the file: locking it alone fails while others share it.
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Removed while held: a waiting process finds that the file is no longer the one of this name, and tries again.
-                path.unlink()
+                if handle in _handles:  # not in a forked process
+                    path.unlink()
     finally:
         release(handle)
 
