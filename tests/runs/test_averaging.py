@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from repa.base.errors import UserError
 from repa.runs import layout
@@ -143,3 +144,10 @@ def test_a_snapshot_of_repeated_steps_that_cannot_be_removed_is_an_error(tmp_pat
             drop_later(tmp_path, 10)
     drop_later(tmp_path, 10)
     assert layout.snapshot_steps(tmp_path) == [10]
+
+
+def test_a_snapshot_without_the_settings_of_its_run_is_not_called_damaged(tmp_path):
+    (folder := layout.snapshot_folder(tmp_path, 5)).mkdir(parents=True)
+    save_file({"w": torch.zeros(2)}, folder / "ema-width-0.05.safetensors", metadata={"sha256": "0" * 64})
+    with pytest.raises(UserError, match=f"does not name its run: an earlier version of repa wrote it. Remove {folder}"):
+        reconstruct(tmp_path, 0.05)

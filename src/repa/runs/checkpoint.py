@@ -182,6 +182,8 @@ def load_checked(run: Path, path: Path, remedy: str) -> dict[str, Tensor]:
         header = file.metadata() or {}
         settings = json.loads(header.get(SETTINGS, "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    if SETTINGS not in header:
+        raise UserError(f"{path} does not name its run: an earlier version of repa wrote it. {remedy}")
     if header.get(OF_TENSORS) != files.json_sha256([digest_of(tensors), settings]) or not isinstance(settings, dict):
         raise UserError(f"{path} is damaged: it does not match its checksum. {remedy}")
     found = layout.fixed_settings(layout.read_config(run)) if settings else {}
