@@ -51,7 +51,8 @@ class ArraySource(Source):
         if path.suffix.lower() != ".npy":
             self._key = _Npz(path).choose(self._key, IMAGE_KEYS, "images")
         self._require_images(self._images)
-        if self._key and self._images.nbytes <= LIMIT:  # more takes minutes
+        # Unpacking compares the checksum already, and more than LIMIT takes minutes.
+        if self._key and isinstance(self._images, np.memmap) and self._images.nbytes <= LIMIT:
             require_checksum(path, "an array", self._key)
         self._last = _channels_last(self._images.shape, path)
         self._identify(self._classes(labels, label), path.name, sha256=_fingerprint(path))
