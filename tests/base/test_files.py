@@ -190,3 +190,14 @@ def test_the_error_about_a_broken_seal_says_how_to_change_the_file(tmp_path):
         files.read_json(tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"fid": 2.1}')
     assert files.read_json(tmp_path / "x.json") == {"fid": 2.1}
+
+
+def test_a_path_in_a_folder_that_cannot_be_listed_has_no_suggestion(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    assert files.near(tmp_path / "photo") == " Did you mean 'photos'?"
+
+    def refused(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert files.near(tmp_path / "photo") == ""

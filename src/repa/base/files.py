@@ -283,8 +283,9 @@ def near(path: Path, sign: str = "") -> str:
     if path.exists():
         inside = [found.parent for found in sorted(path.glob(f"*/{sign}"))] if sign else []
         return f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
-    beside = itertools.islice(path.parent.iterdir(), MOST_NAMES) if path.parent.is_dir() else ()
-    return nearest(path.name, [other.name for other in beside], CLOSE)
+    with contextlib.suppress(OSError), os.scandir(path.parent) as beside:  # a folder may be entered, but not listed
+        return nearest(path.name, [other.name for other in itertools.islice(beside, MOST_NAMES)], CLOSE)
+    return ""
 
 
 def require_path(path: Path) -> None:
