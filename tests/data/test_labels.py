@@ -214,3 +214,11 @@ def test_a_table_beside_an_archive_is_found(edm, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert open_source(pack(edm, tmp_path / "d.zip"), labels="labels.csv:kind").class_names == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"), [(["1,0", "0,0", "2,0"], ["0", "1", "2"]), (["1,000", "1", "2"], ["1", "1,000", "2"])]
+)
+def test_a_decimal_comma_is_no_comma_of_thousands(texts, names, edm, tmp_path):
+    rows = "".join(f"{path};{text}\n" for path, text in zip(NAMES, texts, strict=True))
+    assert open_source(edm, labels=table(tmp_path, "file_name;label\n" + rows)).class_names == names

@@ -90,8 +90,8 @@ def classes_by_name(texts: Sequence[str], origin: str) -> Classes:
 
 
 def _is_whole(value: Any) -> bool:
-    # a decimal comma: tables with semicolons come from countries that write 10,0
-    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,4000}([.,]0*)?", value) is not None
+    # a decimal comma: tables with semicolons come from countries that write 10,0; 1,000 is more often a thousand
+    return not isinstance(value, str) or re.fullmatch(r"[+-]?[0-9]{1,4000}(\.0*|,0{0,2})?", value) is not None
 
 
 def _number_of(value: Any) -> int:
