@@ -31,14 +31,8 @@ NAMED = {
     **{f"JiT-{size}/{p}": Dimensions(*JIT_SIZES[size], p) for size in JIT_SIZES for p in JIT_PATCH_SIZES},
 }
 BLOCK_OPTIONS = ("norm", "mlp", "qk_norm", "bias", "rotary")  # fields of ModelConfig for the layers of blocks
-DIT_OPTIONS = (
-    "positions",
-    "heads",
-    "streams",
-    "separate_times",
-    "patch_overlap",
-    "route",
-)  # further fields, of a DiT only
+# further fields, of a DiT only
+DIT_OPTIONS = ("positions", "heads", "streams", "separate_times", "patch_overlap", "route")
 
 
 def model_names() -> list[str]:

@@ -252,10 +252,8 @@ def _is_of(run: RunRecord, row: Mapping[str, Any]) -> bool:
         return True
     try:
         return weights_checksum(run.path, weights, step) == row[CHECKSUM]
-    except (
-        OSError,
-        KeyError,
-    ):  # the checkpoint is not kept: only a step that the run has not reached is known to be wrong
+    # The checkpoint is not kept: only a step that the run has not reached is known to be wrong.
+    except (OSError, KeyError):
         return not run.train or step <= max(run.steps, *layout.checkpoint_steps(run.path), 0)
 
 
