@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from repa.base import trust
 from repa.cli.train import _again
 
 ARGV = ["sit-b2", "--data", "my data", "--out", "r"]
@@ -33,3 +34,14 @@ def test_the_printed_command_is_the_one_that_started_the_run(environment, wanted
     again = _again(ARGV)
     assert again == wanted
     assert shlex.split(again)[-len(ARGV) :] == ARGV
+
+
+def test_private_code_that_only_files_name_needs_its_option_again():
+    """A run folder as the recipe: its names are not on the command line."""
+    found = {
+        "model": {"backbone": "hooked:net=mylab.nets.unet,blocks=down.*"},
+        "alignments": [{"target": "tiny", "loss": "other.losses.huber:delta=1"}],
+    }
+    assert trust.flags(found) == ["--trust", "mylab", "--trust", "other"]
+    assert trust.flags(found, ["--alignments.0.loss", "other.losses.huber:delta=2"]) == ["--trust", "mylab"]
+    assert trust.flags({"target": "dinov2-b", "widths": [0.05], "out": "runs/a.b"}) == []

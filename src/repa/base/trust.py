@@ -49,17 +49,27 @@ def trust(*modules: str) -> None:
 
 
 def trust_names_in(values: Any) -> None:
-    """Trust the dotted names in texts that the user typed, or in a recipe, at any depth: "mylab.f:settings",
-    "mylab.f=path", "hooked:net=mylab.f"."""
+    """Trust the dotted names in texts that the user typed, or in a recipe."""
+    _trusted.update(_names_in(values))
+
+
+def flags(values: Any, typed: Iterable[str] = ()) -> list[str]:
+    """The options --trust of a command that reads these settings from files, except for names in the words `typed`."""
+    modules = sorted({name.partition(".")[0] for name in {*_names_in(values)} - {*_names_in(typed)}})
+    return [word for module in modules for word in ("--trust", module)]
+
+
+def _names_in(values: Any) -> Iterator[str]:
+    """Dotted names in texts at any depth: "mylab.f:settings", "mylab.f=path", "hooked:net=mylab.f"."""
     if isinstance(values, str):
         name, *settings = re.split("[:=]", values, maxsplit=1)
         inner = [item.partition("=")[2] for item in "".join(settings).split(",") if item.startswith(f"{SETTING}=")]
-        _trusted.update(filter(DOTTED.fullmatch, (name, *inner)))
+        yield from filter(DOTTED.fullmatch, (name, *inner))
     elif isinstance(values, dict):
-        trust_names_in(list(values.values()))
+        yield from _names_in(list(values.values()))
     elif isinstance(values, Iterable):
         for value in values:
-            trust_names_in(value)
+            yield from _names_in(value)
 
 
 @contextlib.contextmanager

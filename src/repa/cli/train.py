@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from repa.base import launch
+from repa.base import launch, trust
 from repa.base.config import OnDisk, refuse_idle
 from repa.cli import options
 from repa.cli.console import ProgressBar, say
@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     if launch.place().world == 1 and not layout.checkpoint_steps(Path(given.out)):
         config.require_init()
     typed = options.names_given(TrainArguments, argv)
-    stopped_by = start(config, given.data, Path(given.out), command=_again(argv), typed=typed)
+    private = trust.flags(config.model_dump(), argv)
+    stopped_by = start(config, given.data, Path(given.out), command=_again([*argv, *private]), typed=typed)
     # Schedulers end a job by SIGTERM. The checkpoint is written, so this is not a failure.
     return 130 if stopped_by == signal.SIGINT else 0
 
@@ -128,5 +129,6 @@ def start(
         sample += ["--sampler", "heun", "--steps", "25"]
     if config.text or reads_text(config.model.backbone):
         sample += ["--prompt-data", str(data_folder)]
+    sample += trust.flags(config.model_dump(include={"model", "diffusion", "autoencoder", "text"}))
     say(f"{run}: {finished.step:,} steps done. Next: {shlex.join([*sample, '--out', 'samples.npz'])}")
     return None
