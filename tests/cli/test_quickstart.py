@@ -117,7 +117,7 @@ def test_the_default_source_is_the_packaged_photographs(small_recipes, tmp_path,
     assert run(["quickstart", "--num-steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "20 classes" in said
-    assert "quickstart --source FOLDER" in said
+    assert "quickstart FOLDER" in said
     assert (tmp_path / "quickstart" / "report.html").is_file()
 
 

@@ -125,7 +125,7 @@ def _say_next(folder: Path, data: Path, is_own: bool) -> None:
     program = _program()
     if not is_own:
         say("To do the same with 20 to 100,000 images of your own (a folder or zip, one folder per class):")
-        say(f"  {shlex.join([*program, 'quickstart', '--source'])} FOLDER")
+        say(f"  {shlex.join([*program, 'quickstart'])} FOLDER")
     elif _has_captions(data):
         say("The images have captions, which the quickstart does not use. To train on them (docs/text.md):")
         say(f"  {shlex.join([*program, 'prepare', str(data), '--only', 'text', '--text', TEXT])}")
