@@ -201,3 +201,19 @@ def test_a_path_in_a_folder_that_cannot_be_listed_has_no_suggestion(tmp_path, mo
 
     monkeypatch.setattr(os, "scandir", refused)
     assert files.near(tmp_path / "photo") == ""
+
+
+def test_a_folder_that_another_process_removes_does_not_end_the_search_for_links(tmp_path, monkeypatch):
+    for name in ("a", "b", "elsewhere"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run/elsewhere/link").symlink_to(tmp_path)
+    scan = os.scandir
+
+    def vanishing(folder):
+        if folder.name in ("a", "b"):
+            folder.rmdir()
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    with pytest.raises(UserError, match="run/elsewhere/link is a symbolic link to another folder"):
+        files.refuse_links(tmp_path / "run")

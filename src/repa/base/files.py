@@ -347,12 +347,22 @@ def refuse_links(folder: Path) -> None:
 
     Writing would remove and replace files there, and the link may be a stranger's. The folder itself may be a link.
     """
-    for path in (*folder.glob("*"), *folder.glob("*/*")):
-        if path.is_symlink() and path.is_dir():
-            raise UserError(
-                f"{path} is a symbolic link to another folder, in which files would be replaced: remove the link, or "
-                f"move the whole of {folder} to that disk and link it instead."
-            )
+    for path in _links(folder):
+        raise UserError(
+            f"{path} is a symbolic link to another folder, in which files would be replaced: remove the link, or "
+            f"move the whole of {folder} to that disk and link it instead."
+        )
+
+
+def _links(folder: Path, levels: int = 2) -> Iterator[Path]:
+    """Links to folders in a folder and its subfolders, without a request to the disk for every file."""
+    # another process may remove a subfolder meanwhile
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _links(Path(entry.path), levels - 1) if levels > 1 else ()
+            elif entry.is_symlink() and entry.is_dir():
+                yield Path(entry.path)
 
 
 def size(num_bytes: float) -> str:
