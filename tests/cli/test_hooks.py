@@ -75,7 +75,7 @@ def test_the_measurement_and_the_picture_are_logged(tiny_config, data_folder, tm
 
 
 def test_invalid_settings_are_refused_before_training(tmp_path, data_folder, capsys):
-    common = ["train", "quickstart", "--data", str(tmp_path / "absent"), "--out", str(tmp_path / "run")]
+    common = ["train", "quickstart", "--data", str(data_folder), "--out", str(tmp_path / "run")]
     for words, sentence in (
         (["--preview.metrics", "fid"], "'fid' is not measured in the features of tiny-classifier. Choose fd, kd"),
         (["--preview.metrics", "fud"], "fud"),

@@ -16,7 +16,7 @@ from repa.base.weights import digest_of
 from repa.models.lora import merged_weights
 from repa.runs import layout
 
-OF_TENSORS = "sha256"  # key in the header of files of `save_checked`
+RECORD = "repa"  # the only entry in the header of files of `save_checked`: safetensors writes several in random order
 SETTINGS = "settings"  # counter of a checkpoint, see `recorded_settings`
 PART = 2**30  # bytes; several processes split larger files into parts
 
@@ -172,19 +172,19 @@ def _is_state(folder: Path, state: Mapping[str, Any]) -> bool:
 def save_checked(tensors: Mapping[str, Tensor], path: Path, settings: Mapping[str, str]) -> None:
     """Write a safetensors file with the settings of its run and a checksum in the header, for `load_checked`."""
     tensors = {name: x.detach().contiguous().cpu() for name, x in tensors.items()}
-    checksum = files.json_sha256([digest_of(tensors), settings])
-    save_file(tensors, path, metadata={OF_TENSORS: checksum, SETTINGS: json.dumps(settings)})
+    record = {"sha256": files.json_sha256([digest_of(tensors), settings]), SETTINGS: settings}
+    save_file(tensors, path, metadata={RECORD: json.dumps(record)})
 
 
 def load_checked(run: Path, path: Path, remedy: str) -> dict[str, Tensor]:
     """Read a file of `save_checked`; raises UserError if it does not match its checksum, or belongs to another run."""
     with faults.reading(path, "a safetensors file", remedy), safe_open(path, "pt") as file:
-        header = file.metadata() or {}
-        settings = json.loads(header.get(SETTINGS, "null"))
+        record = json.loads((file.metadata() or {}).get(RECORD, "null"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    if SETTINGS not in header:
+    if record is None:
         raise UserError(f"{path} does not name its run: an earlier version of repa wrote it. {remedy}")
-    if header.get(OF_TENSORS) != files.json_sha256([digest_of(tensors), settings]) or not isinstance(settings, dict):
+    settings = record.get(SETTINGS) if isinstance(record, dict) else None
+    if not isinstance(settings, dict) or record.get("sha256") != files.json_sha256([digest_of(tensors), settings]):
         raise UserError(f"{path} is damaged: it does not match its checksum. {remedy}")
     found = layout.fixed_settings(layout.read_config(run)) if settings else {}
     if name := next((name for name in settings if found.get(name) != settings[name]), ""):
