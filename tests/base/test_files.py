@@ -217,3 +217,14 @@ def test_a_folder_that_another_process_removes_does_not_end_the_search_for_links
     monkeypatch.setattr(os, "scandir", vanishing)
     with pytest.raises(UserError, match="run/elsewhere/link is a symbolic link to another folder"):
         files.refuse_links(tmp_path / "run")
+
+
+def test_a_link_to_a_folder_beside_it_is_no_link_to_another_folder(tmp_path):
+    """Weights & Biases makes one, latest-run, in each run."""
+    (tmp_path / "run/wandb/offline-run-1").mkdir(parents=True)
+    (tmp_path / "run/wandb/latest-run").symlink_to("offline-run-1")
+    (tmp_path / "link").symlink_to("run")
+    files.refuse_links(tmp_path / "link")
+    (tmp_path / "run/wandb/other").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="link/wandb/other is a symbolic link to another folder"):
+        files.refuse_links(tmp_path / "link")

@@ -348,6 +348,8 @@ def refuse_links(folder: Path) -> None:
     Writing would remove and replace files there, and the link may be a stranger's. The folder itself may be a link.
     """
     for path in _links(folder):
+        if path.resolve().is_relative_to(folder.resolve()):  # such as wandb/latest-run
+            continue
         raise UserError(
             f"{path} is a symbolic link to another folder, in which files would be replaced: remove the link, or "
             f"move the whole of {folder} to that disk and link it instead."
