@@ -357,7 +357,7 @@ def refuse_links(folder: Path) -> None:
 
 
 def _links(folder: Path, levels: int = 2) -> Iterator[Path]:
-    """Links to folders in a folder and its subfolders, without a request to the disk for every file."""
+    """Links to folders in a folder and its subfolders, without a system call for every file."""
     # another process may remove a subfolder meanwhile
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

@@ -62,7 +62,7 @@ def take(path: Path, *, wait: bool = False, is_shared: bool = False) -> int | No
 
 
 def release(handle: int) -> None:
-    """Free a lock. In a forked process nothing: its copy is closed, and the number may be another file's."""
+    """Free a lock. A forked process frees none: its copies are closed, and their numbers may belong to other files."""
     if handle in _handles:
         _handles.remove(handle)
         os.close(handle)

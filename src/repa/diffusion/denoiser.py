@@ -107,7 +107,7 @@ class CountedCalls:
 
 
 def per_sample(t: float | Tensor, x: Tensor) -> Tensor:
-    """Times for networks: (N,) on x's device, float64 if x is and else float32, from a Python float, a 0-dim or an (N,) tensor."""
+    """Times for networks: (N,) on x's device, float64 for a float64 x, otherwise float32. t: a number, or a 0-dim or (N,) tensor."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(t, Tensor):
         return torch.full((len(x),), t, dtype=dtype, device=x.device)

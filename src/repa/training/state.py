@@ -90,7 +90,7 @@ class TrainState:
 
     @property
     def _settings(self) -> dict[str, str]:
-        """The settings that determine the result, by which a checkpoint or a snapshot is known to be of this run."""
+        """The settings that determine the result. Checkpoints and snapshots record them, to be recognised as this run's."""
         return layout.fixed_settings(self.config.model_dump(mode="json"))
 
     def resume(self, run: Path) -> None:

@@ -143,7 +143,7 @@ def label_columns(columns: Iterable[str]) -> list[str]:
 def like_labels(columns: Iterable[str]) -> list[str]:
     """The columns that may be the label: those of `label_columns`, else names such as label_id and image_class.
 
-    Only the first are used without a choice of the user, because target_size is no label.
+    Only the former are used without a choice of the user: target_size is no label.
     """
     columns = list(columns)
     worded = [name for name in columns if any(word in name.lower() for word in ("label", "class", "categor", "target"))]
