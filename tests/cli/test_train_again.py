@@ -5,7 +5,8 @@ import shlex
 import pytest
 
 from repa.base import trust
-from repa.cli.train import _again
+from repa.cli.train import _again, _trusted
+from repa.training.config import TrainConfig
 
 ARGV = ["sit-b2", "--data", "my data", "--out", "r"]
 ALONE = "sit-b2 --data 'my data' --out r"
@@ -45,3 +46,8 @@ def test_private_code_that_only_files_name_needs_its_option_again():
     assert trust.flags(found) == ["--trust", "mylab", "--trust", "other"]
     assert trust.flags(found, ["--alignments.0.loss", "other.losses.huber:delta=2"]) == ["--trust", "mylab"]
     assert trust.flags({"target": "dinov2-b", "widths": [0.05], "out": "runs/a.b"}) == []
+
+
+def test_files_of_weights_are_no_modules():
+    config = TrainConfig(init="last.pt", feature_weights={"dinov2-b": "dino.pth"}, autoencoder_weights="vae.pt")
+    assert _trusted(config, []) == []

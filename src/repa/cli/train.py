@@ -51,10 +51,16 @@ def main(argv: list[str]) -> int:
     if launch.place().world == 1 and not layout.checkpoint_steps(Path(given.out)):
         config.require_init()
     typed = options.names_given(TrainArguments, argv)
-    private = trust.flags(config.model_dump(), argv)
-    stopped_by = start(config, given.data, Path(given.out), command=_again([*argv, *private]), typed=typed)
+    again = _again([*argv, *_trusted(config, argv)])
+    stopped_by = start(config, given.data, Path(given.out), command=again, typed=typed)
     # Schedulers end a job by SIGTERM. The checkpoint is written, so this is not a failure.
     return 130 if stopped_by == signal.SIGINT else 0
+
+
+def _trusted(config: TrainConfig, argv: list[str]) -> list[str]:
+    """The options --trust that the same command needs to continue the run."""
+    paths = {"init", "autoencoder_weights", "feature_weights", "text_weights"}  # last.pt is no module
+    return trust.flags(config.model_dump(exclude=paths), argv)
 
 
 def of_recipe(cls: type[options.V], argv: list[str]) -> tuple[options.V, TrainConfig]:
