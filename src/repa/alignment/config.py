@@ -11,9 +11,7 @@ from repa.base.registry import Registry, Spec, parse_spec
 from repa.encoders import ENCODERS, canonical
 
 PARTS = ("part", "layer")  # settings of a target that is an encoder: which of its features
-
-
-PRIVATE = Registry("target or encoder", {})
+PRIVATE = Registry("target or encoder", {})  # a dotted name may be either, so its errors must not name only one
 
 
 class AlignmentConfig(Config):

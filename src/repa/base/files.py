@@ -290,7 +290,7 @@ def near(path: Path, sign: str = "") -> str:
 
 def require_path(path: Path) -> None:
     if not path.exists():
-        raise UserError(f"There is no file or folder {path}: give an existing one.{near(path)}")
+        raise UserError(f"There is no file or folder {path}: check its spelling.{near(path)}")
 
 
 def require_space(folder: str | Path, num_bytes: int, what: str) -> None:

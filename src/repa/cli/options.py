@@ -94,19 +94,19 @@ def parse(cls: type[V], argv: list[str], values: Config | None = None, *, on_dis
         before.add(flag)
     _place(start, words, cls)
     for name, info in cls.model_fields.items():
-        words = start.get(name, "")
+        given = start.get(name, "")
         # an empty path, as of a variable of the shell that is not set, would mean the current folder
-        if info.is_required() and (words == "" or (isinstance(words, list) and "" in words)):
+        if info.is_required() and (given == "" or (isinstance(given, list) and "" in given)):
             shown = name.upper() if name in [p.rstrip(".") for p in cls.positional] else option(name)
             raise UserError(
                 f"`repa {cls.verb}` needs {shown} ({str(info.description).rstrip('.')}): see `repa {cls.verb} --help`."
             )
-    given = cls.parse(start, typed=True)
+    arguments = cls.parse(start, typed=True)
     if on_disk:
-        _require_on_disk(given)
+        _require_on_disk(arguments)
     # Only typed options: a recipe may hold settings that another option makes ineffective.
-    refuse_idle(given.idle(), [".".join(_parts(flag)) for flag, _ in settings])
-    return given
+    refuse_idle(arguments.idle(), [".".join(_parts(flag)) for flag, _ in settings])
+    return arguments
 
 
 def _require_on_disk(given: Command) -> None:
