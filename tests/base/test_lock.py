@@ -109,6 +109,15 @@ def test_a_forked_process_does_not_keep_the_lock_of_its_parent(tmp_path):
     os.write(ending, b"x")
 
 
+def test_a_copy_that_a_new_process_has_not_closed_yet_does_not_keep_a_released_lock(tmp_path):
+    path = tmp_path / "claim.lock"
+    handle = lock.take(path)
+    copy = os.dup(handle)
+    lock.release(handle)
+    assert lock.take(path) is not None
+    os.close(copy)
+
+
 def test_a_forked_process_that_leaves_the_block_changes_no_lock_and_no_file(tmp_path):
     with contextlib.ExitStack() as held:
         held.enter_context(lock.exclusive(tmp_path / "run", "repa train"))

@@ -63,8 +63,13 @@ def take(path: Path, *, wait: bool = False, is_shared: bool = False) -> int | No
 
 def release(handle: int) -> None:
     """Free a lock. A forked process frees none: its copies are closed, and their numbers may belong to other files."""
+    import fcntl
+
     if handle in _handles:
         _handles.remove(handle)
+        # A process that was just forked may still have a copy, which closing this one would leave locked.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
