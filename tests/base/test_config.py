@@ -62,6 +62,14 @@ def test_errors_name_the_field_its_value_and_what_is_allowed(values, wanted):
     assert "\n" not in message
     for part in wanted:
         assert part in message
+    with pytest.raises(UserError) as in_python:
+        Outer(**values)
+    assert str(in_python.value) == message
+
+
+def test_a_configuration_takes_its_settings_by_name():
+    with pytest.raises(UserError, match=r"Outer takes settings by name: write Outer\(name=value\), or Outer.load"):
+        Outer(1e-4)
 
 
 def test_booleans_are_not_accepted_as_numbers(tmp_path):

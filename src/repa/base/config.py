@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -13,6 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, fie
 from repa.base.errors import UserError, choices
 from repa.base.faults import require_plain
 from repa.base.trust import contents_of
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
 
 MOST_BYTES = 2**20  # a configuration has some thousands; parsing more takes seconds
 
@@ -24,7 +29,19 @@ class OnDisk:
     require: Callable[[Path], object]
 
 
-class Config(BaseModel):
+class _Called(ModelMetaclass):
+    """Makes TrainConfig(...) in Python raise the sentence of `Config.parse`, not pydantic's list of errors."""
+
+    def __call__(cls, *values: Any, **settings: Any) -> Any:
+        if values:
+            name = cls.__name__
+            raise UserError(
+                f"{name} takes settings by name: write {name}(name=value), or {name}.load(path) for a file."
+            )
+        return cls.parse(settings)  # type: ignore[attr-defined]
+
+
+class Config(BaseModel, metaclass=_Called):
     """Base of every configuration: frozen, without unknown keys; each field's docstring is its help text."""
 
     model_config = ConfigDict(
