@@ -263,3 +263,12 @@ def test_help_has_no_colours_when_they_are_disabled(monkeypatch, capsys):
     page = capsys.readouterr().out
     assert "--num-images" in page
     assert "\x1b" not in page
+
+
+def test_a_system_without_file_locks_gets_one_line():
+    script = "import sys; sys.modules['fcntl'] = None; from repa.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "repa: The commands need Linux or macOS, because they lock files. On Windows run them in WSL.\n"
+    )

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from repa import __version__
@@ -152,6 +153,8 @@ def _stop(number: int, _: object) -> None:
 
 
 def main() -> None:
+    if find_spec("fcntl") is None:
+        sys.exit(_print_error("The commands need Linux or macOS, because they lock files. On Windows run them in WSL."))
     keep_freed_memory()
     spin_briefly()
     tell_retries_once()
