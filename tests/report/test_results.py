@@ -167,6 +167,23 @@ def test_evaluations_of_replaced_weights_are_left_out(random_run, tmp_path):
     assert "Evaluations of step 10, 30 are left out" in (tmp_path / "r.html").read_text()
 
 
+def test_evaluations_of_a_damaged_checkpoint_are_left_out(random_run, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    for step in (10, 20):
+        made = made_by(run, step, weights_sha256=weights_checksum(run, "ema", step))
+        results_file(run / layout.EVALUATIONS / f"{step}.json", {"fid": float(step)}, made)
+    for step, left in ((10, [20]), (20, [])):  # the settings of the newest checkpoint are compared with config.yaml
+        state = layout.checkpoint_folder(run, step) / layout.STATE_FILE
+        state.write_bytes(state.read_bytes()[:-40])
+        (record,), _ = add_evaluations(read_runs([run]))
+        assert [row["step"] for row in record.evals] == left
+    write_report([run], tmp_path / "r.html")
+    assert "Evaluations of step 10, 20 are left out: state.json of their checkpoint is damaged." in (
+        page := (tmp_path / "r.html").read_text()
+    )
+    assert f"{state} cannot be read as JSON" in page
+
+
 def test_damaged_results_are_named(tmp_path):
     run = fake_run(tmp_path / "a")
     file = results_file(run / layout.EVALUATIONS / "x.json", FIVE, None)

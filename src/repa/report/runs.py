@@ -131,14 +131,19 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     path = Path(path)
     config = layout.read_config(path)
     steps = layout.checkpoint_steps(path)
+    recorded, damage = None, ""
     if steps:
-        layout.require_settings(path, steps[-1], recorded_settings(path, steps[-1]), config)
+        try:
+            recorded = recorded_settings(path, steps[-1])
+        except UserError as error:
+            damage = f"{error} The settings were not compared with those of this checkpoint."
+        layout.require_settings(path, steps[-1], recorded, config)
     data = layout.read_data(path)
     # Read after listing the checkpoints, because training writes a log entry before its checkpoint.
     rows = list(read_metrics(path))
     kinds = {kind: [row for row in rows if row.get("kind") == kind] for kind in ("train", "eval", "event")}
     events = [row for row in kinds["event"] if isinstance(row.get("message"), str)]
-    lost = lost_rows(path, rows, steps)
+    lost = f"{damage} {lost_rows(path, rows, steps)}".strip()
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events, lost)
     # The number of images per step comes from the configuration, which the record reads.
     train, evals = [[{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval")]
@@ -236,25 +241,30 @@ def add_evaluations(
 
 
 def _with_own(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
-    """The run with those evaluations that are of its present weights, and a sentence about the others."""
-    own = [row for row in rows if _is_of(run, row)]
-    if stale := sorted({row["step"] for row in rows if row not in own}):
-        steps = ", ".join(f"{step:,}" for step in stale)
-        note = f"Evaluations of step {steps} are left out: their weights are not those of the run now. Evaluate again."
-        run = replace(run, lost=f"{run.lost} {note}".lstrip())
+    """The run with those evaluations that are of its present weights, and sentences about the others."""
+    kept: dict[str, list[dict[str, Any]]] = {}  # why they are left out -> evaluations
+    for row in rows:
+        kept.setdefault(_why_not(run, row), []).append(row)
+    own = kept.pop("", [])
+    for why, stale in kept.items():
+        steps = ", ".join(f"{step:,}" for step in sorted({row["step"] for row in stale}))
+        run = replace(run, lost=f"{run.lost} Evaluations of step {steps} are left out: {why}".lstrip())
     return with_evaluations(run, [{k: v for k, v in _with_decoder(row, run).items() if k != CHECKSUM} for row in own])
 
 
-def _is_of(run: RunRecord, row: Mapping[str, Any]) -> bool:
-    """False for weights that training has replaced because it continued from an earlier checkpoint."""
+def _why_not(run: RunRecord, row: Mapping[str, Any]) -> str:
+    """Why an evaluation is left out: training continued from an earlier checkpoint and replaced its weights, or damage."""
     step, weights = row["step"], str(row.get("weights"))
     if row[CHECKSUM] is None or Path(weights).name != weights:
-        return True
+        return ""
     try:
-        return weights_checksum(run.path, weights, step) == row[CHECKSUM]
+        is_own = weights_checksum(run.path, weights, step) == row[CHECKSUM]
+    except UserError:
+        return f"{layout.STATE_FILE} of their checkpoint is damaged. Restore it from a copy."
     # The checkpoint is not kept: only a step that the run has not reached is known to be wrong.
     except (OSError, KeyError):
-        return not run.train or step <= max(run.steps, *layout.checkpoint_steps(run.path), 0)
+        is_own = not run.train or step <= max(run.steps, *layout.checkpoint_steps(run.path), 0)
+    return "" if is_own else "their weights are not those of the run now. Evaluate again."
 
 
 def evaluation_row(file: Path) -> dict[str, Any]:
