@@ -151,3 +151,19 @@ def test_a_snapshot_without_the_settings_of_its_run_is_not_called_damaged(tmp_pa
     save_file({"w": torch.zeros(2)}, folder / "ema-width-0.05.safetensors", metadata={"sha256": "0" * 64})
     with pytest.raises(UserError, match=f"does not name its run: an earlier version of repa wrote it. Remove {folder}"):
         reconstruct(tmp_path, 0.05)
+
+
+@pytest.mark.parametrize("num", [3, 30])
+def test_one_error_names_all_snapshots_that_cannot_be_averaged(num, tmp_path):
+    folders = [layout.snapshot_folder(tmp_path, step) for step in range(1, num + 1)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for width in WIDTHS:
+            save_file({"w": torch.zeros(2)}, folder / f"ema-width-{width}.safetensors")
+    save_snapshot(tmp_path, num + 1, {width: {"w": torch.zeros(2)} for width in WIDTHS}, {})
+    with pytest.raises(UserError) as error:
+        reconstruct(tmp_path, 0.05)
+    message = str(error.value)
+    assert f"it. {num - 1} more cannot be averaged either. Remove {folders[0]}, {folders[1]}" in message
+    assert [str(folder) in message for folder in folders] == [True] * min(num, 20) + [False] * max(num - 20, 0)
+    assert (" and 10 more to average" in message) == (num > 20)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from repa.base import files
-from repa.base.errors import UserError
+from repa.base.errors import UserError, listed
 from repa.runs import layout
 from repa.runs.checkpoint import load_checked, load_weights, save_checked
 
 WIDEST = 0.28  # largest relative width; gamma is 0 at 1 / sqrt(12) = 0.2887, the plain mean of all steps
+MOST_NAMED = 20  # unusable snapshots in an error
 Profile = tuple[float, float]  # (step, gamma)
 
 
@@ -95,9 +96,22 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> tuple[int, 
     profiles = [(float(path.parent.name), gamma_of(float(path.stem.rpartition("-")[2]))) for path in paths]
     # Coefficients of neighbouring snapshots are large and of opposite signs, so their sum in float32 would lose digits.
     total: dict[str, Tensor] = {}
+    refused: dict[str, UserError] = {}  # folder -> why
     for path, share in zip(paths, mixture(profiles, (float(step), gamma_of(width))), strict=True):
-        for name, value in load_checked(run, path, f"Remove {path.parent} to average without it.").items():
+        try:
+            found = load_checked(run, path, "")
+        except UserError as error:  # all are named together: removing them one by one would take a command each
+            refused.setdefault(str(path.parent), error)
+            continue
+        for name, value in found.items():
             total[name] = total.get(name, torch.zeros((), dtype=torch.float64)) + float(share) * value.double()
+    if refused:
+        first, *others = refused.values()
+        also = f" {len(others)} more cannot be averaged either." if others else ""
+        folders = list(refused)
+        if len(folders) > MOST_NAMED:
+            folders[MOST_NAMED:] = [f"{len(folders) - MOST_NAMED} more"]
+        raise UserError(f"{str(first).rstrip()}{also} Remove {listed(folders, 'and')} to average without them.")
     return step, {name: value.float() for name, value in total.items()}
 
 
