@@ -14,7 +14,7 @@ from repa.base import files, lock
 from repa.base.errors import UserError
 from repa.base.images import adm_centre_crop
 from repa.data import PrepareConfig, add, encoding, open_data, open_source, pipeline, prepare, writing
-from repa.data.planning import make_plan
+from repa.data.preparing import make_plan
 from repa.data.progress import record_path
 from tests.data.conftest import all_rows, content, pack, spoil
 

@@ -1,9 +1,8 @@
 """`repa prepare SOURCE DATA ...`."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
@@ -19,6 +18,9 @@ from repa.encoders import ENCODERS
 from repa.encoders.loading import by_encoder
 from repa.recipes import RECIPES
 from repa.recipes.own_images import GROUP
+
+if TYPE_CHECKING:
+    from repa.data.pipeline import Execution
 
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
@@ -105,9 +107,6 @@ def main(argv: list[str]) -> int:
     elif given.plan:
         _plan(given)
     else:
-        from repa.data.sources.opening import require_source
-
-        require_source(given.source, given.labels)
         is_whole = start(given.source, Path(given.out), options.part(PrepareConfig, given), given.only)
         if is_whole:
             fitting = _recipes_for(given)
@@ -125,9 +124,16 @@ def _recipes_for(given: PrepareArguments) -> list[str]:
 
 def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
     """Do this process's share of the preparation; returns whether the data are complete."""
-    from repa.data import prepare
+    from repa.data.sources.opening import open_source
 
-    return _work(out, partial(prepare, source, out, config, only=only)) is not None
+    with _bar(out) as bar:
+        # before the import of torch, which takes seconds: a mistyped name is reported at once
+        images = open_source(source, labels=config.labels)
+        from repa.data import prepare
+
+        manifest = prepare(images, out, config, only=only, **_execution(bar))
+    _report(out, manifest)
+    return manifest is not None
 
 
 def _add(folder: Path, given: PrepareArguments) -> None:
@@ -146,29 +152,36 @@ def _add(folder: Path, given: PrepareArguments) -> None:
             spec = ENCODERS.check(part.removeprefix(FEATURES))
             weights, form = given.feature_weights.get(spec, ""), given.feature_forms.get(spec, FP16)
         one = f"{TEXT}:{spec}" if part == TEXT else f"{FEATURES}{spec}"
-        _work(folder, partial(add, folder, one, weights=weights or None, form=form))
+        with _bar(folder) as bar:
+            manifest = add(folder, one, weights=weights or None, form=form, **_execution(bar))
+        _report(folder, manifest)
 
 
-def _work(folder: Path, share: Callable[..., Manifest | None]) -> Manifest | None:
-    """Do this process's share with a progress bar and print the inventory; None if other processes are not done yet."""
+def _bar(folder: Path) -> ProgressBar:
+    rank, world = launch.place()[:2]
+    return ProgressBar(f"preparing {folder.name}" + (f" (share {rank + 1} of {world})" if world > 1 else ""), "images")
+
+
+def _execution(bar: ProgressBar) -> "Execution":
     from repa.base import dist
 
     rank, world = launch.place()[:2]  # the processes do not communicate, so they join no group
-    title = f"preparing {folder.name}" + (f" (share {rank + 1} of {world})" if world > 1 else "")
-    with ProgressBar(title, "images") as bar:
-        manifest = share(rank=rank, world=world, progress=bar, device=dist.own_device())
+    return {"rank": rank, "world": world, "progress": bar, "device": dist.own_device()}
+
+
+def _report(folder: Path, manifest: Manifest | None) -> None:
+    """Print the inventory, or what to do if other processes are not done yet."""
     if manifest is None:
         say(
             f"{folder}: this share is done, others are not. The last process to finish completes the folder. If no process "
             "is running, run the same command again."
         )
-        return None
+        return
     num = len(manifest.class_names)
     classes = f"{num:,} classes" if num > 1 else "1 class"
     flipped = f", {manifest.num_images - len(manifest.originals):,} mirrored copies" if manifest.config.flip else ""
     say(f"{folder}: {len(manifest.originals):,} images of {classes} at {manifest.resolution} pixels{flipped}.")
     say(*(f"  {line}" for line in inventory(manifest)))
-    return manifest
 
 
 def _remove(folder: Path, names: Sequence[str]) -> None:

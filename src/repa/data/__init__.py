@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from repa.data.loader import Batch as Batch
     from repa.data.loader import Loader as Loader
     from repa.data.manifest import Manifest as Manifest
-    from repa.data.planning import make_plan as make_plan
     from repa.data.preparing import add as add
+    from repa.data.preparing import make_plan as make_plan
     from repa.data.preparing import prepare as prepare
     from repa.data.reader import ShardReader as ShardReader
     from repa.data.sources.contract import Source as Source

@@ -81,12 +81,6 @@ class Source(ABC):
         shown = [to_tensor(self.image(place * len(self) // number, 64)) for place in range(number)]
         return encode_png(grid(torch.stack(shown), columns=8, padding=0))
 
-    def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (most sources fit any)
-        """Raises UserError for settings that do not fit these images.
-
-        Moments fit only the autoencoder and the resolution that they were computed with.
-        """
-
     @abstractmethod
     def name(self, index: int) -> str:
         """The name of an image, for messages."""
@@ -111,9 +105,13 @@ class Source(ABC):
         """The captions of an image: none, one or several alternatives."""
         return ()
 
-    def moments(self, index: int) -> np.ndarray | None:
-        """The moments of an image: mean and standard deviation, unscaled, float32 of `moments_shape`; or None."""
-        return None
+    def moments(self, index: int) -> np.ndarray:
+        """The moments of an image, for sources with `moments_shape`: mean and standard deviation, unscaled, float32."""
+        raise NotImplementedError
+
+    def require_fit(self, config: PrepareConfig) -> None:
+        """Raises UserError for settings that moments do not fit: another autoencoder or resolution than they are of."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """All but cached properties: open files and memory maps work in one process, so each process opens its own."""
