@@ -74,6 +74,20 @@ def test_the_measurement_and_the_picture_are_logged(tiny_config, data_folder, tm
     assert ("features of the training images", len(data), len(data)) in told or "features of" not in told[0][0]
 
 
+def test_a_run_that_ends_before_its_first_evaluation_says_so_at_its_start(tiny_config, data_folder, tmp_path):
+    lines = []
+    preview = {"every": 3, "num_images": 2, "num_scored": 8, "num_steps": 1}
+    data, cpu = open_data(data_folder), torch.device("cpu")
+    for num_steps, said in ((2, 1), (3, 0)):
+        config, run = tiny_config.override(num_steps=num_steps, preview=preview), tmp_path / str(num_steps)
+        lines.clear()
+        train(
+            config, data, run, device=cpu, make_hooks=preview_hooks(run, data, cpu, say=lines.append), say=lines.append
+        )
+        sentence = "note: these 2 steps end before the first evaluation, at step 3. After them 8 samples are scored"
+        assert [line.startswith(sentence) for line in lines] == [True] * said + [False]
+
+
 def test_invalid_settings_are_refused_before_training(tmp_path, data_folder, capsys):
     common = ["train", "quickstart", "--data", str(data_folder), "--out", str(tmp_path / "run")]
     for words, sentence in (

@@ -50,6 +50,12 @@ def preview_hooks(
         every = math.gcd(preview.every, preview.scored_every)
         if not every:
             return ()
+        if config.num_steps < preview.scored_every:
+            say(
+                f"note: these {config.num_steps:,} steps end before the first evaluation, at step {preview.scored_every:,}. After "
+                f"them {preview.num_scored:,} samples are scored, which may take longer than the steps; --preview.num-scored 0 "
+                "leaves this out."
+            )
         if preview.decoder:
             weights = preview.decoder_weights or None
             autoencoder = load_decoder(preview.decoder, autoencoder, weights=weights, device=device)
