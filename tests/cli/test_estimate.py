@@ -84,6 +84,13 @@ def test_the_estimate_names_the_latents_of_a_configuration_file(tmp_path, capsys
     assert "latents 3 x 32 x 32 of pixels, 64 tokens" in capsys.readouterr().out
 
 
+def test_the_estimate_tells_whose_samples_it_counts(capsys):
+    theirs = "(the paper's FID; --samples, --sample-steps or --sample-guidance for yours), on the same devices"
+    for words, is_assumed in (([], True), (["--sample-steps", "250"], False), (["--samples", "64"], False)):
+        assert run(["estimate", "quickstart-text", "--tflops", "1", *words]) == 0
+        assert (theirs in capsys.readouterr().out) == is_assumed
+
+
 def test_accumulation_is_not_advised_for_a_loss_that_compares_images(capsys):
     assert run([*SMALL, "--memory", "0.1", "--alignments.0.loss", "nt_xent"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -228,7 +228,11 @@ def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> l
     rate = found.samples_per_second(passes)
     guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
     around = f", {passes.short} of them without the routed blocks" if passes.short else ""
-    head = f"{given.samples:,} samples, {given.sample_steps} steps{guided}, on the same devices at the same utilisation"
+    theirs = " (the paper's FID; --samples, --sample-steps or --sample-guidance for yours)"
+    if {"samples", "sample_steps", "sample_guidance"} & given.model_fields_set:
+        theirs = ""
+    count = f"{given.samples:,} samples, {given.sample_steps} steps{guided}{theirs}"
+    head = f"{count}, on the same devices at the same utilisation"
     flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
     return [
         "", head,
