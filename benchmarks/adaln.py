@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repa.base.device import timed
+from repa.base.device import autocast, timed
 from repa.base.launch import keep_freed_memory
-from repa.base.precision import autocast
 from repa.models.config import dimensions
 
 

@@ -26,8 +26,8 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from repa.base.device import autocast
 from repa.base.launch import keep_freed_memory
-from repa.base.precision import autocast
 from repa.models.layers import Block, attend, by_head, gelu
 
 CPU = torch.device("cpu")

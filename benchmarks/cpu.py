@@ -17,8 +17,8 @@ from collections.abc import Callable
 import torch
 
 from repa.alignment.config import AlignmentConfig
+from repa.base.device import DTYPES
 from repa.base.launch import keep_freed_memory
-from repa.base.precision import DTYPES
 from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, in_memory
 from repa.performance.counts import flops_per_image, product_shapes

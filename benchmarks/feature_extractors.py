@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from repa.base.precision import best_precision
+from repa.base.device import best_precision
 from repa.data import open_data
 from repa.encoders import load_encoder
 from repa.evaluation.extractors import EncoderExtractor, Extractor, InceptionExtractor
 from repa.metrics import InceptionV3, Statistics, frechet_distance, load_inception
-from repa.metrics.inception_weights import LoadedInception
+from repa.metrics.inception import LoadedInception
 
 BATCH = 20
 NOISE = 12.0  # grey levels

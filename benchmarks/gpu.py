@@ -26,7 +26,7 @@ from repa.base.launch import keep_freed_memory
 from repa.performance.costs import encoder_cost
 from repa.performance.counts import product_shapes
 from repa.performance.profiling import device_state, profile_step, rate, shape_rates, summary
-from repa.training.attention import kernel_seconds
+from repa.training.acceleration import kernel_seconds
 from train_step import configuration, source_of, teacher_folder
 
 

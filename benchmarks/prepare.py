@@ -26,9 +26,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from data import photograph
 from repa.autoencoders import load_autoencoder
+from repa.base.device import autocast
 from repa.base.images import adm_centre_crop, decode_image, to_tensor
 from repa.base.launch import keep_freed_memory
-from repa.base.precision import autocast
 from repa.data.writing import ShardWriter
 from repa.encoders import load_encoder
 from repa.performance.costs import SHAPES, autoencoder_cost, encoder_cost

@@ -33,9 +33,8 @@ from torch import Tensor
 
 from repa.alignment.config import AlignmentConfig
 from repa.base import files
-from repa.base.device import product_rate, timed
+from repa.base.device import autocast, product_rate, timed
 from repa.base.launch import keep_freed_memory
-from repa.base.precision import autocast
 from repa.diffusion import interpolate
 from repa.diffusion.flow import linear
 from repa.models import Condition

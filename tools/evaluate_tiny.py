@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from repa.analysis import linear_probes, local_distance_similarity
 from repa.encoders import load_encoder
-from repa.encoders.tiny import SHAPES, ConvNet
+from repa.encoders.packaged import SHAPES, ConvNet
 
 Labelled = tuple[Tensor, Tensor]
 

@@ -30,9 +30,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from evaluate_tiny import pooled_features, probe, read_images, to_input
 from repa.base import files
-from repa.base.precision import autocast
+from repa.base.device import autocast
 from repa.encoders import load_encoder
-from repa.encoders.tiny import SHAPES, ConvNet
+from repa.encoders.packaged import SHAPES, ConvNet
 
 NAMES = {"target": "tiny", "classifier": "tiny-classifier"}
 OBJECTIVES = {

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from evaluate_tiny import read_images, to_input
 from repa.base import files
-from repa.base.precision import autocast
+from repa.base.device import autocast
 from repa.data.sources.photographs import PhotographSource, checksum
 from repa.encoders import load_encoder
 

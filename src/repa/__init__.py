@@ -9,7 +9,7 @@ if ("-m", "repa") in pairwise(sys.orig_argv) and sys.argv[:1] == ["-m"] and not 
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 
 try:
     __version__ = version("repa")

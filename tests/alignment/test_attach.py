@@ -16,7 +16,7 @@ from repa.base.errors import UserError
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, Tap, build_model
-from repa.models.image_tokens import image_grid
+from repa.models.hooked import image_grid
 from repa.models.taps import find_blocks
 from repa.training import Objective
 from tests.alignment.networks import CASES, NUM

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from repa.analysis import depth_effects
+from repa.analysis.blocks import without_block
 from repa.analysis.config import DepthConfig
-from repa.analysis.depth import without_block
 from repa.base.errors import UserError
 from repa.cli.main import run as repa
 from repa.data import open_data

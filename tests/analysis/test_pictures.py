@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from repa.analysis import principal_colours
-from repa.analysis.pictures import colour_pictures, tokens_of_run
+from repa.analysis.blocks import colour_pictures, tokens_of_run
 from repa.base.errors import UserError
 from repa.base.rng import SampleStreams
 

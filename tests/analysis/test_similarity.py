@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from repa.analysis import cka, cknna, similarity
+from repa.analysis import cka, cknna, measures
 from repa.base.errors import UserError
 from tests.oracles import analysis as oracle
 
@@ -29,7 +29,7 @@ def pair(n=30, seed=0, noise=1.0):
 @pytest.mark.parametrize("k", [2, 5, 10])
 @pytest.mark.parametrize("block", [1, 1000, 2**25])
 def test_cknna_equals_the_double_loops(variant, k, block, monkeypatch):
-    monkeypatch.setattr(similarity, "BLOCK_BYTES", block)
+    monkeypatch.setattr(measures, "BLOCK_BYTES", block)
     a, b = pair()
     assert cknna(a, b, k, variant) == pytest.approx(VARIANTS[variant](a.tolist(), b.tolist(), k), rel=1e-9)
 
@@ -102,11 +102,9 @@ def test_unbiased_cka_of_unrelated_features_is_near_zero():
 def test_one_side_is_compared_with_many():
     a, b = pair()
     for variant in VARIANTS:
-        side = similarity.neighbourhoods(a, 5, variant)
+        side = measures.neighbourhoods(a, 5, variant)
         for other in (b, b[:, :2], a):
-            assert similarity.cknna_of(side, similarity.neighbourhoods(other, 5, variant)) == cknna(
-                a, other, 5, variant
-            )
+            assert measures.cknna_of(side, measures.neighbourhoods(other, 5, variant)) == cknna(a, other, 5, variant)
 
 
 def test_only_the_clamped_variant_clamps():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from repa.base.errors import UserError
-from repa.base.hub import Repository, weights_named
+from repa.base.pretrained import Repository, weights_named
 
 FILES = (("config.json",), weights_named("model", "pytorch_model"))
 REPOSITORY = Repository("network", "me/net", FILES, "give a folder", subfolder="part")

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from repa.base.precision import autocast, best_precision, no_autocast, product_seconds
+from repa.base.device import autocast, best_precision, no_autocast, product_seconds
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_auto_chooses_the_faster_precision(monkeypatch):
         (0.3, "fp32", torch.float32),
     ):
         seconds = {torch.float32: times, torch.bfloat16: 1.0}
-        monkeypatch.setattr("repa.base.precision.product_seconds", seconds.__getitem__)
+        monkeypatch.setattr("repa.base.device.product_seconds", seconds.__getitem__)
         assert best_precision(CPU) == precision
         with autocast(CPU, "auto"):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype

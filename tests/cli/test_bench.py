@@ -147,7 +147,7 @@ def test_several_processes_are_refused(recipe, monkeypatch):
 @pytest.mark.parametrize(("best", "measured"), [("fp32", ["fp32"]), ("bf16", ["bf16", "fp32"])])
 def test_bf16_is_measured_by_default_only_where_it_is_faster(recipe, tmp_path, monkeypatch, best, measured):
     """On a CPU without bfloat16 instructions a product takes 50 times as long, and the command seems to hang."""
-    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: best)
+    monkeypatch.setattr("repa.base.device.best_precision", lambda device: best)
     out = tmp_path / "bench.json"
     assert run(["bench", str(recipe), "--rounds", "1", "--token-width", "12", "--out", str(out)]) == 0
     assert sorted(row["precision"] for row in json.loads(out.read_text())["rows"]) == measured

@@ -149,7 +149,7 @@ def test_a_reference_file_or_an_image_folder_replaces_its_data(data_folder, imag
     ],
 )  # fmt: skip
 def test_invalid_input_is_refused(words, sentence, random_run, data_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("repa.metrics.inception_weights.URL", (tmp_path / "offline").as_uri())
+    monkeypatch.setattr("repa.metrics.inception.URL", (tmp_path / "offline").as_uri())
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     np.savez(tmp_path / "S.npz", arr_0=np.zeros((5, 16, 16, 3), np.uint8))
     names = {"RUN": random_run, "DATA": data_folder, "S": tmp_path / "S.npz", "S.json": tmp_path / "S.json"}

@@ -4,7 +4,7 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.data import PrepareConfig, open_data, prepare
-from repa.data.captions import texts_of
+from repa.data.reader import texts_of
 
 CONFIG = PrepareConfig(resolution=8, shard_size=3, batch_size=2, num_workers=0)
 

@@ -8,7 +8,7 @@ import torch
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.conditions import load_text_encoder, words
+from repa.conditions import encoders, load_text_encoder
 from repa.data import PrepareConfig, add, check_bytes, check_models, open_data, pipeline, prepare, remove
 from repa.data.manifest import Manifest
 from tests.data.conftest import content
@@ -52,7 +52,7 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
     assert 0 <= finding.error < 2 * tolerance
     assert finding.trouble == ""
-    monkeypatch.setattr(words, "POSITION", 3.0)  # simulates other weights under the same name
+    monkeypatch.setattr(encoders, "POSITION", 3.0)  # simulates other weights under the same name
     (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]
     assert "differs" in finding.trouble
 

@@ -13,7 +13,7 @@ from repa.base.images import adm_centre_crop, decode_image, to_tensor
 from repa.cli.main import run
 from repa.data.sources.photographs import load_photographs
 from repa.encoders import load_encoder
-from repa.encoders.lite import PACKAGE, LiteEncoder, LiteNet, load_lite
+from repa.encoders.packaged import PACKAGE, LiteEncoder, LiteNet, load_lite
 
 BESIDE = Path(__file__).parents[2].parent / "shared" / "data" / "imagenet-sample"
 SOURCE = Path(os.environ.get("REPA_TEST_DATA") or BESIDE)

@@ -11,8 +11,8 @@ from transformers import ViTConfig, ViTModel
 
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
+from repa.encoders.checkpoints import convert_original
 from repa.encoders.families import FAMILIES
-from repa.encoders.originals import convert_original
 from tests.oracles import bicubic, vit
 
 NATIVE, HEADS = 4, 2

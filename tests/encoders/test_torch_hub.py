@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from repa.base.errors import UserError
 from repa.encoders import load_encoder
+from repa.encoders.checkpoints import network_settings
 from repa.encoders.families import FAMILIES
-from repa.encoders.originals import network_settings
 from tests.oracles import bicubic, vit
 
 NATIVE, PATCH, WIDTH, HEADS = 5, 14, 128, 2

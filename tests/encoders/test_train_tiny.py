@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from repa.encoders import load_encoder
-from repa.encoders.tiny import SHAPES, ConvNet
+from repa.encoders.packaged import SHAPES, ConvNet
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from repa.evaluation.extractors import InceptionExtractor
 from repa.metrics import ImageFeatures
-from repa.metrics.inception_weights import SHA256, LoadedInception
+from repa.metrics.inception import SHA256, LoadedInception
 
 PUBLISHED = SHA256 + "0" * 56
 

@@ -11,8 +11,7 @@ from repa.evaluation import evaluate
 from repa.evaluation.extractors import EncoderExtractor
 from repa.evaluation.images import DataImages, open_images
 from repa.evaluation.measure import measure
-from repa.evaluation.reference import compute_reference, subset_of
-from repa.evaluation.reference_files import load_reference, open_reference, write_reference
+from repa.evaluation.reference import compute_reference, load_reference, open_reference, subset_of, write_reference
 from tests.evaluation.inceptions import small_inception
 from tests.oracles import metrics as oracle
 
@@ -215,7 +214,7 @@ def test_samples_of_different_sizes_are_refused(image_folder, tmp_path):
 
 
 def test_splits_of_the_inception_score_follow_the_image_numbers(real, samples, monkeypatch):
-    monkeypatch.setattr("repa.metrics.statistics.RunningScore.__init__.__defaults__", (10,), raising=False)
+    monkeypatch.setattr("repa.metrics.distances.RunningScore.__init__.__defaults__", (10,), raising=False)
     extractor = small_inception()
     reference = compute_reference(real, extractor)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ import torch
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.metrics import InceptionV3, inception_weights, load_inception
+from repa.metrics import InceptionV3, inception, load_inception
 from repa.metrics.inception import (
     InceptionA,
     InceptionB,
@@ -151,7 +151,7 @@ class TestWeights:
     def homes(self, tmp_path, monkeypatch):
         monkeypatch.setenv("REPA_CACHE", str(tmp_path / "ours"))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-        monkeypatch.setattr(inception_weights, "URL", (tmp_path / "nowhere.pth").as_uri())
+        monkeypatch.setattr(inception, "URL", (tmp_path / "nowhere.pth").as_uri())
         return tmp_path
 
     def test_a_local_file_is_loaded(self, file):
@@ -164,23 +164,23 @@ class TestWeights:
 
     @pytest.mark.parametrize("place", ["ours/metrics/{}", "hub/hub/checkpoints/{}"])
     def test_a_cached_file_is_loaded(self, place, homes, file, monkeypatch):
-        monkeypatch.setattr(inception_weights, "SHA256", files.sha256(file)[:8])
-        path = homes / place.format(inception_weights.FILE)
+        monkeypatch.setattr(inception, "SHA256", files.sha256(file)[:8])
+        path = homes / place.format(inception.FILE)
         path.parent.mkdir(parents=True)
         path.symlink_to(file)
         assert load_inception().is_published
-        monkeypatch.setattr(inception_weights, "SHA256", "01234567")
+        monkeypatch.setattr(inception, "SHA256", "01234567")
         with pytest.raises(UserError, match="is damaged: its checksum does not begin with 01234567"):
             load_inception()
 
     def test_a_download_is_stored(self, homes, file, monkeypatch):
-        monkeypatch.setattr(inception_weights, "URL", file.as_uri())
-        monkeypatch.setattr(inception_weights, "SHA256", files.sha256(file)[:8])
+        monkeypatch.setattr(inception, "URL", file.as_uri())
+        monkeypatch.setattr(inception, "SHA256", files.sha256(file)[:8])
         load_inception()
-        assert [path.name for path in (homes / "ours/metrics").iterdir()] == [inception_weights.FILE]
+        assert [path.name for path in (homes / "ours/metrics").iterdir()] == [inception.FILE]
 
     def test_a_download_with_a_wrong_checksum_is_not_stored(self, homes, file, monkeypatch):
-        monkeypatch.setattr(inception_weights, "URL", file.as_uri())
+        monkeypatch.setattr(inception, "URL", file.as_uri())
         with pytest.raises(UserError, match=r"could not be downloaded from .*w\.pth \(invalid hash value"):
             load_inception()
         assert not list((homes / "ours/metrics").iterdir())

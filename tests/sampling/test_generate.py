@@ -16,16 +16,16 @@ from PIL import Image
 
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.base import dist
+from repa.base.device import best_precision
 from repa.base.errors import UserError
 from repa.base.files import read_json
 from repa.base.images import grid
-from repa.base.precision import best_precision
 from repa.base.rng import SampleStreams
 from repa.diffusion.config import DiffusionConfig
 from repa.models import build_model
 from repa.runs import LoadedRun, layout, load_checkpoint, load_run, save_checkpoint
 from repa.sampling import SampleConfig, about_classes, drawn_classes, generate, write_samples, writing
-from repa.sampling.conditions import classes_named
+from repa.sampling.inputs import classes_named
 from repa.sampling.samples import prepared
 from tests.calls import call
 
@@ -516,7 +516,7 @@ def test_half_precision_decodes_to_near_grey_levels():
 def test_started_samples_are_finished_in_the_same_precision(random_run, tmp_path, monkeypatch):
     """For precision auto the CPU is timed, and the choice may differ the next time."""
     run, config, out = load_run(random_run), SampleConfig(steps=2, sampler="heun", batch_size=2), tmp_path / "s.npz"
-    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
+    monkeypatch.setattr("repa.base.device.best_precision", lambda device: "bf16")
     whole = write_samples(run, config, 4, tmp_path / "whole.npz").read_bytes()
 
     def stop(done, total):
@@ -524,7 +524,7 @@ def test_started_samples_are_finished_in_the_same_precision(random_run, tmp_path
 
     with pytest.raises(KeyboardInterrupt):
         write_samples(run, config, 4, out, stop)
-    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "fp32")
+    monkeypatch.setattr("repa.base.device.best_precision", lambda device: "fp32")
     assert write_samples(run, config, 4, out).read_bytes() == whole
     assert write_samples(run, config, 4, out).read_bytes() == whole
     assert json.loads(out.with_suffix(".json").read_text())["precision"] == "bf16"

@@ -14,8 +14,8 @@ from repa.models import DDT, DDTOptions, DiT
 from repa.models.layers import BlockOptions
 from repa.runs import LoadedRun
 from repa.sampling import SampleConfig, generate
+from repa.sampling.inputs import shared_evaluations
 from repa.sampling.samples import prepared
-from repa.sampling.sharing import shared_evaluations
 from tests import golden
 
 SIZES = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from repa.models.config import ModelConfig
-from repa.training import TrainConfig, attention
-from repa.training.attention import KERNELS, attention_shape, fastest_kernels, kernel_seconds
+from repa.training import TrainConfig, acceleration
+from repa.training.acceleration import KERNELS, attention_shape, fastest_kernels, kernel_seconds
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(name="SiT-XL/2", latent_size=32, latent_channels=4)
@@ -25,7 +25,7 @@ def test_available_kernels_are_timed_and_sorted():
 
 
 def test_nothing_is_measured_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(attention, "kernel_seconds", lambda *a: pytest.fail("measured"))
+    monkeypatch.setattr(acceleration, "kernel_seconds", lambda *a: pytest.fail("measured"))
     with fastest_kernels(TrainConfig(model=MODEL), 1, CPU) as found:
         assert found == {}
 
@@ -34,7 +34,7 @@ def test_on_cuda_the_measured_order_is_used_inside_the_block(monkeypatch):
     """Without a GPU, with invented measurements; the order is read back from PyTorch."""
     order = torch._C._get_sdp_priority_order
     before = order()
-    monkeypatch.setattr(attention, "kernel_seconds", lambda *a: {"cudnn": 1.0, "flash": 2.0})
+    monkeypatch.setattr(acceleration, "kernel_seconds", lambda *a: {"cudnn": 1.0, "flash": 2.0})
     with fastest_kernels(TrainConfig(model=MODEL, precision="bf16"), 1, torch.device("cuda")) as found:
         assert list(found) == ["cudnn", "flash"]
         wanted = [int(KERNELS[name]) for name in ("cudnn", "flash", "efficient", "math")]

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from repa.alignment import Alignment
-from repa.base.precision import autocast
+from repa.base.device import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, build_model

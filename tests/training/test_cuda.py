@@ -12,8 +12,7 @@ from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, in_memory
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
-from repa.training.attention import KERNELS
-from repa.training.fp8 import CAPABILITY, Float8Linear
+from repa.training.acceleration import CAPABILITY, KERNELS, Float8Linear
 from repa.training.inputs import EncoderFeatures
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -6,8 +6,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.device import autocast
 from repa.base.errors import UserError
-from repa.base.precision import autocast
 from repa.data.reader import ShardReader
 from repa.encoders import load_encoder
 from repa.models.config import ModelConfig

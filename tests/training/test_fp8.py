@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from repa.base.device import autocast
 from repa.base.errors import UserError
-from repa.base.precision import autocast
 from repa.data import open_data
 from repa.models import Condition, build_model
 from repa.runs import read_metrics
 from repa.training import train
-from repa.training.fp8 import FORWARD, GRADIENT, Float8Linear, rounded, use_fp8
+from repa.training.acceleration import FORWARD, GRADIENT, Float8Linear, rounded, use_fp8
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from repa.models.config import ModelConfig
 from repa.performance.batches import Synthetic, in_memory
 from repa.performance.measure import MeasuredStep
 from repa.training import TrainConfig
-from repa.training.fused_update import BLOCK, programs
+from repa.training.acceleration import BLOCK, programs
 from tests.interpreter import interpreted, needs_triton
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_muon_is_refused():
 
 INTERPRETED = """
 import torch
-from repa.training.fused_update import BLOCK, ParameterRow, update_by_triton
+from repa.training.acceleration import BLOCK, ParameterRow, update_by_triton
 
 shapes = [(3,), (BLOCK,), (2, BLOCK // 2 + 5)]
 settings = dict(betas=(0.9, 0.95), eps=1e-8)

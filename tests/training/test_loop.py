@@ -405,10 +405,10 @@ def test_a_resumed_run_computes_as_it_began(tiny_config, run_training, random_ru
     teacher = shutil.copytree(random_run, tmp_path / "teacher")
     term = {"target": f"run:path={teacher},depth=2,scale=1", "depth": 1, "loss": "mse", "projector": "linear"}
     config = tiny_config.override(precision="auto", num_steps=2, alignments=[term])
-    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "bf16")
+    monkeypatch.setattr("repa.base.device.best_precision", lambda device: "bf16")
     run_training(config, tmp_path / "whole")
     run_training(config.override(num_steps=1), tmp_path / "run")
-    monkeypatch.setattr("repa.base.precision.best_precision", lambda device: "fp32")
+    monkeypatch.setattr("repa.base.device.best_precision", lambda device: "fp32")
     newest = layout.checkpoint_folder(teacher, layout.checkpoint_steps(teacher)[-1])
     shutil.copytree(newest, layout.checkpoint_folder(teacher, 99))
     run_training(config, tmp_path / "run")

@@ -7,8 +7,8 @@ import torch
 
 from repa.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
+from repa.base.device import autocast
 from repa.base.errors import UserError
-from repa.base.precision import autocast
 from repa.diffusion.config import DiffusionConfig
 from repa.encoders.contract import Features
 from repa.models import Condition, build_model

@@ -11,8 +11,8 @@ from repa.alignment import LOSSES, PROJECTORS, SCHEDULES, TIME_WEIGHTS, TOKEN_NO
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import compares, grid_like, resize_tokens
 from repa.alignment.targets import Seen, Target, build_target
+from repa.base.device import at_least_float32, no_autocast
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32, no_autocast
 from repa.base.registry import declared, parse_spec
 from repa.models.contract import Backbone, Condition, Tap, Times, TwoTimes
 from repa.models.layers import TokenConvolution

@@ -14,7 +14,7 @@ from repa.alignment.losses import compares
 from repa.base import dist
 from repa.base.errors import UserError, choices
 from repa.base.registry import declared, parse_spec
-from repa.models.image_tokens import Tokens, image_tokens
+from repa.models.hooked import Tokens, image_tokens
 from repa.models.taps import Grid, NamedBlock, Watcher, find_blocks, width_of
 
 WITHOUT_WIDTH = ("gram", "dispersive")  # losses that need no projector to the target's width

@@ -15,8 +15,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor
 
 from repa.base import dist
+from repa.base.device import at_least_float32
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32
 from repa.base.registry import declared
 from repa.models.layers import grid_side
 

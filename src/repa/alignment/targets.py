@@ -13,8 +13,8 @@ from torch import Tensor
 
 from repa.alignment import TARGETS
 from repa.alignment.config import PARTS, AlignmentConfig
+from repa.base.device import at_least_float32
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32
 from repa.base.registry import parse_spec
 from repa.encoders.contract import Features
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times

@@ -12,8 +12,8 @@ from repa.analysis.collection import Rows, Stages
 from repa.analysis.config import EncodersConfig
 from repa.analysis.features import PATCHES, STRUCTURE, STRUCTURE_DISTANCE, features_of_encoder
 from repa.analysis.hidden import pixels, require_neighbours
+from repa.analysis.measures import cknna_of, neighbourhoods
 from repa.analysis.probes import ProbeImages, probe_rows
-from repa.analysis.similarity import cknna_of, neighbourhoods
 from repa.base import dist
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet

@@ -12,7 +12,7 @@ import torch
 from repa.analysis.collection import Load, collect
 from repa.analysis.config import FOLDER, HiddenConfig, ImagesConfig
 from repa.analysis.hidden import batches, collect_hidden, device_of, latents, pixels
-from repa.analysis.spatial import (
+from repa.analysis.measures import (
     FAR,
     MAX_DISTANCE,
     correlation_decay_slope,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 from repa.base.registry import Registry
 
 # The paper's: sd-vae-ft-mse has the same encoder, and this decoder produced the published results.

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repa.base.device import Float32Default
 from repa.base.errors import UserError
-from repa.base.frozen import Frozen, load_frozen
-from repa.base.precision import Float32Default
+from repa.base.pretrained import Frozen, load_frozen
 from repa.base.weights import digest_of
 
 

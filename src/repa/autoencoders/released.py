@@ -18,9 +18,9 @@ from torch import Tensor
 
 from repa.autoencoders import RELEASED
 from repa.autoencoders.contract import Autoencoder
-from repa.base import extras, faults
+from repa.base import faults, imports
 from repa.base.errors import UserError
-from repa.base.hub import CONFIG, Repository, found_of, weights_named
+from repa.base.pretrained import CONFIG, Repository, found_of, weights_named
 from repa.base.weights import no_larger_than
 
 WEIGHTS = weights_named("diffusion_pytorch_model", "diffusion_pytorch_model")
@@ -228,7 +228,7 @@ def load_diffusers(kind: str, name: str, source: str | Path, subfolder: str = ""
 
 
 def _diffusers() -> Any:
-    diffusers = extras.need("diffusers", "An autoencoder of latents")
+    diffusers = imports.need("diffusers", "An autoencoder of latents")
     try:
         diffusers.AutoencoderKL  # noqa: B018  triggers the import, because diffusers is lazy
     except (ImportError, RuntimeError) as error:

@@ -101,8 +101,8 @@ def pictures(argv: list[str], held: ExitStack) -> int:
     out = tables.output(held, given.out, Path(given.run) / FOLDER / "pictures.png", ".png")
     import numpy as np
 
+    from repa.analysis.blocks import token_pictures
     from repa.analysis.hidden import spaced_rows
-    from repa.analysis.pictures import token_pictures
     from repa.base import dist
     from repa.data import open_checked
     from repa.data.dataset import load_encoder_of

@@ -62,8 +62,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from repa.base import dist, files
-    from repa.base.device import peak_memory
-    from repa.base.precision import resolved
+    from repa.base.device import peak_memory, resolved
     from repa.data import open_data
     from repa.performance.measure import table
     from repa.performance.profiling import rate, summary

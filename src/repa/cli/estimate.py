@@ -130,8 +130,7 @@ def _of_this_machine(precision: str) -> tuple[float, float]:
     """TFLOP/s of matrix products on the CPU in the precision of the run, measured in seconds, and GB of memory."""
     import torch
 
-    from repa.base.device import quick_product_rate
-    from repa.base.precision import resolved
+    from repa.base.device import quick_product_rate, resolved
 
     device = torch.device("cpu")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

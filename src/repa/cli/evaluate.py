@@ -143,7 +143,7 @@ def _of_run(given: EvaluateArguments) -> dict[str, Any]:
     from repa.base import dist
     from repa.evaluation import evaluate_stream
     from repa.sampling import drawn_classes, generate
-    from repa.sampling.conditions import prompts_record
+    from repa.sampling.inputs import prompts_record
 
     given, sampling, run, device = open_run(given, given.samples)
     run.diffusion.check_sampler(sampling.sampler)

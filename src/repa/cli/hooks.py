@@ -19,7 +19,7 @@ from repa.data import DataSet
 from repa.evaluation import EvaluateConfig, evaluate, load_extractor, reference_of
 from repa.evaluation.images import DataImages
 from repa.evaluation.measure import check_number
-from repa.evaluation.reference_files import checksum_of
+from repa.evaluation.reference import checksum_of
 from repa.runs import LoadedRun, layout
 from repa.runs.loading import Prompts
 from repa.sampling import SampleConfig, drawn_classes, generate

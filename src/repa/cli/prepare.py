@@ -17,7 +17,7 @@ from repa.data.progress import started
 from repa.encoders import ENCODERS
 from repa.encoders.loading import by_encoder
 from repa.recipes import RECIPES
-from repa.recipes.own_images import GROUP
+from repa.recipes.small import GROUP
 
 if TYPE_CHECKING:
     from repa.data.pipeline import Execution

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from repa.base import extras
+from repa.base import imports
 from repa.base.config import option
 from repa.base.reporting import duration
 from repa.cli import options, prepare, train
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
 
         require_source(given.source, given.labels)
     for package in ("jinja2", "matplotlib"):  # time of the report, which comes last
-        extras.need(package, "The quickstart", extra="quickstart")
+        imports.need(package, "The quickstart", extra="quickstart")
     begin = time.perf_counter()
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"

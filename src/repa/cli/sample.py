@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from repa.base import dist
-    from repa.base.precision import resolved
+    from repa.base.device import resolved
     from repa.sampling import write_samples
     from repa.sampling.writing import require_folders, write_folders
 

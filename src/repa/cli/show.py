@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from repa.base import files
 from repa.base.errors import UserError, nearest
-from repa.base.extras import installed
+from repa.base.imports import installed
 from repa.base.registry import Registry, parse_spec
 from repa.cli import options
 from repa.cli.console import say, table

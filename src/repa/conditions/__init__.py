@@ -2,20 +2,20 @@
 
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 from repa.base.registry import Registry
-from repa.conditions import families
+from repa.conditions.loading import about, text_encoder_names
 
 # f(name, weights, **settings) -> TextEncoder; also the dotted name of such a function
 TEXT_ENCODERS = Registry(
     "text encoder",
     {
-        "tiny-text": "repa.conditions.words:load_words",
-        **dict.fromkeys(families.text_encoder_names(), "repa.conditions.hub:load_hub"),
+        "tiny-text": "repa.conditions.encoders:load_words",
+        **dict.fromkeys(text_encoder_names(), "repa.conditions.encoders:load_hub"),
     },
     listing="text-encoders",
     takes="name, weights",
-    facts={name: families.about(name) for name in families.text_encoder_names()},
+    facts={name: about(name) for name in text_encoder_names()},
 )
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repa.base.errors import UserError
-from repa.base.frozen import Frozen
+from repa.base.pretrained import Frozen
 
 MAX_LETTERS = 10_000  # characters of a text; the rest exceeds every tokenizer's limit and would only cost time
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 
 if TYPE_CHECKING:
     from repa.data.checking import check_bytes as check_bytes

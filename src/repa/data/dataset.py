@@ -11,10 +11,9 @@ from torch import Tensor
 
 from repa.base.errors import UserError
 from repa.base.files import sha256
-from repa.data.captions import Captions, TextReader
 from repa.data.manifest import Manifest
 from repa.data.packing import read_basis
-from repa.data.reader import ShardReader
+from repa.data.reader import Captions, ShardReader, TextReader
 from repa.data.remote import RemoteFiles, is_url
 from repa.encoders import canonical, load_encoder
 from repa.encoders.contract import VisionEncoder

@@ -12,9 +12,9 @@ from torch import Tensor
 from repa.autoencoders import load_autoencoder
 from repa.base import lock
 from repa.base.arrays import load_npy, save_npy
+from repa.base.device import DTYPES, HALF, autocast
 from repa.base.errors import UserError
 from repa.base.files import sha256
-from repa.base.precision import DTYPES, HALF, autocast
 from repa.conditions import load_text_encoder
 from repa.data.config import BASE, FP16, TEXT, PrepareConfig, split_format
 from repa.data.manifest import PARTS

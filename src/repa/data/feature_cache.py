@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from repa.base import faults, files, lock
+from repa.base.device import DTYPES
 from repa.base.errors import UserError
-from repa.base.precision import DTYPES
 from repa.data.dataset import DataSet, open_data
 from repa.data.manifest import MANIFEST
 from repa.data.packing import unpack

@@ -14,10 +14,10 @@ from repa.base.ahead import by_threads
 from repa.base.errors import UserError
 from repa.base.rng import fold
 from repa.conditions import Text
-from repa.data.captions import StoredText
 from repa.data.dataset import DataSet
 from repa.data.order import WINDOW, GlobalShuffle, WindowShuffle
 from repa.data.packing import unpack
+from repa.data.reader import StoredText
 from repa.data.records import ArrayFile, Shard
 from repa.data.remote import FetchAhead
 from repa.encoders.contract import Features

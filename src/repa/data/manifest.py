@@ -4,7 +4,7 @@ DATA/
   manifest.json               written last: a folder with a manifest is complete
   images-00000.npy            one file for each field and shard: images, labels, moments, features.NAME, scale.NAME, pooled.NAME
   captions-00000.jsonl        a JSON list of captions for each image of the shard, if the source has captions
-  text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows (data/captions.py)
+  text-00000.npy              tokens of these captions, with text_mask, text_scale and text_rows (data/reader.py)
   basis.NAME.npy              mean and directions of tokens stored as coordinates
   parts/                      only while unfinished: settings.json, a record for each finished part
 """

@@ -10,10 +10,9 @@ import numpy as np
 from repa.base import lock
 from repa.base.arrays import evenly_spaced
 from repa.base.errors import UserError
-from repa.data.captions import lines_of, texts_of
 from repa.data.manifest import MANIFEST, PARTS, SETTINGS_FILE, Manifest
 from repa.data.progress import Piece, PlannedShard, finished_part, record_path
-from repa.data.reader import ShardReader
+from repa.data.reader import ShardReader, lines_of, texts_of
 from repa.data.records import Shard
 from repa.data.sources.contract import Source
 

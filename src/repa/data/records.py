@@ -86,7 +86,7 @@ class Shard(Config):
     captions: TextFile | None = None
     """Captions, if the source has any: one JSON list of texts per image and line."""
     text: dict[str, ArrayFile] = Field(default_factory=dict)
-    """Field -> file of caption tokens, with one row per caption; see data/captions.py."""
+    """Field -> file of caption tokens, with one row per caption; see data/reader.py."""
     flipped: bool = False
     """Whether the images are mirrored; mirrored shards follow all others, in the same order."""
     skipped: tuple[str, ...] = ()

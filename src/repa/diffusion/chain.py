@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from repa.base.precision import at_least_float32
+from repa.base.device import at_least_float32
 from repa.diffusion.denoiser import Layout, per_sample
 from repa.diffusion.guidance import CONDITIONAL, NULL, Guidance
 

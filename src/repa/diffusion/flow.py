@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pydantic import PositiveFloat
 from torch import Generator, Tensor
 
+from repa.base.device import at_least_float32
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32
 from repa.diffusion import PATHS, TIMESTEPS
 from repa.diffusion.config import DiffusionConfig, check_prediction
 from repa.diffusion.predictions import SIGMA_MIN, convert, noise_to_score

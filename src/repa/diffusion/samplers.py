@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from repa.base import extras
+from repa.base import imports
 from repa.base.errors import UserError
 from repa.diffusion.config import check_shift
 from repa.diffusion.denoiser import Denoiser
@@ -140,7 +140,7 @@ def dopri5(
     evaluation, six per step. Below the least tolerances the rounding of a network would keep the steps endlessly small.
     """
     check_steps(num_steps)
-    odeint = extras.need("torchdiffeq", "The sampler dopri5").odeint
+    odeint = imports.need("torchdiffeq", "The sampler dopri5").odeint
     x = to_state(noise)
     grid = torch.tensor([1.0, 0.0], dtype=x.dtype, device=x.device)
     # without step_t the solver steps past t = 0, where no network was trained, and interpolates back

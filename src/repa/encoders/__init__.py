@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 from repa.encoders import families
 from repa.encoders.loading import EncoderRegistry
 from repa.encoders.loading import canonical as canonical
@@ -10,9 +10,9 @@ from repa.encoders.loading import canonical as canonical
 ENCODERS = EncoderRegistry(
     "encoder",
     {
-        "tiny": "repa.encoders.tiny:load_tiny",
-        "tiny-classifier": "repa.encoders.tiny:load_tiny",
-        "lite0": "repa.encoders.lite:load_lite",
+        "tiny": "repa.encoders.packaged:load_tiny",
+        "tiny-classifier": "repa.encoders.packaged:load_tiny",
+        "lite0": "repa.encoders.packaged:load_lite",
         **dict.fromkeys(families.encoder_names(), "repa.encoders.vit:load_vit"),
     },
     listing="encoders",

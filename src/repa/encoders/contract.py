@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from repa.base import files
 from repa.base.errors import UserError
-from repa.base.frozen import Frozen
+from repa.base.pretrained import Frozen
 
 
 class Features(NamedTuple):

@@ -83,7 +83,7 @@ def load_encoder(
     Raises:
         UserError: unknown name; weights are missing, damaged or of another model; no network access and no cached weights.
     """
-    from repa.base.frozen import given_weights, load_frozen
+    from repa.base.pretrained import given_weights, load_frozen
     from repa.encoders import ENCODERS
     from repa.encoders.contract import VisionEncoder
 

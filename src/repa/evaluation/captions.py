@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from repa.base.errors import UserError
-from repa.conditions.hub import locate_text_encoder, read_network, read_tokenizer
-from repa.conditions.words import split_words
+from repa.conditions.encoders import locate_text_encoder, read_network, read_tokenizer, split_words
 from repa.encoders.families import CLIP
 from repa.evaluation.images import gather_rows
 

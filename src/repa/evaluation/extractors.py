@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repa.base.device import autocast
 from repa.base.errors import UserError
-from repa.base.precision import autocast
 from repa.encoders import load_encoder
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.config import INCEPTION, OF_ENCODERS, OF_INCEPTION
 from repa.metrics import ImageFeatures, load_inception
-from repa.metrics.inception_weights import LoadedInception
+from repa.metrics.inception import LoadedInception
 
 
 class EncoderExtractor:

@@ -28,9 +28,17 @@ from repa.evaluation.measure import (
     distance_of_real,
     measure,
 )
-from repa.evaluation.reference import Reference, kept_reference, subset_of
-from repa.evaluation.reference_files import ReferenceFile, checksum_of, load_reference, open_reference, write_reference
-from repa.metrics.statistics import SPLIT_SIZE
+from repa.evaluation.reference import (
+    Reference,
+    ReferenceFile,
+    checksum_of,
+    kept_reference,
+    load_reference,
+    open_reference,
+    subset_of,
+    write_reference,
+)
+from repa.metrics.distances import SPLIT_SIZE
 
 NUMBERS = {"fp32": "float32", "bf16": "bfloat16"}
 TIME = "t = 0 is data, t = 1 is noise; low and high of a guidance are in this t"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from repa.base import dist
+from repa.base.device import exact_float32
 from repa.base.errors import UserError
-from repa.base.precision import exact_float32
 from repa.metrics.distances import check_features
 
 BLOCK = 4096  # rows and columns per block of distances: 64 MB in float32

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 from repa.base.registry import Registry
 
 # f(config: ModelConfig, **settings) -> Backbone

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from repa.base.device import at_least_float32, no_autocast
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32, no_autocast
 from repa.models.config import BLOCK_OPTIONS, ModelConfig, check_dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times
 from repa.models.layers import (

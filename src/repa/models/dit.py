@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from repa.base import files, lock
 from repa.base.errors import UserError
-from repa.base.hub import CONFIG, Repository
+from repa.base.pretrained import CONFIG, Repository
 from repa.models import BACKBONES
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, ModelConfig, Route, dimensions
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repa.base.device import at_least_float32, no_autocast
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32, no_autocast
 from repa.models.config import check_rotary
 from repa.models.kernels import modulated_norm
 

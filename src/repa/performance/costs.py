@@ -9,7 +9,7 @@ import torch
 from repa.autoencoders import RELEASED
 from repa.autoencoders.contract import Autoencoder, load_autoencoder
 from repa.autoencoders.released import CLASSES
-from repa.base import extras
+from repa.base import imports
 from repa.encoders.contract import VisionEncoder
 from repa.encoders.families import SIZES, encoder_names, family_of
 from repa.encoders.loading import canonical, load_encoder
@@ -60,7 +60,7 @@ def encoder_cost(spec: str, grid: int, weights: str | Path | None = None) -> Enc
 
 def _encoder_outline(spec: str, grid: int) -> VisionEncoder:
     """An encoder of the table on the meta device."""
-    transformers = extras.need("transformers", f"The cost of the encoder {spec}")
+    transformers = imports.need("transformers", f"The cost of the encoder {spec}")
     family, size = family_of(spec)
     dim, depth, heads = SIZES[size]
     settings: dict[str, Any] = {
@@ -119,7 +119,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
 
 def _autoencoder_outline(spec: str) -> Autoencoder:
     """A released autoencoder on the meta device."""
-    diffusers = extras.need("diffusers", "The cost of an autoencoder")
+    diffusers = imports.need("diffusers", "The cost of an autoencoder")
     kind = RELEASED[spec].kind
     with torch.device("meta"):
         return CLASSES[kind](spec, getattr(diffusers, kind)(**SHAPES[spec])).requires_grad_(False)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repa.alignment import Alignment, AlignmentConfig, ProjectorContext
 from repa.alignment.targets import build_target
-from repa.base.precision import autocast
+from repa.base.device import autocast
 from repa.base.registry import parse_spec
 from repa.models import Backbone, Condition, Tap, build
 from repa.models.config import ROUTING, ModelConfig

@@ -15,12 +15,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from repa.base.device import product_rate, sustained_product_rate, timed
-from repa.base.precision import DTYPES
+from repa.base.device import DTYPES, product_rate, sustained_product_rate, timed
 from repa.performance.batches import BatchSource
 from repa.performance.counts import product_shapes
 from repa.performance.measure import MeasuredStep, Measurement, measure
-from repa.training.attention import fastest_kernels
+from repa.training.acceleration import fastest_kernels
 from repa.training.config import TrainConfig
 
 CATEGORIES = {  # in order: a name belongs to the first category that matches

@@ -10,10 +10,9 @@ from repa.base.errors import UserError, choices
 from repa.base.trust import trust_names_in
 from repa.recipes.methods import method_recipes
 from repa.recipes.networks import network_recipes
-from repa.recipes.own_images import own_image_recipes
 from repa.recipes.paper import paper_recipes
 from repa.recipes.recipe import Recipe
-from repa.recipes.small import cifar10, cifar10_repa, quickstart, quickstart_repa, quickstart_text
+from repa.recipes.small import cifar10, cifar10_repa, own_image_recipes, quickstart, quickstart_repa, quickstart_text
 from repa.runs import layout
 from repa.training.config import TrainConfig
 

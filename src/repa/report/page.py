@@ -14,7 +14,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from repa.analysis.config import meaning_of
-from repa.base import extras
+from repa.base import imports
 from repa.base.errors import escaped
 from repa.base.files import write_text
 from repa.base.reporting import duration
@@ -120,7 +120,7 @@ def write_report(
 
 
 def _environment() -> Any:
-    jinja2 = extras.need("jinja2", "The report")
+    jinja2 = imports.need("jinja2", "The report")
 
     def source(name: str) -> str:
         return resources.files("repa.report").joinpath(name).read_text("utf-8")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from repa.base import extras
+from repa.base import imports
 from repa.base.files import atomic_path
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def draw_legend(axes: Axes, **settings: Any) -> None:
 
 def new_figure(**settings: Any) -> Figure:
     """matplotlib's Figure(**settings); raises UserError if matplotlib is not installed."""
-    return extras.need("matplotlib.figure", "A picture of a report").Figure(**settings)
+    return imports.need("matplotlib.figure", "A picture of a report").Figure(**settings)
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> str:

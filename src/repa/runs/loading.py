@@ -11,8 +11,8 @@ from torch import Tensor
 
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
+from repa.base.device import Float32Default
 from repa.base.errors import UserError, printable
-from repa.base.precision import Float32Default
 from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
 from repa.conditions import TEXT_ENCODERS, Text

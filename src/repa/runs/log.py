@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from repa.base import dist, extras, faults, files
+from repa.base import dist, faults, files, imports
 from repa.base.errors import UserError
 from repa.runs import layout
 
@@ -134,7 +134,7 @@ class WeightsAndBiases:
     """A W&B run for a run folder, resumed with the training; offline data stay in the folder's `wandb/` until synced."""
 
     def __init__(self, run: Path, project: str, config: Mapping[str, Any]):
-        wandb = extras.need("wandb", "--wandb")
+        wandb = imports.need("wandb", "--wandb")
         name = run / layout.WANDB_ID
         if not name.is_file():
             files.write_text(name, secrets.token_hex(4))

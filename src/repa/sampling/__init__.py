@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from repa.base.lazy import exports
+from repa.base.imports import exports
 
 if TYPE_CHECKING:
-    from repa.sampling.conditions import about_classes as about_classes
-    from repa.sampling.conditions import drawn_classes as drawn_classes
     from repa.sampling.config import SampleConfig as SampleConfig
+    from repa.sampling.inputs import about_classes as about_classes
+    from repa.sampling.inputs import drawn_classes as drawn_classes
     from repa.sampling.samples import Samples as Samples
     from repa.sampling.samples import generate as generate
     from repa.sampling.samples import prepared as prepared

@@ -14,18 +14,16 @@ from torch import Tensor
 
 from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
+from repa.base.device import DTYPES, Float32Default, autocast
 from repa.base.errors import UserError
-from repa.base.precision import DTYPES, Float32Default, autocast
 from repa.base.registry import parse_spec
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
 from repa.diffusion.denoiser import CountedCalls
 from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun, load_run
-from repa.sampling.conditions import draw_labels, prompts_of
 from repa.sampling.config import SampleConfig
-from repa.sampling.representation import guide_of
-from repa.sampling.sharing import with_shared_encoder
+from repa.sampling.inputs import draw_labels, guide_of, prompts_of, with_shared_encoder
 
 
 class Samples(NamedTuple):

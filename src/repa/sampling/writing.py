@@ -28,15 +28,15 @@ from torch import Tensor
 
 from repa.base import dist, faults, files
 from repa.base.arrays import load_npy, load_npz, save_npy, write_images
+from repa.base.device import DTYPES, resolved
 from repa.base.errors import UserError
 from repa.base.images import grid, save_png
-from repa.base.precision import DTYPES, resolved
 from repa.base.reporting import Progress, silent
 from repa.diffusion.samplers import Callback
 from repa.runs import LoadedRun
 from repa.runs.loading import Prompts
-from repa.sampling.conditions import drawn_classes, prompts_record
 from repa.sampling.config import SampleConfig
+from repa.sampling.inputs import drawn_classes, prompts_record
 from repa.sampling.samples import SampledState, decode, draw
 
 GRID_IMAGES = 64  # in the overview picture next to the npz

@@ -8,8 +8,8 @@ import torch
 
 from repa.alignment import AlignmentConfig
 from repa.alignment.targets import Need, merged_needs, needs_of
+from repa.base.device import DTYPES, HALF, autocast
 from repa.base.errors import UserError
-from repa.base.precision import DTYPES, HALF, autocast
 from repa.base.registry import parse_spec
 from repa.conditions import Text, load_text_encoder
 from repa.conditions.contract import TextEncoder

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.autoencoders.contract import require_same_autoencoder
 from repa.base import dist
+from repa.base.device import autocast
 from repa.base.launch import catch_signals
-from repa.base.precision import autocast
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
 from repa.encoders.contract import Features
 from repa.models.contract import Condition, State
 from repa.runs import MetricsLog, Writer, layout
 from repa.runs.averaging import drop_later
-from repa.training.attention import fastest_kernels
+from repa.training.acceleration import fastest_kernels
 from repa.training.config import TrainConfig
 from repa.training.initial_weights import is_new_run
 from repa.training.inputs import EncoderFeatures, TextConditions, TimedIterator

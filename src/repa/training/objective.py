@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from repa.alignment import SCHEDULES, Alignment
 from repa.alignment.targets import Need, Seen, merged_needs
 from repa.base import dist
+from repa.base.device import at_least_float32
 from repa.base.errors import UserError
-from repa.base.precision import at_least_float32
 from repa.base.rng import generator
 from repa.diffusion import build_process
 from repa.diffusion.config import DiffusionConfig

@@ -11,8 +11,8 @@ import torch
 
 from repa.base import dist, files, launch
 from repa.base.config import difference, option
+from repa.base.device import resolved
 from repa.base.errors import UserError
-from repa.base.precision import resolved
 from repa.base.registry import parse_spec
 from repa.data import DataSet, dataset
 from repa.diffusion import DDPM_SAMPLERS, ImprovedDDPM

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from repa.alignment import Alignment
 from repa.base import dist, faults
+from repa.base.device import resolved
 from repa.base.errors import UserError
-from repa.base.precision import resolved
 from repa.base.rng import fold
 from repa.conditions import Text
 from repa.models import Backbone, build
@@ -20,8 +20,8 @@ from repa.models.lora import use_lora
 from repa.runs import layout
 from repa.runs.averaging import save_snapshot, weights_name
 from repa.runs.checkpoint import SETTINGS, Checkpoint, OwnedTensor, load_owned, shares
+from repa.training.acceleration import use_fp8
 from repa.training.config import TrainConfig
-from repa.training.fp8 import use_fp8
 from repa.training.initial_weights import frozen_network, start_from
 from repa.training.objective import Objective
 from repa.training.parallel import distribute_like, gather_full, load, shard

@@ -20,8 +20,8 @@ from repa.base.errors import UserError
 from repa.models.contract import Backbone
 from repa.runs import layout
 from repa.runs.averaging import gamma_of
+from repa.training.acceleration import ParameterRow, update_by_triton
 from repa.training.config import OptimizerConfig
-from repa.training.fused_update import ParameterRow, update_by_triton
 
 if TYPE_CHECKING:
     from repa.training.state import TrainState

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repa.base import extras, faults, files
+from repa.base import faults, files, imports
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import EXTENSIONS, Classes
 from repa.data.sources.labels import by_name, from_listing
@@ -70,7 +70,7 @@ def from_file(spec: str, names: Sequence[str], folder: Path | None = None) -> Cl
 
 
 def _pairs_of_parquet(path: str, column: str) -> list[tuple[Any, Any]]:
-    parquet = extras.need("pyarrow.parquet", f"The table {path}")
+    parquet = imports.need("pyarrow.parquet", f"The table {path}")
     with faults.reading(path, "a parquet file"):
         key = _key_column(path, parquet.read_schema(path).names, column)
         table = parquet.read_table(path, columns=[key, column])  # other columns may be large

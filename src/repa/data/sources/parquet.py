@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from repa.base import extras, faults, files
+from repa.base import faults, files, imports
 from repa.base.errors import UserError
 from repa.data.sources.names import counted_through, is_remote, named_by_first, require_one_split
 from repa.data.sources.tables import TableSource, columns_of
@@ -116,7 +116,7 @@ class ParquetSource(TableSource):
 
 
 def _open(where: str) -> Any:
-    parquet = extras.need("pyarrow.parquet", f"The file {where}")
+    parquet = imports.need("pyarrow.parquet", f"The file {where}")
     with faults.reading(where, "a parquet file", damaged=(Exception,)):  # every store raises its own exceptions
         if not is_remote(where):
             return parquet.ParquetFile(where, memory_map=True)  # workers share the pages

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from repa.base import extras
+from repa.base import imports
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import (
     CAPTION_COLUMNS,
@@ -273,7 +273,7 @@ def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> Datas
 
 
 def _library() -> Any:
-    return extras.need("datasets", "A Hugging Face data set")
+    return imports.need("datasets", "A Hugging Face data set")
 
 
 def _loading(load: Callable[[], Any], where: str) -> Any:
