@@ -25,6 +25,14 @@ def test_every_public_name_can_be_imported(room):
         _ = module.no_such_name
 
 
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_public_name_is_that_of_a_submodule(room):
+    """Importing the submodule would put it in the place of the name: `repa.attach` was a module after `Aligner`."""
+    module = importlib.import_module(room)
+    modules = {found.name for found in pkgutil.iter_modules(module.__path__) if not found.ispkg}
+    assert not modules & {*getattr(module, "__all__", ())}
+
+
 def test_lazy_names_come_from_their_module_and_subpackages_are_attributes():
     from repa.models.dit import DiT
 

@@ -80,10 +80,10 @@ TIME_WEIGHTS = Registry(
 )
 
 if TYPE_CHECKING:
+    from repa.alignment.aligner import Aligner as Aligner
+    from repa.alignment.aligner import attach as attach
     from repa.alignment.alignment import Alignment as Alignment
     from repa.alignment.alignment import ProjectorContext as ProjectorContext
-    from repa.alignment.attach import Aligner as Aligner
-    from repa.alignment.attach import attach as attach
     from repa.alignment.config import AlignmentConfig as AlignmentConfig
     from repa.alignment.losses import resize_tokens as resize_tokens
     from repa.alignment.targets import Seen as Seen
