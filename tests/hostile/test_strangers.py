@@ -48,7 +48,32 @@ def animated(form: str) -> bytes:
     return encoded(frames[0], form, save_all=True, append_images=frames[1:])
 
 
+def grey_png(bits: int, row: bytes, transparent: int) -> bytes:
+    head = struct.pack(">IIBBBBB", 8, 8, bits, 0, 0, 0, 0)
+    key = chunk(b"tRNS", struct.pack(">H", transparent))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + key
+        + chunk(b"IDAT", zlib.compress(8 * (b"\0" + row)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def white_is_zero(bits: int, level: int) -> bytes:
+    data = level.to_bytes(bits // 8, "little") * 64
+    tags = {256: 8, 257: 8, 258: bits, 259: 1, 262: 0, 273: 122, 277: 1, 278: 8, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
+
+
 PICTURES = {
+    "16-bit grey, transparent": (grey_png(16, 8 * b"\x80\x01", 0x8001), (255, 255, 255)),
+    "16-bit grey beside the transparent level": (grey_png(16, 8 * b"\x80\x01", 0x8002), (128, 128, 128)),
+    "4-bit grey, transparent": (grey_png(4, 4 * b"\x55", 5), (255, 255, 255)),
+    "2-bit grey, transparent": (grey_png(2, 2 * b"\x55", 1), (255, 255, 255)),
+    "16-bit TIFF whose zero is white": (white_is_zero(16, 0xC000), (63, 63, 63)),
+    "8-bit TIFF whose zero is white": (white_is_zero(8, 0xC0), (63, 63, 63)),
     "16-bit grey": (encoded(Image.fromarray(np.full((8, 8), 0xC800, np.uint16))), (200, 200, 200)),
     "16-bit colour": (png_of(8, 8, 16, 8 * (b"\0" + 8 * struct.pack(">HHH", 0xEA00, 0x7500, 0x0300))), (234, 117, 3)),
     "CMYK JPEG": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
@@ -143,6 +168,9 @@ def labelled(folder, file, text):
         ("metadata.csv", "file_name, label\r\n0.png, cat\r\n1.png, dog \r\n2.png,cat\r\n"),
         ("metadata.csv", "File_Name,Label\n0.png,cat\u200b\n1.png,dog\n2.png,cat\n"),
         ("metadata.csv", '"file_name";"label"\n"0.png";"cat"\n"1.png";"dog"\n"2.png";"cat"\n'),
+        ("metadata.csv", 'sep=|\nfile_name|label\n0.png|cat\n1.png|dog\n2.png|cat\n'),
+        ("metadata.csv", "file_name,label\r0.png,cat\r1.png,dog\r2.png,cat\r"),
+        ("metadata.csv", "file_name\tlabel\r\n0.png\tcat\r\n1.png\tdog\r\n2.png\tcat\r\n".encode("utf-16")),
         ("metadata.jsonl", "\ufeff" + "".join(
             json.dumps({"file_name": f"{n}.png", "label": name}) + "\n" for n, name in enumerate(("cat", "dog", "cat"))
         )),
@@ -152,6 +180,107 @@ def test_common_ways_to_write_tables_are_read(file, text, tmp_path):
     source = open_source(labelled(tmp_path / "x", file, text))
     assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [0, 1, 0])
     assert file in source.labels_from
+
+
+SPECIES = "photo,species\n0.png,Möwe\n1.png,dog\n2.png,cat\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("train.csv", SPECIES.encode("utf-16")),
+        ("train.csv", SPECIES.encode("utf-16-le")),
+        ("train.csv", SPECIES.encode("latin-1")),
+        ("train.csv", SPECIES.replace("\n", "\r")),
+        ("train.csv", "\n# of the survey\n" + SPECIES),
+        ("train.csv", SPECIES.partition("\n")[2]),
+        ("train.tsv", "sep=;\n" + SPECIES.replace(",", ";")),
+        ("list.txt", "0.png 0\n1.png 1\n2.png 0\n".encode("utf-16")),
+        ("train.json", json.dumps({f"{n}.png": n for n in range(3)})),
+        ("all.json", json.dumps([{"file": f"{n}.png", "category_id": n} for n in range(3)])),
+        ("ground_truth.txt", "0\n1\n0\n"),
+    ],
+)
+def test_a_table_of_the_images_in_any_form_needs_a_choice(file, text, tmp_path):
+    where = labelled(tmp_path / "x", file, text)
+    with pytest.raises(UserError, match=f"no folders of classes, but {file}, which looks like labels"):
+        open_source(where)
+    assert open_source(where, labels="none").class_names == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"), [("info.json", '{"camera": "x"}'), ("a.json", '[{"image": "0.png", "caption": "a cat"}]')]
+)
+def test_a_json_of_other_content_needs_no_choice(file, text, tmp_path):
+    source = open_source(labelled(tmp_path / "x", file, text))
+    assert (source.class_names, source.left_out) == (["all"], {"files .json": 1})
+
+
+def test_unread_columns_of_metadata_are_counted(tmp_path):
+    source = open_source(labelled(tmp_path / "x", "metadata.csv", "file_name,width\n0.png,8\n1.png,8\n2.png,8\n"))
+    assert source.left_out == {"column 'width' of metadata.csv": 1}
+
+
+def test_labels_of_boxes_and_masks_need_a_choice(tmp_path):
+    labelled(tmp_path / "x" / "images", "readme.md", "")
+    labelled(tmp_path / "y" / "images", "readme.md", "")
+    labelled(tmp_path / "y" / "masks", "readme.md", "")
+    (tmp_path / "x" / "labels").mkdir()
+    for index in range(3):
+        (tmp_path / "x" / "labels" / f"{index}.txt").write_text("0 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(UserError, match="texts of numbers such as labels/0.txt are named like its images"):
+        open_source(str(tmp_path / "x"))
+    with pytest.raises(UserError, match=r"images and their masks \(images, masks\).*give .*y/images as the source"):
+        open_source(str(tmp_path / "y"))
+    assert open_source(str(tmp_path / "y"), labels="folders").class_names == ["images", "masks"]
+
+
+def test_captions_in_another_folder_or_without_text_do_not_stop(tmp_path):
+    where = labelled(tmp_path / "x" / "images", "0.txt", "a cat".encode("utf-16"))
+    (tmp_path / "x" / "texts").mkdir()
+    (tmp_path / "x" / "texts" / "1.txt").write_text("a dog")
+    (tmp_path / "x" / "images" / "2.txt").write_bytes(bytes(100))
+    assert [open_source(where).captions(index) for index in range(3)] == [("a cat",), (), ()]
+    assert open_source(str(tmp_path / "x")).class_names == ["images"]
+
+
+def test_a_first_line_without_end_is_refused_at_once(tmp_path):
+    where = labelled(tmp_path / "x", "metadata.csv", ",".join(map(str, range(300_000))))
+    with pytest.raises(UserError, match="a first line of more than 65,536 letters"):
+        open_source(where)
+
+
+def test_names_of_a_zip_in_utf_8_without_its_flag_are_read(tmp_path):
+    path = packed(tmp_path / "x.zip", ("M__we/1.png", png()), ("hund/2.png", png()), ("metadata.csv", b""))
+    path.write_bytes(path.read_bytes().replace(b"M__we", "Möwe".encode()))
+    assert open_source(str(path)).class_names == ["Möwe", "hund"]
+    path.write_bytes(path.read_bytes().replace("Möwe".encode(), b"M\x94\x94we"))  # of code page 437
+    assert open_source(str(path)).class_names == ["Mööwe", "hund"]
+
+
+@pytest.mark.parametrize("data", ["3".encode("utf-16"), (3).to_bytes(8, "little")])
+def test_a_label_in_utf_16_is_read_and_a_binary_one_refused(data, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("1.png", png()), ("1.cls", data)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    if len(data) < 8:
+        assert open_source(str(tmp_path / "x.tar")).labels.tolist() == [3]
+    else:
+        with pytest.raises(UserError, match="1.cls in .* holds bytes that are not text"):
+            open_source(str(tmp_path / "x.tar"))
+
+
+def test_a_label_inside_an_object_of_a_sample_needs_a_choice(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name, content in (("1.png", png()), ("1.json", b'{"annotation": {"class": 3}}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"x.tar:label=annotation\.class"):
+        open_source(str(tmp_path / "x.tar"))
+    assert open_source(f"{tmp_path / 'x.tar'}:label=annotation.class").labels.tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +419,14 @@ def test_labels_keep_their_numbers_and_class_names(values, names, labels):
 def test_invalid_labels_are_refused(values):
     with pytest.raises(UserError):
         classes_of(values, str, "x")
+
+
+def test_damaged_labels_of_an_npz_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.arange(4) + 0x5A5A)
+    data = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(data.replace(b"\x5b\x5a", b"\x5c\x5a"))
+    with pytest.raises(UserError, match="'labels' of .*Bad CRC"):
+        open_source(str(tmp_path / "x.npz"))
 
 
 def test_duplicate_label_columns_of_a_parquet_file_are_refused(tmp_path):

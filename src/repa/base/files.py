@@ -217,8 +217,7 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
             raise UserError(
                 f"{path} is refused: it has {size(num_bytes)}, but a JSON file may have at most {size(MOST_JSON)}."
             )
-        text = Path(path).read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_number)
+        values = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys, parse_constant=_no_number)
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
     if sealed and seal is None:
         raise UserError(f"{path} is damaged: it lacks {SEAL!r}.")

@@ -22,6 +22,7 @@ FORMATS = (
 # Image generators write long compressed texts into files; Pillow's limit of 1 MiB would refuse such images.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 27
 SRGB = ImageCms.createProfile("sRGB")
+WHITE_IS_ZERO = 262  # tag of a TIFF file that is 0 if the lowest level is white
 # Pillow's limit against bombs; other libraries disable it in Pillow, so it is checked here too
 MAX_PIXELS = 178_956_970
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # Pillow's, from half of that on
@@ -49,8 +50,13 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         # The header tells the size before anything is decoded.
         if image.width * image.height <= MAX_PIXELS:
             sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            # Pillow scales grey of 2 and 4 bits, but not the level that is transparent
+            tiles = getattr(image, "tile", [])
+            if image.mode == "L" and isinstance(level := image.info.get("transparency"), int) and tiles:
+                image.info["transparency"] = level * {"L;2": 85, "L;4": 17}.get(str(tiles[0].args), 1)
+            inverted = getattr(image, "tag_v2", {}).get(WHITE_IS_ZERO) == 0
             image.load()
-            return _to_rgb(_upright(image), sixteen)
+            return _to_rgb(_upright(image), sixteen, inverted)
     except Image.DecompressionBombError:
         pass  # refused below
     except Image.UnidentifiedImageError:
@@ -75,12 +81,17 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, sixteen: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, sixteen: bool, inverted: bool) -> Image.Image:
     if sixteen:
         pixels = np.asarray(image)
         # No file declares 12 bits; read as 16 bits, an image would use only the lowest 16 of 256 levels.
         bits = 12 if pixels.max() < 1 << 12 else 16
-        return Image.fromarray((pixels >> bits - 8).astype(np.uint8)).convert("RGB")
+        high = (pixels >> bits - 8).astype(np.uint8)
+        if inverted:  # Pillow does this only up to 8 bits
+            high ^= 255
+        if isinstance(level := image.info.get("transparency"), int):
+            high[pixels == level] = 255
+        return Image.fromarray(high).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers ({image.mode!r}) of unknown range; save it with 8 or 16 bits")
     profile = image.info.get("icc_profile")

@@ -1,6 +1,7 @@
 """The directories of zip and tar files, and images in a zip file. Nothing is unpacked to disk."""
 
 import bisect
+import contextlib
 import itertools
 import tarfile
 import zipfile
@@ -22,6 +23,7 @@ from repa.data.sources.names import is_hidden, member_path, require_safe_member
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 WANTED = (*EXTENSIONS, CAPTION_ENDING, *TABLES, ".json")  # endings of the members that may be read
+UTF8_FLAG = 0x800  # of a member whose name is UTF-8
 MEMBER = np.dtype([("offset", "i8"), ("packed", "i8"), ("size", "i8"), ("crc", "u4"), ("method", "u1")])
 
 
@@ -77,7 +79,8 @@ class ZipSource(FileSource):
         # checked before any member is left out: one harmful member is enough to refuse the archive
         for member in members:
             _require_safe(path, member)
-            member.filename = member_path(member.filename) + "/" * member.filename.endswith(("/", "\\"))
+            name = _name_of(member)
+            member.filename = member_path(name) + "/" * name.endswith(("/", "\\"))
         visible = [member for member in members if not _is_junk(member.filename)]
         wanted = [member for member in visible if member.filename.lower().endswith(WANTED)]
         # zip allows repeated names, and programs differ in which of the two members they unpack
@@ -100,9 +103,18 @@ def _is_junk(path: str) -> bool:
     return any(map(is_hidden, path.split("/")))
 
 
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """The name of a member. macOS and others write UTF-8 without its flag, which `zipfile` reads as code page 437."""
+    with contextlib.suppress(UnicodeError):
+        return member.filename if member.flag_bits & UTF8_FLAG else member.filename.encode("cp437").decode()
+    return member.filename
+
+
 def open_zip(path: Path) -> zipfile.ZipFile:
     """Open a zip file; raises UserError for any other file."""
-    with faults.reading(path, "a zip file"):
+    with faults.reading(
+        path, "a zip file", "Copy it again; if it is another kind of archive, unpack it and give the folder."
+    ):
         return zipfile.ZipFile(path)
 
 
@@ -143,7 +155,10 @@ def tar_samples(path: Path, name: str, size: int, junk: list[str]) -> Iterator[t
 
 def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[tarfile.TarInfo]:
     """The files of a shard; `junk` gets hidden ones. Raises UserError for malicious members, links and sparse files."""
-    with faults.reading(name, "an uncompressed tar file"), tarfile.open(path, "r:") as archive:
+    with (
+        faults.reading(name, "an uncompressed tar file", "Unpack or copy it again."),
+        tarfile.open(path, "r:") as archive,
+    ):
         for member in archive:
             archive.members = []  # type: ignore[attr-defined]  # not in typeshed; else the module keeps every header
             require_safe_member(name, member.name, member.size)
@@ -156,7 +171,7 @@ def _tar_members(path: Path, name: str, size: int, junk: list[str]) -> Iterator[
             if not member.isreg() or member.issparse():
                 raise UserError(
                     f"{member.name} in {name} is a link, a device or a sparse file, not a plain file: pack the shard "
-                    "again with the files themselves (tar --dereference)."
+                    "again with the files themselves (tar --dereference --hard-dereference)."
                 )
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError("unexpected end of data")

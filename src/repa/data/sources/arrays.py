@@ -99,7 +99,9 @@ class ArraySource(Source):
             return one_class(num)
         key = archive.choose(key, LABEL_KEYS, "labels")
         self.left_out = self._others(archive, key)
-        return self._checked(archive.array(key), f"the array {key!r} of {self.path.name}")
+        values = archive.array(key)
+        require_checksum(self.path, "an array", key)
+        return self._checked(values, f"the array {key!r} of {self.path.name}")
 
     def _others(self, archive: "_Npz", label: str = "") -> dict[str, int]:
         return {f"array {name!r}": 1 for name in archive.names if name not in (label, self._key)}

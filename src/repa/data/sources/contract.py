@@ -1,5 +1,6 @@
 """The contract of a source of images, and helpers that several sources share."""
 
+import codecs
 import collections
 import contextlib
 import functools
@@ -229,12 +230,23 @@ def require_image_size(size: int, name: str) -> None:
         raise UserError(f"{name} has {files.size(size)}, more than the limit of {limit} per image: remove it.")
 
 
+def text_of(data: bytes, errors: str = "strict") -> str:
+    """A text in UTF-8, or in UTF-16 with its mark, in which Windows and spreadsheets save "Unicode"; without the mark.
+
+    Raises ValueError for other data; with errors="replace", wrong letters are replaced.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+    if "\0" in text and errors == "strict":
+        raise ValueError("it holds bytes that are not text in UTF-8")
+    return text
+
+
 def caption_lines(data: bytes) -> tuple[str, ...]:
-    """The captions in a text file, one per line; () if it is not UTF-8, so that the image is still used."""
+    """The captions in a text file, one per line; () if it is not Unicode, so that the image is still used."""
     try:
-        # editors on Windows write a byte order mark, which would become part of the first caption
-        return tuple(line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError:
+        return tuple(line.strip() for line in text_of(data).splitlines() if line.strip())
+    except ValueError:
         return ()
 
 

@@ -17,6 +17,7 @@ from repa.data.sources.contract import (
     CAPTION_COLUMNS,
     CAPTION_ENDING,
     EXTENSIONS,
+    NUMBERS,
     Classes,
     Source,
     Strings,
@@ -137,6 +138,7 @@ class FileSource(Source):
         stems = set(map(_stem, paths))
         if is_one:
             self._require_no_labels_beside(where, sorted(path for path in unknown if _stem(path) in stems))
+            self._require_no_numbers_elsewhere(where, stems, unknown)
         # a table of labels is beside or above the images; tables in other folders belong to other files
         tables = sorted(path for path in unknown if path.rpartition("/")[0] in above and _stem(path) not in stems)
         for file in tables[:MOST_TABLES]:
@@ -169,9 +171,26 @@ class FileSource(Source):
                     "images.tar, whose labels are read, or give --labels TABLE.csv:COLUMN or --labels none."
                 )
 
+    def _require_no_numbers_elsewhere(self, where: str, stems: set[str], unknown: Sequence[str]) -> None:
+        """Raises UserError for texts of numbers with the names of images in another folder, such as labels/1.txt."""
+        names = {stem.rpartition("/")[2] for stem in stems}
+        texts = sorted(p for p in unknown if p.lower().endswith(CAPTION_ENDING) and Path(p).stem in names and "/" in p)
+        lines = [line for path in texts[:MOST_TABLES] for line in caption_lines(self.read(path, path))]
+        if lines and all(map(NUMBERS.fullmatch, lines)):
+            raise UserError(
+                f"{where} has no folders of classes, but texts of numbers such as {printable(texts[0])} are named "
+                "like its images: write the class of each image into a table and give --labels TABLE.csv:COLUMN, or give "
+                "--labels none for one class."
+            )
+
     def _columns_of_labels(self, file: str, is_one: bool) -> list[str]:
         """The columns of a file that could be labels; [""] if only its name looks like labels; [] for none."""
         columns = table_columns(file, lambda name: self.read(name, name))
+        if file.lower().endswith(".json"):
+            # {"a.png": 3}, or records with a label
+            if is_one and (like_labels(columns) or any(key.lower().endswith(EXTENSIONS) for key in columns)):
+                return [""]
+            columns = []
         names_images = not {*FILE_COLUMNS, "id"}.isdisjoint(map(str.lower, columns))
         if likely := label_columns(columns):
             return likely if is_one or names_images else []
@@ -188,7 +207,8 @@ class FileSource(Source):
             return others
         words = [word.lower() for word in re.findall("[A-Z]*[a-z]+|[A-Z]+", name)]
         is_named_labels = name == LISTING or any(
-            word in words for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets")
+            word in words
+            for word in ("label", "labels", "classes", "attr", "identity", "annotations", "targets", "truth")
         )
         return [columns[1] if len(columns) > 1 else ""] if is_named_labels or Path(name).stem == "metadata" else []
 
@@ -207,6 +227,9 @@ class FileSource(Source):
                         f"{file} of {where} has several columns that could be the label ({', '.join(likely)}): give "
                         f"--labels {Path(where) / file}:{likely[0]} or another, or --labels {_without_a_file(paths)}."
                     )
+                used = ("file_name", *CAPTION_COLUMNS, *map(str.lower, likely))
+                unread = [f"column {name!r:.60} of {kind}" for name in columns if name.lower() not in used]
+                self.left_out = {**self.left_out, **dict.fromkeys(unread[:20], 1)}
                 if not likely:
                     continue
                 key = next((column for column in columns if column.lower() == "file_name"), None)

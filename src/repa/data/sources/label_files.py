@@ -3,19 +3,21 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from repa.base import faults, files, imports
 from repa.base.errors import UserError, nearest
-from repa.data.sources.contract import EXTENSIONS, Classes
+from repa.data.sources.contract import EXTENSIONS, Classes, text_of
 from repa.data.sources.labels import by_name, from_listing
 
 TABLES = (".csv", ".tsv", ".txt", ".parquet", ".jsonl")
 FILE_COLUMNS = (
     "file_name", "filename", "file", "path", "image", "name", "key", "image_id", "image_name", "image_path", "img", "filepath",
 )  # fmt: skip
+HEAD = 1 << 16  # bytes of a table that are searched for its columns; a longer first line is refused
 Rows = list[Mapping[str, Any]]
 
 
@@ -103,7 +105,7 @@ def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
         return _json_lines(name, data)
     if suffix == ".txt":
         with faults.reading(name, "a table of words in UTF-8"):
-            columns, lines = _words(data.decode("utf-8-sig"))
+            columns, lines = _words(text_of(data))
         for number, words in enumerate(lines, start=1):
             if len(words) != len(columns):
                 raise UserError(
@@ -111,8 +113,12 @@ def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
                 )
         return columns, [dict(zip(columns, words, strict=True)) for words in lines]
     with faults.reading(name, "a table", "Save it as comma-separated UTF-8."):
-        text = data.decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_mark(text))
+        text, mark = _with_mark(text_of(data))
+        if len(re.match(r"[^\r\n]*", text)[0]) > HEAD:  # type: ignore[index]  # it matches any text
+            raise UserError(
+                f"{name} has a first line of more than {HEAD:,} letters, which names no columns: correct it."
+            )
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
         columns = reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]  # "file_name, label"
         # DictReader would silently keep the last of two
         if twice := next((column for column in columns if column and columns.count(column) > 1), None):
@@ -126,10 +132,13 @@ def read_table(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
         return columns, rows
 
 
-def _mark(text: str) -> str:
-    """The separator of the cells of a table: a comma, a semicolon or a tab."""
+def _with_mark(text: str) -> tuple[str, str]:
+    """A table from the names of its columns on, and the separator of its cells: a comma, semicolon, tab or bar."""
+    text = text.lstrip("\r\n")
+    if named := re.match(r'"?sep=(.)"?[\r\n]+', text):  # for Excel
+        return text[named.end() :], named[1]
     # csv.Sniffer counts all characters, so it takes a letter for the separator of a single column
-    return max(",;\t", key=text.partition("\n")[0].count)  # without any: a comma
+    return text, max(",;\t|", key=re.match(r"[^\r\n]*", text)[0].count)  # type: ignore[index]  # without any: a comma
 
 
 def _words(text: str) -> tuple[list[str], list[list[str]]]:
@@ -153,7 +162,7 @@ def _words(text: str) -> tuple[list[str], list[list[str]]]:
 def _json_lines(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
     rows: Rows = []
     with faults.reading(name, "JSON, one object a line"):
-        for line in data.decode("utf-8-sig").split("\n"):  # not splitlines: JSON may contain U+2028 and the like
+        for line in text_of(data).split("\n"):  # not splitlines: JSON may contain U+2028 and the like
             row = json.loads(line, object_pairs_hook=files.unique_keys) if line.strip() else {}
             if not isinstance(row, dict):
                 raise UserError(f"{name} has a line that holds {type(row).__name__}: each line must be a JSON object.")
@@ -162,19 +171,31 @@ def _json_lines(name: str, data: bytes) -> tuple[Sequence[str], Rows]:
 
 
 def table_columns(file: str, read: Callable[[str], bytes | None]) -> list[str]:
-    """The columns of a table, from its first lines; [] if it is not a readable table."""
+    """The columns of a table, or the keys of a .json, from its first lines; [] for other files.
+
+    The column of image names is found by its cells if it has no usual name. Wrong letters do not hide the columns.
+    """
     suffix = Path(file).suffix.lower()
-    if suffix not in TABLES or suffix == ".parquet":
+    if suffix not in (*TABLES, ".json") or suffix == ".parquet":
         return []
     try:
-        data = read(file) or b""
-        head, text = data.partition(b"\n")[0], data.decode("utf-8-sig")
+        text = text_of((read(file) or b"")[:HEAD], "replace").replace("\0", "")  # UTF-16 without its mark has zeros
         if suffix == ".jsonl":
-            return list(_json_lines(file, head)[0])
-    except (UnicodeDecodeError, UserError):
+            return list(_json_lines(file, text.partition("\n")[0].encode())[0])
+    except UserError:
         return []
+    if suffix == ".json":
+        return list(dict.fromkeys(re.findall(r'"([^"\\]{1,200})"\s*:', text)))
     if suffix == ".txt":
         columns, rows = _words(text)
         return columns if rows and rows[0][0].lower().endswith(EXTENSIONS) else []  # else it is prose
-    line = text.partition("\n")[0].strip()
-    return [column.strip() for column in next(csv.reader([line], delimiter=_mark(line)), [])]
+    text, mark = _with_mark(text)
+    lines = re.split(r"[\r\n]+", text)[:5]
+    rows = [[cell.strip() for cell in next(csv.reader([line], delimiter=mark), [])] for line in lines]
+    if not set(FILE_COLUMNS).isdisjoint(map(str.lower, rows[0])):
+        return rows[0]
+    for row in rows:
+        if (place := next((i for i, cell in enumerate(row) if cell.lower().endswith(EXTENSIONS)), None)) is not None:
+            names = rows[0] if len(rows[0]) == len(row) else list(map(str, range(len(row))))
+            return [*names[:place], FILE_COLUMNS[0], *names[place + 1 :]]
+    return rows[0]

@@ -301,6 +301,17 @@ def _around(where: str, paths: Sequence[str]) -> str:
                 f"classes: give one of them as the source{all_splits}, or --labels {as_classes} if they are classes, "
                 "or --labels none."
             )
+        # images/1.png and masks/1.png
+        parts = sorted(
+            top for top in tops if any(word in top.lower() for word in ("mask", "label", "annotation", "segment"))
+        )
+        images = sorted(top for top in tops - {*parts} if top.lower() in AROUND or top.lower().endswith("images"))
+        if parts and images:
+            raise UserError(
+                f"{inside} holds folders that look like images and their masks ({images[0]}, {printable(parts[0])}), "
+                f"not like classes: give {inside}/{images[0]} as the source, or --labels folders:{level + 1} if they are "
+                "classes, or --labels none."
+            )
         if len(tops) > 1 or not nested or tops == {""}:
             return "/".join(around)
         # a single folder may be the class of all images or contain the classes: its name decides, else the user

@@ -1,5 +1,6 @@
 """Parquet files with a column of encoded images, local or at a URL, read by row groups."""
 
+import collections
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from repa.base import faults, files, imports
 from repa.base.errors import UserError
 from repa.data.sources.names import counted_through, is_remote, named_by_first, require_one_split
-from repa.data.sources.tables import TableSource, columns_of
+from repa.data.sources.tables import Column, TableSource, columns_of
 
 MAX_GROUP = 1 << 31  # bytes of the images of a row group, all of which are kept in memory
 KEPT = 2  # files, and row groups per column: rows are read in order, by threads that may be one group apart
@@ -37,10 +38,7 @@ class ParquetSource(TableSource):
         self.shards = list(shards)
         require_one_split(self.shards)
         where = named_by_first(self.shards)
-        schema = self._open(0).schema_arrow
-        if twice := next((name for name in schema.names if schema.names.count(name) > 1), None):
-            raise UserError(f"{self.shards[0]} has the column {twice!r} twice: rename one of them.")
-        self._choose(where, columns_of(schema), labels, **columns)
+        self._choose(where, self._columns_of(0), labels, **columns)
         if not self._label and labels != "none" and len(self.shards) > 1 and not counted_through(self.shards):
             raise UserError(
                 f"{self.shards[0]} and {self.shards[1]} have no column of labels, and their names are not numbered "
@@ -65,29 +63,40 @@ class ParquetSource(TableSource):
         return group, int(index - self._rows[group])
 
     def _groups(self, shard: int) -> list[tuple[int, int]]:
-        """Number of rows, and bytes of the images, of each row group."""
-        opened = self._open(shard)
-        if (names := columns_of(opened.schema_arrow)) != columns_of(self._open(0).schema_arrow):
+        """Number of rows, and unpacked bytes, of each row group."""
+        if (names := self._columns_of(shard)) != self._columns_of(0):
             raise UserError(
                 f"The columns of {self.shards[shard]} ({', '.join(names)}) differ from those of {self.shards[0]}: give "
                 "the files of one table."
             )
-        return [self._measure(shard, opened.metadata.row_group(g)) for g in range(opened.metadata.num_row_groups)]
+        return [self._measure(shard, group) for group in range(self._open(shard).metadata.num_row_groups)]
 
-    def _measure(self, shard: int, group: Any) -> tuple[int, int]:
-        columns = [group.column(i) for i in range(group.num_columns)]
-        images = [c for c in columns if c.path_in_schema.split(".")[0] == self._image]
-        size = sum(column.total_uncompressed_size for column in images)
+    def _measure(self, shard: int, number: int) -> tuple[int, int]:
+        with faults.reading(self.shards[shard], "a parquet file"):
+            # Not the sizes of its columns: pyarrow ends the process if the description of one is damaged.
+            group = self._open(shard).metadata.row_group(number)
+            rows, size = group.num_rows, group.total_byte_size
         if size > MAX_GROUP:
             raise UserError(
                 f"{self.shards[shard]} has a row group of {files.size(size)}, more than {files.size(MAX_GROUP)}: "
                 "write the file again with fewer rows per row group."
             )
-        return group.num_rows, size
+        return rows, size
+
+    def _columns_of(self, shard: int) -> dict[str, Column]:
+        where = self.shards[shard]
+        with faults.reading(where, "a parquet file"):  # a name may be invalid UTF-8
+            schema = self._open(shard).schema_arrow
+            names = collections.Counter(schema.names)
+        if twice := next((name for name, num in names.items() if num > 1), None):
+            raise UserError(f"{where} has the column {twice!r} twice: rename one of them.")
+        return columns_of(schema)
 
     def _read_labels(self, shard: int) -> list[Any]:
         with faults.reading(self.shards[shard], "a parquet file"):
-            return self._open(shard).read(columns=[self._label], use_threads=False)[0].to_pylist()
+            values = self._open(shard).read(columns=[self._label], use_threads=False)[0].to_pylist()
+            _require_rows(len(values), sum(rows for rows, _ in self._groups(shard)))
+        return values
 
     def _cell(self, column: str, index: int) -> Any:
         group, row = self._find(index)
@@ -99,7 +108,9 @@ class ParquetSource(TableSource):
         shard, number = self._group[group]
         # the threads of pyarrow do not survive a fork: in a worker the read would wait for them forever
         with faults.reading(self.shards[shard], "a parquet file"):
-            return self._open(shard).read_row_group(number, columns=[column], use_threads=False).column(0)
+            cells = self._open(shard).read_row_group(number, columns=[column], use_threads=False).column(0)
+            _require_rows(len(cells), int(self._rows[group + 1] - self._rows[group]))
+        return cells
 
     def _open(self, shard: int) -> Any:
         """The open file of a shard, one per process, so that no other process moves its position."""
@@ -113,6 +124,11 @@ class ParquetSource(TableSource):
     def _column(self) -> Callable[[str], Callable[[int], Any]]:
         """Column -> a function that reads one of its row groups and caches the last few."""
         return functools.cache(lambda name: functools.lru_cache(KEPT)(functools.partial(self._read_group, name)))
+
+
+def _require_rows(found: int, declared: int) -> None:
+    if found != declared:  # every later row would be that of another image
+        raise ValueError(f"it has {found:,} rows instead of {declared:,}")
 
 
 def _open(where: str) -> Any:

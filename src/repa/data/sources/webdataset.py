@@ -26,6 +26,7 @@ from repa.data.sources.contract import (
     caption_values,
     json_object,
     one_class,
+    text_of,
 )
 from repa.data.sources.label_files import from_file
 from repa.data.sources.labels import classes_by_name, classes_of, from_folders, like_labels
@@ -39,7 +40,7 @@ from repa.data.sources.names import (
     stem_of,
 )
 
-INDEX_VERSION = 6  # part of the cache key, so that files of another format are computed again
+INDEX_VERSION = 7  # part of the cache key, so that files of another format are computed again
 MAX_TEXT = 1 << 24  # bytes of a label, a caption or a .json
 OTHERS = "other files of samples"
 ABSENT = (0, -1)  # a part that a sample lacks
@@ -298,6 +299,8 @@ def _label_of(
         if written is None:
             raise
         return written, ()  # beside a .cls, the .json may have other content, such as a list of boxes
+    inside = [(key, inner) for key, inner in values.items() if isinstance(inner, dict)]
+    values |= {f"{key}.{name}": value for key, inner in inside for name, value in inner.items()}
     others = like_labels(k for k, value in values.items() if value is not None and k != label)
     in_json = values.get(label)
     if written is None:
@@ -324,8 +327,8 @@ def _image_of(key: str, members: dict[str, Part], name: str, image: str) -> Part
 
 
 def _text(data: bytes, name: str) -> str:
-    with faults.reading(name, "UTF-8 text"):
-        return data.decode("utf-8-sig")
+    with faults.reading(name, "UTF-8 text", "Write the label as text."):
+        return text_of(data)
 
 
 def _label(value: Any, name: str) -> str | None:
