@@ -109,7 +109,7 @@ def other_name(x, n, noise): ...
 
 
 def test_private_functions_with_other_arguments_are_refused():
-    table = Registry("thing", {}, takes="x, n, draw=")
+    table = Registry("thing", {}, takes=("x", "n"), takes_named=("draw",))
     assert table.load(f"{__name__}.right") is right
     for name in ("too_few", "too_many", "other_name"):
         with pytest.raises(UserError, match=rf"{name}' takes \(x.*is called with \(x, n, draw\): change its arguments"):
@@ -122,9 +122,9 @@ class Called:
 
 
 def test_private_classes_whose_instances_take_other_arguments_are_refused():
-    assert Registry("thing", {}, base="callable", takes="x").load(f"{__name__}.Called") is Called
+    assert Registry("thing", {}, base="callable", takes=("x",)).load(f"{__name__}.Called") is Called
     with pytest.raises(UserError, match=r"Called.__call__' takes \(self, x\), but is called with \(self, x, n\)"):
-        Registry("thing", {}, base="callable", takes="x, n").load(f"{__name__}.Called")
+        Registry("thing", {}, base="callable", takes=("x", "n")).load(f"{__name__}.Called")
 
 
 @pytest.mark.parametrize("registry", [TARGETS, ENCODERS, TEXT_ENCODERS, NETS, TIMESTEPS, SCHEDULES, SAMPLERS])

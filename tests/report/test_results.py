@@ -16,7 +16,7 @@ from repa.report.analyses import accuracies, read_analyses
 from repa.report.results import MOST_STEPS, cell_text, results, unmatched_paper_rows
 from repa.report.runs import add_evaluations
 from repa.report.speedups import group_seeds
-from repa.report.text import how_made
+from repa.report.style import how_made
 from repa.runs import layout
 from repa.runs.checkpoint import weights_checksum
 from tests.report.fakes import analysis_file, config, fake_run, made_by, results_file

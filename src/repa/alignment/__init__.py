@@ -13,7 +13,7 @@ LOSSES = Registry(
         for name in ("attention_ce", "cosine", "crepa", "dispersive", "gram", "mse", "nt_xent", "smooth_l1")
     },
     listing="losses",
-    takes="student, target",
+    takes=("student", "target"),
 )
 # f(model, tap, **settings) -> Target; every other name is an encoder, e.g. "dinov2-b" or "dinov2-b:part=attention,layer=9"
 TARGETS = Registry(
@@ -28,7 +28,7 @@ TARGETS = Registry(
         "none": "repa.alignment.targets:none",
     },
     listing="targets",
-    takes="model, tap",
+    takes=("model", "tap"),
 )
 # f(hidden_dim, feature_dim, grid, **settings) -> nn.Module, (N, T, D) -> (N, T, F); see `sees_condition` for further inputs
 PROJECTORS = Registry(
@@ -42,7 +42,7 @@ PROJECTORS = Registry(
         "none": "repa.alignment.projectors:none",
     },
     listing="projectors",
-    takes="hidden_dim, feature_dim, grid",
+    takes=("hidden_dim", "feature_dim", "grid"),
 )
 # f(tokens (N, T, F), **settings) -> (N, T, F)
 TOKEN_NORMS = Registry(
@@ -53,7 +53,7 @@ TOKEN_NORMS = Registry(
         "layernorm": "repa.alignment.losses:layernorm",
     },
     listing="token-norms",
-    takes="tokens",
+    takes=("tokens",),
 )
 # f(step, **settings) -> multiplier of the weight at that step
 SCHEDULES = Registry(
@@ -69,14 +69,14 @@ SCHEDULES = Registry(
     },
     base="callable",
     listing="schedules",
-    takes="step",
+    takes=("step",),
 )
 # f(t (N,), **settings) -> (N,) multiplier of an image's loss; t = 0 is data
 TIME_WEIGHTS = Registry(
     "weight over times",
     {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "loglinear", "sigmoid")},
     listing="time-weights",
-    takes="t",
+    takes=("t",),
 )
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ AUTOENCODERS = Registry(
     },
     base="repa.autoencoders.contract:Autoencoder",
     listing="autoencoders",
-    takes="name, weights",
+    takes=("name", "weights"),
     facts={name: released.about for name, released in RELEASED.items()},
 )
 

@@ -63,7 +63,7 @@ class Registry:
 
     def __init__(
         self, kind: str, table: dict[str, str], base: str = "", listing: str = "", facts: dict[str, str] | None = None,
-        takes: str = "",
+        takes: Sequence[str] = (), takes_named: Sequence[str] = (),
     ):  # fmt: skip
         """
         Args:
@@ -73,11 +73,11 @@ class Registry:
                 class with callable instances.
             listing: the word after `repa list` that prints the names.
             facts: name -> description, for entries that share a function.
-            takes: the arguments of a function, "student, target", to refuse private code with others; "steps=" is passed
-                by name. Empty: not checked.
+            takes: the arguments that a function is called with, to refuse private code with others. Empty: not checked.
+            takes_named: those of them that are passed by name.
         """
         self.kind, self.table, self.base, self.listing, self.facts = kind, table, base, listing, facts or {}
-        self.takes = takes
+        self.takes, self.takes_named = takes, takes_named
 
     def __repr__(self) -> str:
         return f"{self.kind}: {', '.join(self.names())}"
@@ -183,13 +183,13 @@ class Registry:
         kind = getattr(importlib.import_module(module), attr) if attr else None
         # Only a class can fulfil a protocol, not a function that returns an instance.
         protocol = getattr(kind, "_is_protocol", False)
-        takes = [word.strip() for word in self.takes.split(",") if word.strip()]
         if inspect.isfunction(component) and not protocol:
-            self._check_arguments(name, component, takes)
+            self._check_arguments(name, component, self.takes, self.takes_named)
             return
         if inspect.isclass(component):
             if module == "callable" and any("__call__" in vars(each) for each in component.__mro__):
-                self._check_arguments(f"{name}.__call__", component.__call__, takes and ["self", *takes])
+                takes = self.takes and ("self", *self.takes)
+                self._check_arguments(f"{name}.__call__", component.__call__, takes, self.takes_named)
                 return
             if kind and issubclass(component, kind):
                 for method in [each for each in vars(kind) if protocol and not each.startswith("_")]:
@@ -204,23 +204,19 @@ class Registry:
             f"The {self.kind} {name!r} must be {wanted}, but is {type(component).__name__} {component!r:.80}."
         )
 
-    def _check_arguments(self, name: str, function: Any, takes: list[str]) -> None:
-        """Refuse a function that cannot be called with the arguments `takes`; an empty list is not checked."""
+    def _check_arguments(self, name: str, function: Any, takes: Sequence[str], named: Sequence[str] = ()) -> None:
+        """Refuse a function that cannot be called with `takes` by position and `named` by name; without `takes`, none."""
+        if not takes:
+            return
         signature = inspect.signature(function)
         # required settings have their own check
-        given = {
-            p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty
-        }
-        given |= {word.rstrip("="): None for word in takes if word.endswith("=")}
-        plain = [word for word in takes if not word.endswith("=")]
+        required = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
         try:
-            if takes:
-                signature.bind(*plain, **given)
+            signature.bind(*takes, **dict.fromkeys((*required, *named)))
         except TypeError:
-            wanted = ", ".join(word.rstrip("=") for word in takes)
             raise UserError(
-                f"The {self.kind} {name!r} takes {signature}, but is called with ({wanted}): change its arguments, and put "
-                "your own settings after *."
+                f"The {self.kind} {name!r} takes {signature}, but is called with ({', '.join((*takes, *named))}): change "
+                "its arguments, and put your own settings after *."
             ) from None
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FEATURES, TEXT = "features:", "text"
 LONGEST_NAME = 60  # letters of a name that are shown
 FIRST_GROUPS = ("Small runs", GROUP)  # groups of recipes for a first run
+NAMED = 5  # empty classes or unreadable images that are named
 CLASSES_SHOWN = 10  # classes listed with their counts; the manifest has all
 
 
@@ -250,6 +251,6 @@ def inventory(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _some(names: Sequence[str], num: int = 5) -> str:
-    more = f" and {len(names) - num} more in the manifest" if len(names) > num else ""
-    return ", ".join(short(str(name), LONGEST_NAME) for name in names[:num]) + more
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more in the manifest" if len(names) > NAMED else ""
+    return ", ".join(short(name, LONGEST_NAME) for name in names[:NAMED]) + more

@@ -14,7 +14,7 @@ TEXT_ENCODERS = Registry(
         **dict.fromkeys(text_encoder_names(), "repa.conditions.encoders:load_hub"),
     },
     listing="text-encoders",
-    takes="name, weights",
+    takes=("name", "weights"),
     facts={name: about(name) for name in text_encoder_names()},
 )
 

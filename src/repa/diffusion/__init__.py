@@ -14,7 +14,7 @@ PATHS = Registry(
     },
     base="callable",
     listing="paths",
-    takes="t",
+    takes=("t",),
 )
 PREDICTIONS = ("velocity", "noise", "data", "score")
 TIMESTEPS = Registry(
@@ -25,7 +25,8 @@ TIMESTEPS = Registry(
     },
     base="callable",
     listing="times",
-    takes="num, generator=, device=",
+    takes=("num",),
+    takes_named=("generator", "device"),
 )
 SAMPLERS = Registry(
     "sampler",
@@ -38,7 +39,8 @@ SAMPLERS = Registry(
         "ddim": "repa.diffusion.ddpm:ddim",
     },
     listing="samplers",
-    takes="denoiser, noise, num_steps, randn_like=",
+    takes=("denoiser", "noise", "num_steps"),
+    takes_named=("randn_like",),
 )
 GUIDANCES = Registry(
     "guidance",

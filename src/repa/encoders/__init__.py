@@ -16,7 +16,7 @@ ENCODERS = EncoderRegistry(
         **dict.fromkeys(families.encoder_names(), "repa.encoders.vit:load_vit"),
     },
     listing="encoders",
-    takes="name, weights",
+    takes=("name", "weights"),
     facts={name: families.facts_of(name).about for name in (*families.PACKAGED, *families.encoder_names())},
 )
 

@@ -16,7 +16,7 @@ OF_CAPTIONS = ("caption_agreement", "clip_score", "clip_agreement")  # of sample
 OF_NEIGHBOURS = ("precision", "recall")
 OF_CLIP = ("clip_score", "clip_agreement")
 # of the user's own: f(samples (N, D), reference (M, D), *, settings) -> number
-METRICS = Registry("metric", {}, takes="samples, reference")
+METRICS = Registry("metric", {}, takes=("samples", "reference"))
 ON_REQUEST = ("kid", "kd", *OF_CAPTIONS)  # measured only on request: papers' tables do not have them
 
 

@@ -16,7 +16,7 @@ BACKBONES = Registry(
         "mmdit": "repa.models.mmdit:mmdit",
     },
     listing="backbones",
-    takes="config",
+    takes=("config",),
     facts={
         "dit": "DiT and SiT (arXiv 2212.09748, 2401.08740)",
         "ddt": "DDT, an encoder and a head that both read the latents (arXiv 2504.05741); DiT^DH of RAE",

@@ -35,6 +35,8 @@ from repa.models.layers import (
     xavier_patches,
 )
 
+FREQUENCIES = 256  # of the random features of a time
+
 
 @dataclass(frozen=True)
 class DDTOptions:
@@ -246,11 +248,11 @@ class FourierTimes(nn.Module):
 
     W: Tensor
 
-    def __init__(self, dim: int, num_features: int = 512):
+    def __init__(self, dim: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         # Stored in checkpoints, unlike the sinusoid's frequencies, because no formula reproduces random numbers.
-        self.register_buffer("W", torch.randn(num_features // 2))
+        self.register_buffer("W", torch.randn(FREQUENCIES))
 
     def forward(self, t: Tensor) -> Tensor:
         with no_autocast(t.device):

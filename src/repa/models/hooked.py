@@ -14,7 +14,7 @@ from repa.models.config import ModelConfig
 from repa.models.contract import Backbone, Condition, Output, State, Tap, Times, TwoTimes
 from repa.models.taps import Grid, Pass, find_blocks, width_of
 
-NETS = Registry("network", {}, takes="config")  # only users' own networks, by dotted name
+NETS = Registry("network", {}, takes=("config",))  # only users' own networks, by dotted name
 
 
 class Tokens(NamedTuple):

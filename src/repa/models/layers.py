@@ -18,6 +18,7 @@ from repa.models.kernels import modulated_norm
 
 NORM_EPS = 1e-6
 MAX_PERIOD = 10000.0  # of every sinusoid, in time and in space
+TIME_FEATURES = 256  # sines and cosines of a time
 INIT_STD = 0.02  # of tables of labels and tokens, and of the timestep MLP
 
 
@@ -135,16 +136,16 @@ class TimestepEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, dim: int, num_features: int = 256, max_period: float = MAX_PERIOD):
+    def __init__(self, dim: int, max_period: float = MAX_PERIOD):
         super().__init__()
-        self.num_features, self.max_period = num_features, max_period
-        self.mlp = nn.Sequential(nn.Linear(num_features, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.register_buffer("frequencies", timestep_frequencies(num_features, max_period), persistent=False)
+        self.max_period = max_period
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.register_buffer("frequencies", timestep_frequencies(TIME_FEATURES, max_period), persistent=False)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         # Moves with .to() to another device but keeps its dtype, because rounding would change the frequencies.
         super()._apply(*args, **kwargs)
-        self.frequencies = timestep_frequencies(self.num_features, self.max_period).to(self.frequencies.device)
+        self.frequencies = timestep_frequencies(TIME_FEATURES, self.max_period).to(self.frequencies.device)
         return self
 
     def forward(self, t: Tensor) -> Tensor:

@@ -11,8 +11,17 @@ import numpy as np
 from repa.base.errors import UserError, choices
 from repa.report.runs import DISTANCE, Protocol, RunRecord, common_protocol, distance_name, is_number
 from repa.report.speedups import SeedGroup, group_seeds, speedups_of_groups
-from repa.report.style import TEXT, colour, draw_legend, label_axes, legend_label, line_style, main_line, new_figure
-from repa.report.text import short_number
+from repa.report.style import (
+    TEXT,
+    colour,
+    draw_legend,
+    label_axes,
+    legend_label,
+    line_style,
+    main_line,
+    new_figure,
+    short_number,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +29,7 @@ if TYPE_CHECKING:
 
 SMOOTHING = 0.04  # window of the running mean, as a share of the log entries
 MOST_POINTS = 1500  # per line: more are not visible and would enlarge the page
+SIZE = (5.6, 3.7)  # of a figure, in inches
 FRAME = 5  # upper limit, in last distances of the worst run: the first values would flatten the rest
 
 Points = dict[int, tuple[float, float]]  # step -> place on the horizontal axis, distance
@@ -100,7 +110,6 @@ def curve_figure(
     *,
     against: str = "step",
     protocol: Protocol | None = None,
-    size: tuple[float, float] = (5.6, 3.7),
 ) -> Figure:
     """All runs in one axes.
 
@@ -111,11 +120,10 @@ def curve_figure(
             differ in the seed only the mean, over each run thinner), or a key of `QUANTITIES`.
         against: "step", "seconds" or "images".
         protocol: which Fréchet distances, see `RunRecord.protocols`; the one that most runs share when None.
-        size: inches.
     """
     if kind not in KINDS:
         raise UserError(f"Unknown curve {kind!r}{choices(kind, KINDS)}")
-    picture = new_figure(figsize=size, layout="constrained")
+    picture = new_figure(figsize=SIZE, layout="constrained")
     draw_curves(picture.add_subplot(), runs, kind, against=against, protocol=protocol)
     return picture
 

@@ -13,8 +13,8 @@ from repa.base.reporting import duration
 from repa.encoders import ENCODERS
 from repa.report.runs import DISTANCE, RunRecord, distance_name
 from repa.report.speedups import Reached, SeedGroup, SeedSpeedup, Speedup, group_seeds, speedups_of_groups, spread
+from repa.report.style import count, factor, short_number, times, with_deviation
 from repa.report.summary import config_differences
-from repa.report.text import count, factor, short_number, times, with_deviation
 
 EVALUATIONS = 5  # smallest number that makes a curve
 FEW = 5  # seeds: with fewer, the standard deviation is only a rough estimate

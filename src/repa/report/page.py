@@ -36,9 +36,8 @@ from repa.report.runs import (
     read_runs,
 )
 from repa.report.speedups import group_indices, group_seeds, speedups_of_groups
-from repa.report.style import COLOURS, inline_svg
+from repa.report.style import COLOURS, count, how_made, inline_svg, short_count, short_number
 from repa.report.summary import config_differences, data_facts, reached_text, summary_rows, summary_table
-from repa.report.text import count, how_made, short_count, short_number
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,8 +30,7 @@ from repa.report.runs import (
     read_runs,
 )
 from repa.report.speedups import SeedGroup, group_indices, group_seeds
-from repa.report.style import TEXT, colour, new_figure, write_png
-from repa.report.text import count, short_number
+from repa.report.style import TEXT, colour, count, new_figure, short_number, write_png
 from repa.runs import layout
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from repa.report.runs import (
     settings_of,
 )
 from repa.report.speedups import SeedGroup, SeedSpeedup, Spread, spread
-from repa.report.text import count, how_made, short_number, with_deviation
+from repa.report.style import count, how_made, short_number, with_deviation
 from repa.runs import layout
 
 MOST_STEPS = 8  # per run in a table; the .csv has all

@@ -14,7 +14,7 @@ from repa.base.errors import printable
 from repa.base.reporting import duration
 from repa.report.runs import RunRecord, common_protocol, is_number, read_runs
 from repa.report.speedups import Speedup, baseline_of, speedup
-from repa.report.text import count, short_number
+from repa.report.style import count, short_number
 from repa.runs import layout
 
 DASH = "–"

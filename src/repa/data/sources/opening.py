@@ -37,7 +37,7 @@ KINDS = (
 )
 COMPRESSED, PICKLES = (".gz", ".tgz", ".bz2", ".xz", ".zst"), (".pkl", ".pickle", ".pt", ".pth")
 FILES = (".zip", ".tar", ".parquet", ".arrow", ".json", ".npz", ".npy", *COMPRESSED, *PICKLES, *EXTENSIONS)
-SOURCES = Registry("source", {}, takes="labels")  # functions of users: f(labels, *, settings) -> Source
+SOURCES = Registry("source", {}, takes=("labels",))  # functions of users: f(labels, *, settings) -> Source
 
 
 def open_source(spec: Any, *, labels: str = "") -> Source:
