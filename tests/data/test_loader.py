@@ -10,7 +10,7 @@ import torch
 from repa.base import files
 from repa.base.errors import UserError
 from repa.base.rng import fold
-from repa.data import Loader, PrepareConfig, open_data, prepare
+from repa.data import DataSet, Loader, PrepareConfig, open_data, prepare
 from repa.data.order import permute
 from repa.data.packing import pack
 from repa.data.records import ArrayFile, FeatureField
@@ -67,7 +67,9 @@ def test_the_order_is_the_documented_one(data):
 def test_every_image_is_equally_likely_to_come_first():
     """Over epochs and seeds, every image comes first about equally often."""
 
-    class Numbers:
+    class Numbers(DataSet):
+        def __init__(self): ...
+
         num_images, has_images, has_moments, features, stream, small_labels = 5, False, False, {}, None, None
 
     first = [Loader(Numbers(), batch_size=1, seed=s).indices(5 * e)[0] for s in range(40) for e in range(25)]

@@ -12,7 +12,7 @@ from repa.alignment.alignment import Alignment
 from repa.alignment.config import AlignmentConfig
 from repa.alignment.losses import compares
 from repa.base import dist
-from repa.base.errors import UserError, choices
+from repa.base.errors import UserError, choices, require_type
 from repa.base.registry import declared, parse_spec
 from repa.models.hooked import Tokens, image_tokens
 from repa.models.taps import Grid, NamedBlock, Watcher, find_blocks, width_of
@@ -91,6 +91,8 @@ class Aligner(nn.Module):
             settings: fields of `AlignmentConfig`: loss, weight, schedule, projector, token_norm, times, name, measure_only.
         """
         net = self._watcher.net
+        require_type(features, int, "The width of the features is a number such as encoder.dim")
+        require_type(hidden_dim, (int, type(None)), "hidden_dim is the width of the block's tokens, a number")
         if text not in ("front", "behind"):
             raise UserError(
                 f"text must be 'front' or 'behind', the position of text tokens relative to the image's, but got {text!r}."

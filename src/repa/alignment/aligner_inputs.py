@@ -73,7 +73,7 @@ def frames_as_images(
 
 def checked_grid(grid: tuple[int, ...]) -> Grid:
     """The grid; raises UserError if it is invalid."""
-    grid = tuple(grid)
+    grid = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
     if len(grid) not in (2, 3) or not all(type(side) is int and side > 0 for side in grid):
         raise UserError(f"A grid must be (rows, columns) or (frames, rows, columns), but got {grid!r}.")
     return grid

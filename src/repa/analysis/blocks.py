@@ -134,6 +134,9 @@ def principal_colours(tokens: Tensor) -> Tensor:
     Raises:
         UserError: fewer than 3 channels, fewer than 4 tokens in total, or values that are not finite.
     """
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3:
+        given = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise UserError(f"Colours need a tensor of tokens (N, T, D), but got {given}.")
     num, length, dim = tokens.shape
     if dim < 3 or num * length < 4 or not torch.isfinite(tokens).all():
         raise UserError(

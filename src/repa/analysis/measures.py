@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 
 BLOCK_BYTES = 2**23  # size of a block of a kernel, or of some images' neighbours
 FAR = 6  # LDS: smallest Manhattan distance of distant patches
@@ -128,6 +128,8 @@ def cka(a: Tensor, b: Tensor, unbiased: bool = False) -> float:
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
+    for x in (a, b):
+        require_type(x, Tensor, "Representations to compare are tensors (n, D)")
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
         raise UserError(
             f"Representations to compare are (n, D) and (n, E) of the same n images, but got {tuple(a.shape)} "

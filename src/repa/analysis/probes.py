@@ -15,7 +15,7 @@ from repa.analysis.config import HeadsConfig, ProbeConfig
 from repa.analysis.features import features_in, features_of_encoder, field, hidden_of_run
 from repa.analysis.hidden import check_run, device_of, spaced_rows
 from repa.base import rng
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.reporting import Progress, silent
 from repa.data import DataSet
 from repa.encoders import VisionEncoder
@@ -245,6 +245,8 @@ def _accuracy(
 
 def _check_sets(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> None:
     for name, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        require_type(features, Tensor, f"A linear probe needs a tensor of {name} features (N, D)")
+        require_type(labels, Tensor, f"A linear probe needs a tensor of {name} labels (N,)")
         if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
             raise UserError(
                 f"A linear probe needs {name} features (N, D) and labels (N,), but got {tuple(features.shape)} and "

@@ -8,12 +8,28 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from repa.base.errors import UserError, require_type
+
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}  # side of the timed matrices: large enough for the full rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HALF = ("bf16", "fp16")  # precisions whose matrix products are autocast; weights, norms and losses stay float32
 WORTH = 1.25  # least speedup of bf16 products on a CPU: casts take a part of it
 SIDE, REPEATS = 512, 5  # of the measured products: side of the matrices, and number of timings
+
+
+def checked_device(name: str | torch.device) -> torch.device:
+    """The device of a name such as "cuda:1"; UserError if this machine, or this installation of torch, lacks it."""
+    require_type(name, (str, torch.device), "A device is a text such as 'cuda' or 'cpu'")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"There is no device {name!r}. Choose cpu, cuda, cuda:1 or mps.") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"The device {name!r} cannot be used: {str(error).splitlines()[0]}. Choose cpu.") from None
+    return device
 
 
 def synchronise(device: torch.device) -> None:

@@ -19,6 +19,14 @@ class UserError(ValueError):
     """
 
 
+def require_type(given: object, kind: type | tuple[type, ...], needed: str) -> None:
+    """UserError unless an argument is an instance of `kind`; `needed` begins the sentence: "A block is a name"."""
+    if not isinstance(given, kind):
+        shown = repr(given)
+        is_short = len(shown) <= 60 and not shown.startswith(("<", "tensor(", "array(")) and "\n" not in shown
+        raise UserError(f"{needed}, but got {shown if is_short else f'an object of type {type(given).__name__}'}.")
+
+
 def escaped(text: str) -> str:
     r"""Text that is safe for a terminal: control characters are escaped (\\x1b), newlines and tabs stay."""
     return UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from repa.base import files, trust
+from repa.base.device import checked_device
 from repa.base.errors import UserError
 from repa.base.registry import Registry, parse_spec
 
@@ -49,7 +50,7 @@ def load_frozen(
         made = made(parse_spec(spec)[0], weights)
     elif weights is not None:
         raise UserError(f"The {registry.kind} {spec!r} needs no weights, but got {weights}: leave them out.")
-    made = registry.instance(spec, made, kind).to(device).requires_grad_(False).eval()
+    made = registry.instance(spec, made, kind).to(checked_device(device)).requires_grad_(False).eval()
     # A sum is the cheapest test: it reads every number once and stores none.
     if spoilt := next((name for name, p in made.named_parameters() if not p.sum(dtype=torch.float32).isfinite()), None):
         raise UserError(

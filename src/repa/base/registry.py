@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from repa.base.errors import UserError, choices, listed, nearest
+from repa.base.errors import UserError, choices, listed, nearest, require_type
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
 # The names, besides built-in types, that settings of registered functions may be annotated with.
@@ -37,6 +37,7 @@ class Setting(NamedTuple):
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     """'nt_xent:temperature=0.07' -> ('nt_xent', {'temperature': 0.07}). Values are Python literals, else plain text."""
+    require_type(spec, str, "A name is a text such as 'cosine' or 'cfg:scale=1.5'")
     name, _, rest = spec.partition(":")
     settings: dict[str, Any] = {}
     for item in filter(None, rest.split(",")):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.pretrained import Frozen
 
 MAX_LETTERS = 10_000  # characters of a text; the rest exceeds every tokenizer's limit and would only cost time
@@ -52,6 +52,7 @@ class TextEncoder(Frozen):
         Raises:
             UserError: the shapes of `encode` contradict `dim`, `num_tokens` or `masked`.
         """
+        require_type(texts, (list, tuple), "A text encoder takes a list of texts")
         text = self.encode([text[:MAX_LETTERS] for text in texts])
         tokens, mask = text if isinstance(text, Text) else (None, None)
         wanted = (len(texts), self.num_tokens, self.dim)

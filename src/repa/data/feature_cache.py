@@ -22,7 +22,7 @@ from torch import Tensor
 
 from repa.base import faults, files, lock
 from repa.base.device import DTYPES
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.data.dataset import DataSet, open_data
 from repa.data.manifest import MANIFEST
 from repa.data.packing import unpack
@@ -128,7 +128,9 @@ class FeatureCache:
         entries = self.find(keys)
         missing = [position for position, entry in enumerate(entries) if entry is None]
         if missing:
-            new = compute(missing).detach()
+            new = compute(missing)
+            require_type(new, Tensor, "compute must return a tensor of features (n, M, F)")
+            new = new.detach()
             if len(new) != len(missing):
                 raise UserError(
                     f"compute returned features of {len(new)} images instead of {len(missing)}: return one entry per position."

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from repa.base.ahead import by_threads
-from repa.base.errors import UserError
+from repa.base.device import checked_device
+from repa.base.errors import UserError, require_type
 from repa.base.rng import fold
 from repa.conditions import Text
 from repa.data.dataset import DataSet
@@ -83,12 +84,14 @@ class Loader:
         pooled: bool = False, text: Literal["", "tokens", "captions"] = "",
         rank: int = 0, world: int = 1, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        if batch_size % world:
+        require_type(data, DataSet, "A loader needs data that repa.open_data opened")
+        require_type(batch_size, int, "The batch size is a number")
+        if batch_size < 1 or batch_size % world:
             raise UserError(
                 f"{world} processes cannot share a batch of {batch_size} images equally: choose a multiple of {world}."
             )
         self.data, self.batch_size, self.pooled, self.text, self.seed = data, batch_size, pooled, text, seed
-        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.rank, self.world, self.device = rank, world, checked_device(device)
         self._features = features if callable(features) else lambda step: features
         self._images = images if callable(images) else lambda step: images
         self.fields(0)  # raises the error here instead of in a thread at the first step

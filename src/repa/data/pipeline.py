@@ -11,6 +11,7 @@ import torch
 
 from repa.base import files, lock
 from repa.base.ahead import by_threads
+from repa.base.device import checked_device
 from repa.data.encoding import FeatureFields, encode, load_models, require_same_model
 from repa.data.finishing import finish
 from repa.data.manifest import PARTS, SETTINGS_FILE, Manifest, remove_parts
@@ -80,7 +81,7 @@ def _make_shards(
     *, rank: int = 0, world: int = 1, progress: Report | None = None, device: torch.device | str = "cpu",
 ) -> None:  # fmt: skip
     """Make the missing parts of this process's shards, and lost bases."""
-    out, config, device = job.finished.out, job.finished.settings.config, torch.device(device)
+    out, config, device = job.finished.out, job.finished.settings.config, checked_device(device)
     share = range(rank, len(job.shards), world)
     todo = {k: missing[k] for k in share if missing[k] and job.shards[k].is_ready}
     # Only the needed models, before the first image, so that wrong weights are reported at once.

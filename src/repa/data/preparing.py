@@ -16,7 +16,8 @@ import torch
 
 from repa.base import lock
 from repa.base.ahead import by_processes, by_threads
-from repa.base.errors import UserError
+from repa.base.device import checked_device
+from repa.base.errors import UserError, require_type
 from repa.conditions.loading import require_text_encoder
 from repa.data.config import BASE, TEXT, PrepareConfig
 from repa.data.encoding import FeatureFields, Fields, load_model
@@ -62,6 +63,7 @@ class Request(NamedTuple):
 
 
 def _request(source: str | Path | Source, config: PrepareConfig) -> Request:
+    require_type(config, PrepareConfig, "The settings of a preparation are a PrepareConfig(resolution=...)")
     images = open_source(source, labels=config.labels)
     if images.moments_shape:
         images.require_fit(config)
@@ -241,7 +243,7 @@ def make_plan(
     Raises:
         UserError: any error that `prepare` would raise before its first image.
     """
-    device, (images, requested, shards, read) = torch.device(device), _request(source, config)
+    device, (images, requested, shards, read) = checked_device(device), _request(source, config)
     finished = FinishedParts(Path(out), requested, len(shards))
     config = finished.settings.config
     chosen = [name for name in chosen_parts(only, config) if name != TEXT]

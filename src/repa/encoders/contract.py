@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repa.base import files
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.pretrained import Frozen
 
 
@@ -63,6 +63,7 @@ class VisionEncoder(Frozen):
                 another shape than declared.
         """
         check_images(images, self.name)
+        require_type(grid, int, f"The token grid of the encoder {self.name} is its side, a whole number")
         if grid < 1:
             raise UserError(f"The token grid of the encoder {self.name} must be at least 1, but got {grid}.")
         weights = next(self.net.parameters())
@@ -107,6 +108,7 @@ class VisionEncoder(Frozen):
 
 def check_images(images: Tensor, name: str) -> None:
     """Raises UserError unless the images are uint8 (N, 3, S, S)."""
+    require_type(images, Tensor, f"The encoder {name} needs a tensor of uint8 images (N, 3, S, S)")
     if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3 and images.shape[2] == images.shape[3]:
         return
     raise UserError(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.registry import Registry
 from repa.encoders.families import FAMILIES
 
@@ -30,6 +30,7 @@ class EncoderRegistry(Registry):
 
 def canonical(spec: str) -> str:
     """dinov2-vit-b -> dinov2-b, dinov2reg-vit-b -> dinov2-reg-b, jepa-vit-h -> ijepa-h; other names are unchanged."""
+    require_type(spec, str, "An encoder is named by a text such as 'dinov2-b'")
     name, colon, settings = spec.partition(":")
     stem, _, size = name.partition("-vit-") if "-vit-" in name else name.rpartition("-")
     stem = STEMS.get(stem, stem)

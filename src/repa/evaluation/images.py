@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repa.base import dist, faults
 from repa.base.arrays import map_npz, read_header, require_checksum, require_once
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.images import to_tensor
 from repa.data import DataSet, Source, open_checked, open_source
 from repa.data.manifest import MANIFEST, PARTS
@@ -140,6 +140,7 @@ class DataImages(Images):
     """The images of prepared data, without mirrored copies."""
 
     def __init__(self, data: DataSet):
+        require_type(data, DataSet, "The images must be data that repa.open_data opened")
         data.require_images(" to measure against")
         self.data, self.where = data, str(data.folder)
         self.home = None if is_url(data.folder) else Path(data.folder)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from repa.base import dist, rng
-from repa.base.errors import UserError, choices
+from repa.base.errors import UserError, choices, require_type
 from repa.encoders.contract import VisionEncoder
 from repa.evaluation.captions import CaptionMeasure
 from repa.evaluation.config import METRICS, OF_CAPTIONS, is_private
@@ -51,6 +51,8 @@ def evaluate(
     Raises:
         UserError: a metric that the features or the reference do not support, features that are not finite, or too few images.
     """
+
+    require_type(reference, Reference, "The reference must come from repa.evaluation.reference_of")
 
     def numbered() -> Iterator[tuple[Tensor, Tensor]]:
         # Interleaved, so that indices are unique without knowing the number of images of the other processes.

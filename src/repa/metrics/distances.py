@@ -8,7 +8,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from repa.base import dist, rng
-from repa.base.errors import UserError
+from repa.base.device import checked_device
+from repa.base.errors import UserError, require_type
 
 SPLIT_SIZE = 5000  # consecutive images, as in the ADM evaluator
 
@@ -27,7 +28,7 @@ class Statistics:
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.count = 0
-        self.device = torch.device(device)
+        self.device = checked_device(device)
         self._start(0)
 
     def _start(self, dim: int) -> None:
@@ -40,6 +41,7 @@ class Statistics:
         Raises:
             UserError: the features have another width or are not all finite.
         """
+        require_type(features, Tensor, "Statistics need a tensor of features (N, D)")
         if features.ndim != 2 or (self.count and features.shape[1] != len(self._mean)):
             wanted = len(self._mean) if self.count else "D"
             raise UserError(
@@ -169,6 +171,8 @@ def frechet_distance(
 
 def check_features(a: Tensor, b: Tensor, what: str) -> None:
     """Raises UserError unless two sets of features are finite and (N, D) and (M, D); `what` names the metric."""
+    for features in (a, b):
+        require_type(features, Tensor, f"{what}: features must be a tensor (N, D)")
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise UserError(f"{what}: features must be (N, D) and (M, D), but got {tuple(a.shape)} and {tuple(b.shape)}.")
     if not (a.isfinite().all() and b.isfinite().all()):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from repa.base.errors import UserError, nearest
+from repa.base.errors import UserError, nearest, require_type
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # parts of names added by wrappers
 Grid = tuple[int, ...]  # (rows, columns), or (frames, rows, columns) of a video
@@ -37,6 +37,7 @@ def find_blocks(net: nn.Module, pattern: str) -> list[NamedBlock]:
     Raises:
         UserError: no module matches, or several match a name without * or [; the message lists candidates.
     """
+    require_type(pattern, str, "A block is given by its name, such as 'transformer_blocks.7'")
     found = {}
     for name, module in net.named_modules():
         parts = tuple(part for part in name.split(".") if part and part not in WRAPPERS)
@@ -122,6 +123,7 @@ class Watcher:
     """
 
     def __init__(self, net: nn.Module):
+        require_type(net, nn.Module, "The network must be a torch.nn.Module")
         inner = unwrapped(net)
         self.record, self.first, self.kind = Record(), _first_parameter(inner), type(inner).__name__
         self.patch = _patch_size(inner)

@@ -121,6 +121,7 @@ def load_checkpoint(run: Path, step: int | None = None) -> Checkpoint | None:
 
     Nothing is unpickled: an untrusted folder can hold wrong numbers but cannot run code.
     """
+    run = Path(run)
     steps = layout.checkpoint_steps(run)
     if step is None:
         if not steps:

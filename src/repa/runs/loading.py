@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repa.autoencoders import AUTOENCODERS, load_autoencoder
 from repa.autoencoders.contract import Autoencoder, require_same_autoencoder
-from repa.base.device import Float32Default
+from repa.base.device import Float32Default, checked_device
 from repa.base.errors import UserError, printable
 from repa.base.registry import parse_spec
 from repa.base.trust import contents_of
@@ -192,7 +192,7 @@ def load_run(
         autoencoder_weights: location of the autoencoder's weights; empty: the recorded location, otherwise the hub's.
         autoencoder: a loaded autoencoder; None: load the run's.
     """
-    run = Path(path)
+    run, device = Path(path), checked_device(device)
     config = layout.read_config(run, NEEDED)
     model_config = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))
     diffusion = DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))

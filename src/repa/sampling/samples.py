@@ -15,7 +15,7 @@ from torch import Tensor
 from repa.autoencoders import load_decoder
 from repa.autoencoders.contract import not_finite
 from repa.base.device import DTYPES, Float32Default, autocast
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.registry import parse_spec
 from repa.base.rng import SampleStreams
 from repa.diffusion import SAMPLERS
@@ -80,6 +80,8 @@ def draw(
     run: LoadedRun, config: SampleConfig, indices: Sequence[int], callback: Callback | None = None
 ) -> SampledState:
     """The sampler's part of `generate`; on CUDA it does not synchronise."""
+    require_type(run, LoadedRun, "Sampling needs a run that repa.load_run loaded")
+    require_type(config, SampleConfig, "The settings of samples are a SampleConfig")
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
     # The order of random numbers is part of the meaning of a seed: noise, then labels, then the sampler's.

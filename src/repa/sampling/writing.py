@@ -29,7 +29,7 @@ from torch import Tensor
 from repa.base import dist, faults, files
 from repa.base.arrays import load_npy, load_npz, save_npy, write_images
 from repa.base.device import DTYPES, resolved
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.images import grid, save_png
 from repa.base.reporting import Progress, silent
 from repa.diffusion.samplers import Callback
@@ -117,6 +117,9 @@ def write_samples(
     out = Path(out)
     if out.name in ("", ".."):  # the current folder and its parents, which have no name for another suffix
         out = out.resolve()
+    require_type(run, LoadedRun, "Sampling needs a run that repa.load_run loaded")
+    require_type(num, int, "The number of samples is a whole number")
+    out = Path(out)
     if out.suffix not in (".npz", "") or not out.name:
         raise UserError(
             f"Samples are written as one .npz file or as PNG files in a folder, but --out is {out}: give a name such as "

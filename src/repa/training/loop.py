@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from repa.autoencoders import Autoencoder, load_autoencoder
 from repa.autoencoders.contract import require_same_autoencoder
 from repa.base import dist
-from repa.base.device import autocast
+from repa.base.device import autocast, checked_device
+from repa.base.errors import require_type
 from repa.base.launch import catch_signals
 from repa.base.rng import generator
 from repa.data import Batch, DataSet, Loader
@@ -77,6 +78,11 @@ def train(
     Raises:
         UserError: another process trains this run, or the processes have different configurations.
     """
+    require_type(
+        config, TrainConfig, "The settings of a training are a TrainConfig, such as repa.recipes.load_recipe(name)"
+    )
+    require_type(data, DataSet, "Training needs data that repa.open_data opened")
+    run, device = Path(run), checked_device(device)
     with dist.locked(run, "repa train"):
         state, encoders, texts = _open_run(config, data, run, device)
         if state.step >= state.config.num_steps:
