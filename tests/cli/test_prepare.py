@@ -76,6 +76,14 @@ def test_a_folder_is_planned_prepared_extended_and_reduced(repa, tmp_path):
     assert list(open_data("data").features) == ["tiny-classifier"]
 
 
+def test_labels_are_chosen_by_an_option(repa, image_folder):
+    code, printed = repa(
+        "prepare", image_folder, "data", "--resolution", "16", "--labels", "folders", "--num-workers", "0"
+    )
+    assert code == 0, printed
+    assert "labels      from the first folder of each path" in printed
+
+
 def test_a_part_is_prepared_first_and_then_the_rest(repa):
     code, text = repa("prepare", SOURCE, "data", *FIRST, "--only", "base")
     assert code == 0

@@ -62,6 +62,8 @@ class Source(ABC):
     """Whether any image may have captions."""
     labels_from: str = ""
     """Origin of the labels, as `repa prepare` reports it."""
+    opened_with: str = ""
+    """The choice of labels with which `open_source` opened it."""
     left_out: Mapping[str, int] = MappingProxyType({})
     """Kind -> number of things in the source that are not used: "files .txt2" -> 3."""
     moments_shape: tuple[int, ...] | None = None

@@ -56,7 +56,8 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
         UserError: no such source, no images, missing or invalid labels, a damaged or unsafe file, or unknown settings.
     """
     if isinstance(spec, Source):
-        _require_own(labels, spec)
+        if labels != spec.opened_with:
+            _require_own(labels, spec)
         return spec
     if not isinstance(spec, (str, Path)):
         return open_table(spec, labels)
@@ -68,7 +69,9 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     check_settings("source", str(spec), settings, known)
     # settings are parsed as Python values if possible: a column called 1 becomes a text again
     source = opened(**{key: str(value) if known[key].annotation is str else value for key, value in settings.items()})
-    return SOURCES.instance(str(spec), source, Source)
+    source = SOURCES.instance(str(spec), source, Source)
+    source.opened_with = labels
+    return source
 
 
 def require_source(spec: str, labels: str = "") -> None:
