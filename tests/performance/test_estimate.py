@@ -271,7 +271,10 @@ def test_the_command_prints_the_estimate(capsys):
     assert "85.7 M" in " ".join(table["dinov2-b"])
     assert "time on 4 x a100 of 312 TFLOP/s at 50% utilisation (assumed)" in lines
     assert {"encoders in every step", "stored tokens"} <= set(table)
-    assert "50,000 samples, 250 steps, cfg:scale=1.8,high=0.7, on the same devices at the same utilisation" in lines
+    samples = next(
+        line for line in lines if line.startswith("50,000 samples, 250 steps, cfg:scale=1.8,high=0.7 (the paper")
+    )
+    assert samples.endswith(", on the same devices at the same utilisation")
     assert float(table["images/s"][-1].replace(",", "")) > 100
     assert run(["estimate", "sit-b2", *small[:-2], "--tflops", "100", "--devices", "8"]) == 0
     out = capsys.readouterr().out
