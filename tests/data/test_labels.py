@@ -222,3 +222,57 @@ def test_a_table_beside_an_archive_is_found(edm, tmp_path, monkeypatch):
 def test_a_decimal_comma_is_no_comma_of_thousands(texts, names, edm, tmp_path):
     rows = "".join(f"{path};{text}\n" for path, text in zip(NAMES, texts, strict=True))
     assert open_source(edm, labels=table(tmp_path, "file_name;label\n" + rows)).class_names == names
+
+
+def _in_one_folder(folder, names):
+    folder.mkdir(parents=True)
+    for i, name in enumerate(names):
+        noise_image(i).save(folder / name)
+    return folder
+
+
+CLASSES = [f"{name}{i:0{width}d}.png" for name, width in (("cat_", 3), ("Old dog (", 1)) for i in range(6)]
+CLASSES = [name.replace(".png", ").png") if "(" in name else name for name in CLASSES]
+
+
+def test_file_names_of_classes_ask_for_a_choice(tmp_path):
+    folder = _in_one_folder(tmp_path / "animals", CLASSES)
+    with pytest.raises(UserError, match=r"look like classes with numbers \(.*cat.*\): give --labels names"):
+        open_source(folder)
+    source = open_source(folder, labels="names")
+    assert source.class_names == ["Old dog", "cat"]
+    assert [source.class_names[label] for label in source.labels] == ["Old dog"] * 6 + ["cat"] * 6
+    assert open_source(folder, labels="none").class_names == ["all"]
+    inside = _in_one_folder(tmp_path / "set" / "images", CLASSES).parent  # a folder that is no class
+    with pytest.raises(UserError, match="give --labels names"):
+        open_source(inside)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"{word}_{i:04d}.jpg" for word in ("IMG", "DSC") for i in range(6)],
+        [f"IMG-2023010{day}-WA{i:04d}.jpg" for day in range(3) for i in range(6)],
+        [f"ILSVRC2012_val_{i:08d}.png" for i in range(12)],
+        [f"{i:06d}.png" for i in range(12)],
+        [f"{i:05d}_crop_{k}.png" for i in range(2) for k in range(6)],
+        [f"cat_{i}.png" for i in range(10)] + ["dog_1.png", "bird_1.png"],  # by chance
+    ],
+)
+def test_file_names_of_cameras_and_programs_are_one_class(names, tmp_path):
+    source = open_source(_in_one_folder(tmp_path / "photos", names))
+    assert source.class_names == ["all"]
+    assert source.labels_from == "no folders or file names of classes: one class"
+
+
+def test_names_with_captions_are_no_labels(tmp_path):
+    folder = _in_one_folder(tmp_path / "animals", CLASSES)
+    for name in CLASSES:
+        (folder / name).with_suffix(".txt").write_text("an animal")
+    assert open_source(folder).class_names == ["all"]
+
+
+def test_names_without_a_number_are_no_labels(tmp_path):
+    folder = _in_one_folder(tmp_path / "animals", [*CLASSES, "readme.png"])
+    with pytest.raises(UserError, match="readme.png of .* has no name before a number"):
+        open_source(folder, labels="names")

@@ -58,7 +58,8 @@ class PrepareConfig(Config):
     num_workers: int = Field(4, ge=0)
     """Worker processes that read, decode and crop images, per process; 0: no workers."""
     labels: str = ""
-    """Origin of the classes; empty: the source's own; or none, folders, folders:2, folders:last, folders:path, tars, TABLE.csv:COLUMN."""
+    """Origin of the classes; empty: the source's own; or none, folders, folders:2, folders:last, folders:path, names, tars,
+    TABLE.csv:COLUMN."""
 
     @field_validator("autoencoder_weights", "text_weights")
     @classmethod

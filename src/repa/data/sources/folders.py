@@ -29,8 +29,24 @@ from repa.data.sources.contract import (
     read_image_file,
 )
 from repa.data.sources.label_files import FILE_COLUMNS, TABLES, Rows, from_file, read_table, split_file, table_columns
-from repa.data.sources.labels import by_name, from_folders, from_listing, label_columns, like_labels, plain_path
-from repa.data.sources.names import JUNK_KIND, MAX_FOLDERS, is_hidden, most_common, split_folders
+from repa.data.sources.labels import (
+    by_name,
+    classes_by_name,
+    from_folders,
+    from_listing,
+    label_columns,
+    like_labels,
+    plain_path,
+)
+from repa.data.sources.names import (
+    JUNK_KIND,
+    MAX_FOLDERS,
+    classes_in_names,
+    is_hidden,
+    most_common,
+    name_before_number,
+    split_folders,
+)
 
 METADATA = ("metadata.csv", "metadata.jsonl")  # of the `imagefolder` convention: one row per image
 LISTING = "dataset.json"  # of EDM2 and REPA: the labels of images in folders that are not classes
@@ -116,6 +132,17 @@ class FileSource(Source):
             return one_class(len(paths), labels)
         if labels.partition(":")[0] == "folders":
             return None
+        if labels == "names":
+            names = [name_before_number(path) for path in paths]
+            if "" in names:
+                first = printable(paths[names.index("")])
+                raise UserError(
+                    f"labels is 'names', but {first} of {where} has no name before a number, as cat_001.png has: rename it, or "
+                    "give --labels TABLE.csv:COLUMN."
+                )
+            return classes_by_name(
+                [plain_text(name) for name in names], "the file names, without the numbers at their ends"
+            )
         if labels:
             return from_file(labels, paths, _folder_of(where))
         if LISTING in self._described:
@@ -153,6 +180,11 @@ class FileSource(Source):
                 f"{where} has {'no' if is_one else 'both'} folders of classes{', but' if is_one else ' and'} "
                 f"{printable(file)}, which looks like labels: give --labels {printable(spec)}, another column or file, "
                 f"or --labels {_without_a_file(paths)}."
+            )
+        if is_one and not self.has_captions and (named := classes_in_names(paths)):
+            raise UserError(
+                f"{where} has no folders of classes, but its file names look like classes with numbers "
+                f"({', '.join(map(printable, named[:3]))}): give --labels names for these classes, or --labels none for one."
             )
 
     def _require_no_labels_beside(self, where: str, beside: Sequence[str]) -> None:

@@ -229,7 +229,7 @@ def from_folders(where: str, paths: Sequence[str], labels: str = "") -> Classes:
         level = prefix.count("/") + 2 if prefix else 1
     depths = {path.count("/") for path in paths}
     if not labels and depths == {0}:
-        return one_class(len(paths), why="no folders")
+        return one_class(len(paths), why="no folders or file names of classes")
     if depths == {0}:
         raise UserError(
             f"labels is {labels!r}, but no image of {where} is in a folder: leave --labels out for the labels of the "

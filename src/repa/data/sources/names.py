@@ -11,6 +11,7 @@ from repa.base.errors import UserError
 from repa.data.sources.contract import require_image_size
 
 MAX_FILES = 1_000_000
+FEW_OF_CLASS = 5  # images with one name before their numbers; fewer may share it by chance
 # depth of a file: the set of all parent folders of a path needs memory that is quadratic in its depth
 MAX_FOLDERS = 100
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")  # a range of numbers, or alternatives
@@ -26,6 +27,12 @@ SPLITS = {
     "test": "test", "testing": "test", "holdout": "test",
 }  # fmt: skip
 """Names of folders and files that are splits, not classes -> the split."""
+UNNAMED = {
+    "cimg", "clip", "crop", "dcim", "dsc", "dscf", "dscn", "file", "frame", "gopr", "gx", "image", "images", "img", "mg", "mvimg",
+    "page", "pano", "patch", "photo", "pic", "pict", "picture", "pxl", "sam", "sample", "scan", "scene", "screenshot", "shot", "tile",
+    "untitled", "vid", "video", "wp",
+}  # fmt: skip
+"""First words of the names that cameras and programs give."""
 
 
 def most_common(counts: Mapping[str, int], others: str) -> dict[str, int]:
@@ -58,6 +65,25 @@ def require_safe_member(archive: str | Path, name: str, size: int) -> None:
             f"{archive} holds {plain[:60]!r}..., a path of more than {MAX_FOLDERS} folders: shorten it and pack again."
         )
     require_image_size(size, f"{plain} in {archive}")
+
+
+def name_before_number(path: str) -> str:
+    """The name of a file without the number at its end: cat for a/cat_001.png and cat (1).png; "" without a number."""
+    counted = re.fullmatch(r"(.*?)[\s_.(-]*[0-9]+\)?", path.rpartition("/")[2].rpartition(".")[0])
+    return counted[1] if counted else ""
+
+
+def classes_in_names(paths: Iterable[str]) -> list[str]:
+    """The names before numbers if they look like classes, the most common first: cat_1.png, dog_1.png; else []."""
+    counts = collections.Counter(map(name_before_number, paths))
+    found = [name for name, num in counts.most_common() if num >= FEW_OF_CLASS and _is_worded(name)]
+    # a few other files may be among them; names that are rarely repeated are not classes
+    return found if len(found) > 1 and sum(counts[name] for name in found) >= 0.9 * counts.total() else []
+
+
+def _is_worded(name: str) -> bool:
+    word = re.match(r"_*([^\W\d_]+)", name)
+    return word is not None and word[1].lower() not in UNNAMED
 
 
 def is_remote(name: str) -> bool:

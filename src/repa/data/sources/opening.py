@@ -49,8 +49,8 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
             follow a colon, e.g. `hf:OWNER/NAME:split=train,image=img`; see docs/sources.md. Or the dotted name of your
             own function `f(labels, *, settings) -> Source`; a `Source` itself; or a loaded `datasets.Dataset`.
         labels: "" for the source's own; "none"; "folders" (the first folder of each path), "folders:2" (the second),
-            "folders:last"; "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl and .parquet too); for arrays
-            also an .npy file.
+            "folders:last"; "names" (of the files, before a number); "tars"; a `dataset.json`; `TABLE.csv:COLUMN` (.tsv, .jsonl
+            and .parquet too); for arrays also an .npy file.
 
     Raises:
         UserError: no such source, no images, missing or invalid labels, a damaged or unsafe file, or unknown settings.
