@@ -3,14 +3,17 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
+from repa.base.weights import read_weights
 from repa.models import DiT, load_exported
 from repa.models.lora import merged_weights
+from repa.models.published import load_published
 from tests.hostile.commands import outcome
 from tests.hostile.mutations import HOSTILE
 
@@ -99,3 +102,33 @@ def test_an_update_that_does_not_fit_is_refused(down, up):
     state = {"l.weight": torch.zeros(4, 4), "l.lora_A": torch.zeros(down), "l.lora_B": torch.zeros(up)}
     with pytest.raises(UserError, match="does not fit"):
         merged_weights(state)
+
+
+def weights():
+    return DiT(
+        latent_size=4, latent_channels=3, patch_size=2, hidden_dim=16, depth=2, num_heads=2, num_classes=2
+    ).state_dict()
+
+
+def test_weights_under_another_ending_are_read(tmp_path):
+    state = weights()
+    for name in ("x.pt", "x.SAFETENSORS", "x"):
+        save_file(state, tmp_path / name)
+        assert torch.equal(read_weights(tmp_path / name)["pos_embed"], state["pos_embed"])
+
+
+def test_numpy_arrays_and_texts_beside_the_weights_are_no_obstacle(tmp_path):
+    state = weights()
+    rest = {"random": np.random.default_rng(0).integers(0, 9, 5), "state": ("MT19937", np.arange(6)), "x": np.str_("a")}
+    torch.save({"model": state, **rest}, tmp_path / "x.pt")
+    assert torch.equal(load_published(tmp_path / "x.pt", "repa").ema["pos_embed"], state["pos_embed"])
+
+
+@pytest.mark.parametrize("other", ["target_model", "teacher", "discriminator"])
+def test_a_second_network_beside_model_needs_a_choice(other, tmp_path):
+    first, second = weights(), {name: tensor + 1 for name, tensor in weights().items()}
+    torch.save({"model": first, other: second}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=f"several networks, 'model', '{other}': give one of them as --weights"):
+        load_published(tmp_path / "x.pt", "repa")
+    found = load_published(tmp_path / "x.pt", "repa", other).ema["pos_embed"]
+    assert torch.equal(found, second["pos_embed"])

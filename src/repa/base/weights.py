@@ -55,7 +55,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -> Any:
     """The content of a checkpoint file, on the CPU: a dictionary of tensors, or the plain containers of a training script.
 
-    NumPy scalars become Python numbers and paths become pure paths. A TorchScript archive gives its tensors by name.
+    NumPy scalars become Python numbers, paths pure paths, and NumPy arrays objects without numbers. A TorchScript archive
+    gives its tensors by name.
 
     Args:
         path: .safetensors, or a file of torch.save or torch.jit.save.
@@ -67,7 +68,7 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
     """
     path = Path(path)
     with faults.reading(path, "a checkpoint of tensors", remedy, missing=f"There is no checkpoint file {path}."):
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             from safetensors.torch import load_file
 
             _require_plain_header(path)
@@ -83,6 +84,12 @@ def read_weights(path: str | Path, remedy: str = "Download or copy it again.") -
             _require_mappable(archive, path)
         # Mapped, so that unused parts of a training checkpoint, such as its optimizer, are never read into memory.
         return _unpickled(path, mmap=True)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its ending, or its start under another ending."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
 @contextlib.contextmanager
@@ -211,7 +218,7 @@ def _require_sound(path: Path) -> None:
 
     remedy = "Download or copy it again."
     with faults.reading(path, "a file of weights", remedy):
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             for name, entry in _require_plain_header(path).items():
                 check(name, entry["dtype"], PRECISE)
         elif zipfile.is_zipfile(path):
@@ -356,15 +363,21 @@ class Dtype:
         self.order = ">" if state[1] == ">" else "<"
 
 
-def _scalar(dtype: Dtype, raw: bytes) -> bool | int | float:
-    """A NumPy scalar as a Python number."""
-    return struct.unpack(dtype.order + NUMBERS[dtype.code], raw)[0]
+def _scalar(dtype: Dtype, raw: bytes) -> bool | int | float | bytes:
+    """A NumPy scalar as a Python number; a text as its bytes."""
+    code = NUMBERS.get(dtype.code)
+    return struct.unpack(dtype.order + code, raw)[0] if code else raw
 
 
 ALLOWED: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     argparse.Namespace,
     (Dtype, "numpy.dtype"),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    # arrays, such as the state of a generator, are not needed
+    *(
+        (Inert, name)
+        for name in ("numpy.ndarray", "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+    ),
     *(
         (pure, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")

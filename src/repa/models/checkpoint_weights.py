@@ -45,7 +45,7 @@ def choose_weights(content: Any, where: str, kind: str, wanted: str = "") -> tup
         beside = raw if raw is not None and raw.name != chosen.name else None
         also = f", and the raw weights {beside.name or 'of the file'!r}" if beside else ""
         return chosen, beside, f"{chosen.name or 'the average of the file'!r} is used{also}"
-    if candidates or raw is None:
+    if candidates or len(others) != 1 or raw is None:
         names = ", ".join(repr(w.name) for w in candidates or others)
         raise UserError(f"{where} contains several networks, {names}: give one of them as --weights.")
     return raw, None, _why_raw(content, where, raw)
