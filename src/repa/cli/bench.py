@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -79,22 +79,20 @@ def main(argv: list[str]) -> int:
     # The advice is for the recipe's own step; the other steps are measured for comparison.
     own = resolved(recipe.precision, device)
     recipe = recipe.override(precision=own, init="")
-    sizes = given.batch_size or (recipe.batch_size,)
     precisions = dict.fromkeys((own, *(given.precision or ("fp32", resolved("auto", device)))))
     rates = {precision: rate(precision, device) for precision in precisions}
     say(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; matrix products: "
         + ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items()))  # fmt: skip
     results: dict[str, Any] = {"device": str(device), "rates": rates, "rows": []}
     measured = []
-    variants = itertools.product(sizes, precisions, {recipe.compile, recipe.compile or given.compiled})
-    for batch_size, precision, compiled in sorted(variants):
-        config = recipe.override(batch_size=batch_size, precision=precision, compile=compiled)
-        is_own = (batch_size, precision, compiled) == (sizes[0], own, recipe.compile)
-        measurement, row = _measured(config, given, rates, device, given.trace if is_own else "")
+    first = recipe.override(batch_size=given.batch_size[0]) if given.batch_size else recipe
+    for config in _variants(recipe, given, precisions):
+        measurement, row = _measured(config, given, rates, device, given.trace if config == first else "")
         measured.append(measurement)
         results["rows"].append(row)
-        say(f"{batch_size} images, {precision}{', compiled' * compiled}: {measurement.images_per_second:.1f} images/s")
-        if is_own:
+        how = f"{config.batch_size} images, {config.precision}{', compiled' * config.compile}"
+        say(f"{how}: {measurement.images_per_second:.1f} images/s")
+        if config == first:
             say(summary(row))
         if given.out:
             files.write_json(Path(given.out), results)
@@ -108,6 +106,14 @@ def main(argv: list[str]) -> int:
     if given.out:
         files.write_json(Path(given.out), results | {"advice": advice})
     return 0
+
+
+def _variants(recipe: "TrainConfig", given: BenchArguments, precisions: Iterable[str]) -> "list[TrainConfig]":
+    """The recipe in all batch sizes and precisions, as it is and compiled."""
+    sizes = given.batch_size or (recipe.batch_size,)
+    variants = itertools.product(sizes, precisions, {recipe.compile, recipe.compile or given.compiled})
+    names = ("batch_size", "precision", "compile")
+    return [recipe.override(**dict(zip(names, values, strict=True))) for values in sorted(variants)]
 
 
 def _measured(

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
     from repa.performance.estimate import estimate, passes_of, side_of
 
     resolution = resolution or pixels or side_of(config)
-    found = estimate(
+    estimated = estimate(
         config, num_images=images, num_devices=given.devices, resolution=resolution,
         rate=peak * 1e12 * given.utilisation, num_classes=classes,
     )  # fmt: skip
@@ -117,12 +117,12 @@ def main(argv: list[str]) -> int:
     whose = (
         "a device" if given.memory or given.tflops else "this machine" if given.device == CPU else f"one {given.device}"
     )
-    fits = fitting(found, memory, whose, classes, resolution) if memory else []
-    say(*report(found, f"{where} at {given.utilisation:.0%} utilisation (assumed{theirs})", fits))
-    if note := about_passes(found.config, images):
+    fits = fitting(estimated, memory, whose, classes, resolution) if memory else []
+    say(*report(estimated, f"{where} at {given.utilisation:.0%} utilisation (assumed{theirs})", fits))
+    if note := about_passes(estimated.config, images):
         say("", note)
-    asked = given.sample_steps, given.sample_guidance, build_process(found.config.diffusion).shift
-    say(*sampling(found, passes_of(*asked), given))
+    asked = given.sample_steps, given.sample_guidance, build_process(estimated.config.diffusion).shift
+    say(*sampling(estimated, passes_of(*asked), given))
     return 0
 
 
@@ -137,30 +137,30 @@ def _of_this_machine(precision: str) -> tuple[float, float]:
     return quick_product_rate(resolved(precision, device), device) / 1e12, round(memory / 1e9, 1)
 
 
-def report(found: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
+def report(estimated: "Estimate", machine: str, fits: Sequence[str] = ()) -> list[str]:
     """The estimate as lines of text, ending with `fits`."""
-    config, model = found.config, found.config.model
-    whose = "  (ImageNet; give --data or --images for yours)" if found.num_images == IMAGENET else ""
+    config, model = estimated.config, estimated.config.model
+    whose = "  (ImageNet; give --data or --images for yours)" if estimated.num_images == IMAGENET else ""
     head = (
         f"{model.name}, latents {model.latent_channels} x {model.latent_size} x {model.latent_size} of "
-        f"{config.autoencoder}, {found.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
-        f"{found.seen / found.num_images:.1f} epochs of {found.num_images:,} images{whose}"
+        f"{config.autoencoder}, {estimated.tokens} tokens; batch {config.batch_size}, {config.num_steps:,} steps, "
+        f"{estimated.seen / estimated.num_images:.1f} epochs of {estimated.num_images:,} images{whose}"
     )
-    return [head, *_networks(found), *_memory(found), *fits, *_disk(found), *_time(found, machine)]
+    return [head, *_networks(estimated), *_memory(estimated), *fits, *_disk(estimated), *_time(estimated, machine)]
 
 
-def _networks(found: "Estimate") -> list[str]:
-    lines = ["", _row("", "parameters", "GFLOP/image"), _network("network", found.network, "forward and backward")]
-    if found.config.alignments:
-        lines.append(_network("projectors", found.projectors, "forward and backward"))
-    if found.averaged:
-        lines.append(_row("averaged network", "", f"{found.averaged / 1e9:,.1f}", "forward, as a target"))
-    for name, encoder in found.encoders.items():
+def _networks(estimated: "Estimate") -> list[str]:
+    lines = ["", _row("", "parameters", "GFLOP/image"), _network("network", estimated.network, "forward and backward")]
+    if estimated.config.alignments:
+        lines.append(_network("projectors", estimated.projectors, "forward and backward"))
+    if estimated.averaged:
+        lines.append(_row("averaged network", "", f"{estimated.averaged / 1e9:,.1f}", "forward, as a target"))
+    for name, encoder in estimated.encoders.items():
         lines.append(
-            _network(name, encoder.cost, f"{found.share(name):.1%} of the network's, unless its tokens are stored")
+            _network(name, encoder.cost, f"{estimated.share(name):.1%} of the network's, unless its tokens are stored")
         )
-    if found.autoencoder.stores_moments:
-        lines.append(_network(found.config.autoencoder, found.autoencoder.cost, "encodes once per image"))
+    if estimated.autoencoder.stores_moments:
+        lines.append(_network(estimated.config.autoencoder, estimated.autoencoder.cost, "encodes once per image"))
     return lines
 
 
@@ -168,9 +168,9 @@ def _network(name: str, cost: "Cost", note: str) -> str:
     return _row(name, f"{cost.parameters / 1e6:,.1f} M", f"{cost.training / 1e9:,.1f}", note)
 
 
-def _memory(found: "Estimate") -> list[str]:
-    held = found.memory(cached=False)
-    lines = ["", f"memory of a device ({found.parallel}; without kernel workspaces)"]
+def _memory(estimated: "Estimate") -> list[str]:
+    held = estimated.memory(cached=False)
+    lines = ["", f"memory of a device ({estimated.parallel}; without kernel workspaces)"]
     return [
         *lines,
         *(_row(what, _size(size)) for what, size in held.items() if size),
@@ -178,14 +178,14 @@ def _memory(found: "Estimate") -> list[str]:
     ]
 
 
-def fitting(found: "Estimate", memory: float, whose: str, classes: int, resolution: int) -> list[str]:
+def fitting(estimated: "Estimate", memory: float, whose: str, classes: int, resolution: int) -> list[str]:
     """Lines that tell whether it fits into `memory` GB, and what would make it fit."""
     from repa.performance.fitting import memory_options, needed
 
     room = memory * 1e9
-    if needed(found) <= room:
+    if needed(estimated) <= room:
         return [f"  fits in the {memory:g} GB of {whose}"]
-    ways = memory_options(found, room, num_classes=classes, resolution=resolution)
+    ways = memory_options(estimated, room, num_classes=classes, resolution=resolution)
     said = f"  does not fit in the {memory:g} GB of {whose}"
     if not ways:
         return [f"{said}, nor with a smaller batch, checkpointing or a smaller network: use more or larger devices"]
@@ -195,36 +195,36 @@ def fitting(found: "Estimate", memory: float, whose: str, classes: int, resoluti
     ]
 
 
-def _disk(found: "Estimate") -> list[str]:
-    lines = ["", f"disk for {found.num_images:,} images"]
-    pixels = 3 * (found.config.model.latent_size * found.autoencoder.factor) ** 2
+def _disk(estimated: "Estimate") -> list[str]:
+    lines = ["", f"disk for {estimated.num_images:,} images"]
+    pixels = 3 * (estimated.config.model.latent_size * estimated.autoencoder.factor) ** 2
     use = "these are the latents"
-    if found.autoencoder.stores_moments:
+    if estimated.autoencoder.stores_moments:
         use = "only for encoders that run in training, and for metrics"
-        lines.append(_row("latents", _size(found.num_images * found.moments_bytes())))
-    lines.append(_row("images", _size(found.num_images * pixels), note=use))
-    per_second = found.seen / found.training_seconds(cached=True)
-    for name in found.encoders:
-        for form in found.forms(name):
-            size = found.tokens_bytes(name, form)
+        lines.append(_row("latents", _size(estimated.num_images * estimated.moments_bytes())))
+    lines.append(_row("images", _size(estimated.num_images * pixels), note=use))
+    per_second = estimated.seen / estimated.training_seconds(cached=True)
+    for name in estimated.encoders:
+        for form in estimated.forms(name):
+            size = estimated.tokens_bytes(name, form)
             note = f"read at {_size(size * per_second)}/s by all devices"
-            lines.append(_row(f"{name} as {form}", _size(found.num_images * size), note=note))
+            lines.append(_row(f"{name} as {form}", _size(estimated.num_images * size), note=note))
     return lines
 
 
-def _time(found: "Estimate", machine: str) -> list[str]:
+def _time(estimated: "Estimate", machine: str) -> list[str]:
     lines = ["", f"time on {machine}", _row("", "prepare", "train")]
     for what, cached in (("encoders in every step", False), ("stored tokens", True)):
-        if cached and not found.storable:
+        if cached and not estimated.storable:
             break
-        times = (found.preparing_seconds(cached=cached), found.training_seconds(cached=cached))
-        lines.append(_row(what if found.encoders else "the run", *map(duration, times)))
+        times = (estimated.preparing_seconds(cached=cached), estimated.training_seconds(cached=cached))
+        lines.append(_row(what if estimated.encoders else "the run", *map(duration, times)))
     return lines
 
 
-def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> list[str]:
+def sampling(estimated: "Estimate", passes: "Passes", given: EstimateArguments) -> list[str]:
     """Lines about sampling, where the MFU differs from that of training."""
-    rate = found.samples_per_second(passes)
+    rate = estimated.samples_per_second(passes)
     guided = f", {' '.join(given.sample_guidance)}" if given.sample_guidance else ""
     around = f", {passes.short} of them without the routed blocks" if passes.short else ""
     theirs = " (the paper's FID; --samples, --sample-steps or --sample-guidance for yours)"
@@ -232,7 +232,7 @@ def sampling(found: "Estimate", passes: "Passes", given: EstimateArguments) -> l
         theirs = ""
     count = f"{given.samples:,} samples, {given.sample_steps} steps{guided}{theirs}"
     head = f"{count}, on the same devices at the same utilisation"
-    flops, decoder = (number / 1e9 for number in (found.sampling_flops(passes), found.autoencoder.decoding))
+    flops, decoder = (number / 1e9 for number in (estimated.sampling_flops(passes), estimated.autoencoder.decoding))
     return [
         "", head,
         _row("network calls", f"{passes.whole + passes.short}", note=f"per image{around}"),

@@ -87,7 +87,7 @@ def _make_shards(
     # Only the needed models, before the first image, so that wrong weights are reported at once.
     needed = {*lost, *itertools.chain(*todo.values())}
     models = load_models(job.finished, [name for name in job.parts if name in needed], device)
-    nums = [len(planned.rows) for planned in job.shards]
+    nums = [len(planned.indices) for planned in job.shards]
     num_todo, total = sum(nums[k] for k in todo), sum(nums[k] for k in share)
     size = sum(nums[k] * sum(models[name].sizes.values()) for k, names in todo.items() for name in names)
     files.require_space(out, size, f"Preparing {num_todo:,} images")
@@ -114,7 +114,7 @@ def _make_shards(
                     identities = {name: models[name].identity for name in names}
                     write_shard(out, k, job.shards[k], batches, identities, counter, skip_bad=config.skip_bad)
                 else:  # another process has made it, or makes it now
-                    counter.done += len(job.shards[k].rows)
+                    counter.done += len(job.shards[k].indices)
                 for handle in claims.pop(k):  # after the records; otherwise another process would make the parts again
                     lock.release(handle)
     finally:

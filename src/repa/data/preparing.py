@@ -253,15 +253,15 @@ def make_plan(
         if isinstance(model, FeatureFields) and model.num_directions:
             model.use_basis(np.zeros((1 + model.num_directions, model.model.dim), np.float32), "")
     there = zip(shards, finished.parts, strict=True)
-    rows = sum(len(shard.rows) for shard in shards)
+    num_images = sum(len(shard.indices) for shard in shards)
     return Plan(
         source=images.identity["name"],
         num_images=len(images),
         num_classes=len(images.class_names),
         num_copies=1 + config.flip,
         num_shards=len(shards),
-        num_todo=sum(len(shard.rows) for shard, parts in there if not models.keys() <= parts.keys()),
-        sizes={field: size * rows for model in models.values() for field, size in model.sizes.items()},
+        num_todo=sum(len(shard.indices) for shard, parts in there if not models.keys() <= parts.keys()),
+        sizes={field: size * num_images for model in models.values() for field, size in model.sizes.items()},
         rates=_measure(read, models, shards, config.batch_size, seconds),
     )
 
@@ -271,7 +271,7 @@ def _measure(
 ) -> dict[str, float]:
     """Images per second of decoding and of each model, each within its part of `seconds` or until the source ends."""
     # shuffled: a sorted source may begin with its smallest images
-    total = sum(len(shard.rows) for shard in shards)
+    total = sum(len(shard.indices) for shard in shards)
     places = np.random.default_rng(0).permutation(total)
     budget = seconds / (1 + len(models))
     kept: list[DecodedImages] = []

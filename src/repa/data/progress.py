@@ -103,7 +103,8 @@ def _read_record(path: Path) -> Any:
 class PlannedShard(NamedTuple):
     """A shard to make from images of the source, or from stored images."""
 
-    rows: range
+    indices: range
+    """Of its images in the source or in the folder; for captions within the shard; of the originals for a mirrored copy."""
     flipped: bool = False
     is_ready: bool = True  # False: another process has not stored its images yet
 
@@ -112,7 +113,7 @@ class Piece(NamedTuple):
     """Images of one shard that are read and encoded together."""
 
     shard: int
-    rows: range
+    indices: range
     flipped: bool
     parts: tuple[str, ...] = ()  # that are made of it
 
@@ -120,7 +121,7 @@ class Piece(NamedTuple):
 def plan_shards(num_images: int, size: int, flip: bool) -> list[PlannedShard]:
     """Shards of `size` images; with `flip` mirrored copies of all of them follow."""
     ranges = [range(start, min(start + size, num_images)) for start in range(0, num_images, size)]
-    return [PlannedShard(rows, flipped) for flipped in ((False, True) if flip else (False,)) for rows in ranges]
+    return [PlannedShard(each, flipped) for flipped in ((False, True) if flip else (False,)) for each in ranges]
 
 
 class FinishedParts:

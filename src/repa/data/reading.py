@@ -59,15 +59,15 @@ def claimed(
                 lock.release(claims[k].pop())
             else:
                 claimed_parts.append(name)
-        rows = shards[k].rows if claimed_parts else range(0)
-        for at in range(0, max(len(rows), 1), size):  # a shard without images has an empty piece
-            yield Piece(k, rows[at : at + size], shards[k].flipped, tuple(claimed_parts))
+        indices = shards[k].indices if claimed_parts else range(0)
+        for at in range(0, max(len(indices), 1), size):  # a shard without images has an empty piece
+            yield Piece(k, indices[at : at + size], shards[k].flipped, tuple(claimed_parts))
 
 
 def from_source(source: Source, resolution: int, piece: Piece) -> tuple[Piece, DecodedImages]:
     """The images of a piece of a source, and the names of unreadable ones."""
     pixels, given_moments, kept, bad = [], [], [], []
-    for index in piece.rows:
+    for index in piece.indices:
         try:
             image = np.asarray(source.image(index, resolution))
             moments = source.moments(index) if source.moments_shape else None
@@ -102,7 +102,7 @@ def _captions(source: Source, index: int) -> tuple[str, ...]:
 
 def from_shards(reader: ShardReader, piece: Piece) -> tuple[Piece, DecodedImages]:
     """The stored images of a piece."""
-    indices = np.arange(piece.rows.start, piece.rows.stop)
+    indices = np.arange(piece.indices.start, piece.indices.stop)
     return piece, DecodedImages(reader.gather("images", indices), reader.gather("labels", indices), [], [])
 
 
@@ -118,8 +118,8 @@ def from_captions(folder: Path, shards: Mapping[int, Shard]) -> Callable[[Piece]
         return [texts_of(line, row, path) for row, line in enumerate(lines_of(path, shard.num))]
 
     def read(piece: Piece) -> tuple[Piece, DecodedImages]:
-        captions, start = captions_of(piece.shard), piece.rows.start
-        texts = captions[start : piece.rows.stop]
+        captions, start = captions_of(piece.shard), piece.indices.start
+        texts = captions[start : piece.indices.stop]
         # the first text of a shard is the empty text, which its first piece adds
         before = sum(map(len, captions[:start])) + (start > 0)
         empty = np.empty((len(texts), 0), np.uint8), np.zeros(len(texts), np.int64)
@@ -130,13 +130,13 @@ def from_captions(folder: Path, shards: Mapping[int, Shard]) -> Callable[[Piece]
 
 def sample_pieces(shards: Sequence[PlannedShard], num: int) -> Iterator[Piece]:
     """About `num` images evenly spaced over all shards, one per piece: covers every class of a sorted source."""
-    return pieces_at(shards, evenly_spaced(sum(len(shard.rows) for shard in shards), num))
+    return pieces_at(shards, evenly_spaced(sum(len(shard.indices) for shard in shards), num))
 
 
 def pieces_at(shards: Sequence[PlannedShard], places: np.ndarray) -> Iterator[Piece]:
     """The images at these places of all shards together, each a piece."""
-    ends = np.cumsum([len(shard.rows) for shard in shards])
+    ends = np.cumsum([len(shard.indices) for shard in shards])
     for place in map(int, places):
         k = int(np.searchsorted(ends, place, side="right"))
-        row = shards[k].rows[place - int(ends[k]) + len(shards[k].rows)]
-        yield Piece(k, range(row, row + 1), shards[k].flipped)
+        index = shards[k].indices[place - int(ends[k]) + len(shards[k].indices)]
+        yield Piece(k, range(index, index + 1), shards[k].flipped)

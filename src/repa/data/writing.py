@@ -59,17 +59,17 @@ def write_shard(
         UserError: images are unreadable without `skip_bad`, or the disk is full.
     """
     bad: list[tuple[str, str]] = []
-    with ShardWriter(out, number, expected=len(planned.rows)) as writer:
+    with ShardWriter(out, number, expected=len(planned.indices)) as writer:
         for piece, images, fields in batches:
             bad += images.bad
             if fields:
                 writer.append(fields, images.captions if BASE in identities else ())
-            counter.add(len(piece.rows), sum(rows.nbytes for rows in fields.values()))
+            counter.add(len(piece.indices), sum(rows.nbytes for rows in fields.values()))
         # at the end of the shard, to count all its bad images; inside the block, so that no file appears
         if bad and not skip_bad:
-            rows, finished = planned.rows, counter.done - len(planned.rows)
+            indices, finished = planned.indices, counter.done - len(planned.indices)
             raise UserError(
-                f"{len(bad)} of the images {rows.start + 1:,} to {rows.stop:,} cannot be used. The first: "
+                f"{len(bad)} of the images {indices.start + 1:,} to {indices.stop:,} cannot be used. The first: "
                 f"{bad[0][1].rstrip('.')}. Run the same command with --skip-bad to skip all such images and continue "
                 f"after {finished:,} finished images. Or fix or remove them, and prepare into a new folder."
             )

@@ -29,16 +29,16 @@ class Weights(NamedTuple):
 
 def choose_weights(content: Any, where: str, kind: str, wanted: str = "") -> tuple[Weights, Weights | None, str]:
     """The average of a checkpoint, else its only weights; the raw weights if there is an average; and a sentence about both."""
-    found = list(_weights_in(content))
-    if not found:
+    sets = list(_weights_in(content))
+    if not sets:
         if not (isinstance(content, Mapping) and any(_holds_tensors(value) for value in [content, *content.values()])):
             raise UserError(f"{where} contains no state dict, that is, no named tensors: give a checkpoint file.")
         raise UserError(f"{where} is not a checkpoint of kind {kind!r}: it has no {ANCHOR!r}.")
-    others = [w for w in found if not w.averaged]
+    others = [w for w in sets if not w.averaged]
     raw = others[0] if len(others) == 1 else next((w for w in others if w.name == "model"), None)
-    candidates = [w for w in found if (w.name == wanted if wanted else w.averaged)]
+    candidates = [w for w in sets if (w.name == wanted if wanted else w.averaged)]
     if wanted and not candidates:
-        names = ", ".join(repr(w.name) for w in found)
+        names = ", ".join(repr(w.name) for w in sets)
         raise UserError(f"{where} has no weights {wanted!r}: give one of {names} as --weights.")
     if len(candidates) == 1:
         (chosen,) = candidates
@@ -81,7 +81,7 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
                 )
     counted = tensors.pop(COUNTER, None) is not None
     prefixes = {key.removesuffix(ANCHOR) for key in tensors if f".{key}".endswith(f".{ANCHOR}")}
-    found: list[tuple[str, Weights]] = []
+    networks: list[tuple[str, Weights]] = []
     # Longest first: "model." is also a prefix of "model.ema.", so the tensors of the latter must be removed before.
     for prefix in sorted(prefixes, key=len, reverse=True):
         own = {key: tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}
@@ -89,10 +89,10 @@ def _weights_in(content: Any, above: tuple[str, ...] = (), ancestors: tuple[int,
         words = _words(name)
         if not words & OPTIMIZER:
             averaged = counted or bool(words & AVERAGE and not words & RAW)
-            found.append(
+            networks.append(
                 (prefix, Weights(name, {key.removeprefix(prefix): value for key, value in own.items()}, averaged))
             )
-    for prefix, weights in found:
+    for prefix, weights in networks:
         yield weights
         if not weights.averaged:
             yield from _without_dots(tensors, prefix, weights.tensors, above)
@@ -105,13 +105,13 @@ def _without_dots(rest: StateDict, prefix: str, raw: Mapping[str, Tensor], above
     """The average of latent-diffusion's LitEma: buffers model_ema.NAME, where NAME has no dots; none for frozen tensors."""
     heads = {key.partition(".")[0] for key in rest}
     for head in sorted(head for head in heads if _words(head) & AVERAGE):
-        found = {key.removeprefix(f"{head}."): value for key, value in rest.items() if key.startswith(f"{head}.")}
+        averages = {key.removeprefix(f"{head}."): value for key, value in rest.items() if key.startswith(f"{head}.")}
         # It averages the network or a module that contains it; in that case names have a longer prefix.
         for cut in range(prefix.count(".") + 1):
             inner = prefix.split(".", cut)[-1]
             names = {(inner + key).replace(".", ""): key for key in raw}
-            if (inner + ANCHOR).replace(".", "") in found:
-                average = {key: found[name] for name, key in names.items() if name in found}
+            if (inner + ANCHOR).replace(".", "") in averages:
+                average = {key: averages[name] for name, key in names.items() if name in averages}
                 yield Weights(".".join([*above, head]), {**raw, **average}, averaged=True)
                 break
 

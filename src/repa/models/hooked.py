@@ -91,13 +91,13 @@ def image_tokens(
         )
     (tensor,) = options.values()
     if tensor.ndim > 3:
-        found = tuple(tensor.shape[2:])
-        if grid is not None and grid != found:
+        shape = tuple(tensor.shape[2:])
+        if grid is not None and grid != shape:
             raise UserError(
-                f"Block {where} returns a map of {_grid_text(found)}, but the grid is {_grid_text(grid)}: give grid={found}, or for the "
+                f"Block {where} returns a map of {_grid_text(shape)}, but the grid is {_grid_text(grid)}: give grid={shape}, or for the "
                 "backbone hooked --model.patch-size, the side of a token in latent pixels."
             )
-        return Tokens(tensor.flatten(2).transpose(1, 2), found)
+        return Tokens(tensor.flatten(2).transpose(1, 2), shape)
     number = tensor.shape[1]
     own = grid or image_grid(image, patch, number)
     # If the number of image tokens is unknown, all tokens are the image's.
@@ -243,12 +243,12 @@ class Hooked(Backbone):
 
     def _tokens(self, tap: Tap, output: Any) -> Tensor:
         """(N, T, D) of a block's output: the first of several tensors, without the tokens in front of the grid."""
-        found = image_tokens(Pass(output, None), None, None, where=str(tap), grid=self.grid, output=0).tokens
-        if found.shape[2] != self.hidden_dim:
+        tokens = image_tokens(Pass(output, None), None, None, where=str(tap), grid=self.grid, output=0).tokens
+        if tokens.shape[2] != self.hidden_dim:
             raise UserError(
-                f"Block {tap} has tokens of width {found.shape[2]}, not {self.hidden_dim}: correct hidden_dim, or tap another block."
+                f"Block {tap} has tokens of width {tokens.shape[2]}, not {self.hidden_dim}: correct hidden_dim, or tap another block."
             )
-        return found
+        return tokens
 
 
 def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -> Hooked:
@@ -266,14 +266,14 @@ def hooked(config: ModelConfig, *, net: str, blocks: str, hidden_dim: int = 0) -
     """
     config.refuse_dit_options()
     made = NETS.instance(net, NETS.load(net)(config), nn.Module)
-    found = find_blocks(made, blocks)
-    width = hidden_dim or width_of(made, found[0])
+    named = find_blocks(made, blocks)
+    width = hidden_dim or width_of(made, named[0])
     if not width:
-        raise UserError(f"The token width of {found[0].name} is unknown: add ,hidden_dim=... to {config.backbone!r}.")
+        raise UserError(f"The token width of {named[0].name} is unknown: add ,hidden_dim=... to {config.backbone!r}.")
     side = config.latent_size // config.dims().patch_size
     return Hooked(
         made,
-        [block.module for block in found],
+        [block.module for block in named],
         _predict,
         hidden_dim=width,
         grid=(side, side),

@@ -255,17 +255,17 @@ def _called(net: nn.Module) -> list[nn.Module]:
 def width_of(net: nn.Module, block: NamedBlock) -> int | None:
     """Channels of a block's output, if an attribute of block, network or a module between them gives them; None if unknown."""
     resnets = getattr(block.module, "resnets", None)
-    found = [getattr(resnets[-1] if resnets else block.module, "out_channels", None)]
+    widths = [getattr(resnets[-1] if resnets else block.module, "out_channels", None)]
     owner: Any = unwrapped(net)
     for part in block.name.split("."):
         config = getattr(owner, "config", None)
-        found += [vars(owner).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")]
-        found += [getattr(config, name, None) for name in ("hidden_size", "dim")]
-        found += [_product(config, "num_attention_heads", "attention_head_dim")]
+        widths += [vars(owner).get(name) for name in ("inner_dim", "hidden_dim", "hidden_size", "embed_dim")]
+        widths += [getattr(config, name, None) for name in ("hidden_size", "dim")]
+        widths += [_product(config, "num_attention_heads", "attention_head_dim")]
         # The block is the last part of the name; names do not include wrappers.
         if not isinstance(owner := getattr(owner, part, None), nn.Module):
             break
-    for value in found:
+    for value in widths:
         if type(value) is int and value > 0:
             return value
     return None

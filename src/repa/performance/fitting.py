@@ -21,77 +21,77 @@ class MemoryOption(NamedTuple):
     """Consequences of these options."""
 
 
-def needed(found: Estimate, *, cached: bool = False) -> float:
+def needed(estimated: Estimate, *, cached: bool = False) -> float:
     """Bytes per device, without the workspace of kernels."""
-    return sum(found.memory(cached=cached).values())
+    return sum(estimated.memory(cached=cached).values())
 
 
-def memory_options(found: Estimate, room: float, *, num_classes: int, resolution: int) -> list[MemoryOption]:
+def memory_options(estimated: Estimate, room: float, *, num_classes: int, resolution: int) -> list[MemoryOption]:
     """Changes that make the run fit in `room` bytes, first those that do not change the training; the mildest of each kind."""
-    sparing = _with_settings(found, checkpoint_activations=True)
-    dims = {name: encoder.dim for name, encoder in found.encoders.items()}
+    sparing = _with_settings(estimated, checkpoint_activations=True)
+    dims = {name: encoder.dim for name, encoder in estimated.encoders.items()}
     sparing = replace(sparing, activations=activation_bytes(sparing.config, dims))
     ways = []
-    if found.storable and found.encoders:
-        names = " ".join(found.encoders)
+    if estimated.storable and estimated.encoders:
+        names = " ".join(estimated.encoders)
         ways.append(
             MemoryOption(
                 f"repa prepare ... --features {names}",
-                needed(found, cached=True),
+                needed(estimated, cached=True),
                 "stored tokens instead of encoders in the step",
             )
         )
-    if found.num_devices > 1 and found.parallel == "ddp":
-        divided = _with_settings(found, parallel="fsdp")
+    if estimated.num_devices > 1 and estimated.parallel == "ddp":
+        divided = _with_settings(estimated, parallel="fsdp")
         ways.append(
             MemoryOption("--parallel fsdp", needed(divided), "weights sharded over devices: more communication")
         )
-    ways += _first_that_fits(_more_accumulation(found), room, "the same gradient, from micro-batches")
+    ways += _first_that_fits(_more_accumulation(estimated), room, "the same gradient, from micro-batches")
     ways.append(MemoryOption("--checkpoint-activations", needed(sparing), "a third more FLOPs"))
     # Two changes at once are offered only if no single one is enough: they cost more and hide which one helps.
     if not any(way.needed <= room for way in ways):
         both = ((f"--checkpoint-activations {options}", smaller) for options, smaller in _more_accumulation(sparing))
         ways += _first_that_fits(both, room, "both")
-    ways += _first_that_fits(_smaller_batches(found), room, "changes the training: fewer images per step")
+    ways += _first_that_fits(_smaller_batches(estimated), room, "changes the training: fewer images per step")
     ways = [way for way in ways if way.needed <= room]
     # Last: counting other networks takes seconds, and another network is the last resort.
     if not ways:
-        ways += _first_that_fits(_smaller_models(found, num_classes, resolution), room, "another network")
+        ways += _first_that_fits(_smaller_models(estimated, num_classes, resolution), room, "another network")
     return ways
 
 
 def _first_that_fits(tried: Iterator[tuple[str, Estimate]], room: float, price: str) -> list[MemoryOption]:
-    found = (MemoryOption(options, needed(smaller), price) for options, smaller in tried)
-    return [way for way in found if way.needed <= room][:1]
+    ways = (MemoryOption(options, needed(smaller), price) for options, smaller in tried)
+    return [way for way in ways if way.needed <= room][:1]
 
 
-def _with_settings(found: Estimate, **changes: Any) -> Estimate:
-    return replace(found, config=found.config.override(**changes))
+def _with_settings(estimated: Estimate, **changes: Any) -> Estimate:
+    return replace(estimated, config=estimated.config.override(**changes))
 
 
-def _more_accumulation(found: Estimate) -> Iterator[tuple[str, Estimate]]:
-    images = found.config.batch_size // found.num_devices
+def _more_accumulation(estimated: Estimate) -> Iterator[tuple[str, Estimate]]:
+    images = estimated.config.batch_size // estimated.num_devices
     # Only divisors leave micro-batches of equal size; those above the root follow from those below.
     small = [parts for parts in range(1, math.isqrt(images) + 1) if images % parts == 0]
     for parts in sorted({*small, *(images // parts for parts in small)}):
-        if parts > found.config.accumulate:
+        if parts > estimated.config.accumulate:
             try:
-                smaller = _with_settings(found, accumulate=parts)
+                smaller = _with_settings(estimated, accumulate=parts)
             except UserError:  # a loss compares the images of the whole batch
                 return
             yield f"--accumulate {parts}", smaller
 
 
-def _smaller_batches(found: Estimate) -> Iterator[tuple[str, Estimate]]:
-    size = found.config.batch_size // 2
-    while size and size % (found.num_devices * found.config.accumulate) == 0:
-        yield f"--batch-size {size}", _with_settings(found, batch_size=size)
+def _smaller_batches(estimated: Estimate) -> Iterator[tuple[str, Estimate]]:
+    size = estimated.config.batch_size // 2
+    while size and size % (estimated.num_devices * estimated.config.accumulate) == 0:
+        yield f"--batch-size {size}", _with_settings(estimated, batch_size=size)
         size //= 2
 
 
-def _smaller_models(found: Estimate, num_classes: int, resolution: int) -> Iterator[tuple[str, Estimate]]:
+def _smaller_models(estimated: Estimate, num_classes: int, resolution: int) -> Iterator[tuple[str, Estimate]]:
     """Smaller sizes of the same family and patch size, if the run names its network and the terms' blocks exist there."""
-    model = found.config.model
+    model = estimated.config.model
     family, _, rest = model.name.partition("-")
     if family not in FAMILIES or model.hidden_dim or model.depth or model.num_heads:
         return
@@ -99,10 +99,10 @@ def _smaller_models(found: Estimate, num_classes: int, resolution: int) -> Itera
     for smaller in reversed(list(SIZES)[: list(SIZES).index(size)]):
         name = f"{family}-{smaller}/{patch}"
         try:
-            config = found.config.override(model=model.override(name=name))
+            config = estimated.config.override(model=model.override(name=name))
             yield f"--model.name {name}", estimate(
-                config, num_images=found.num_images, num_devices=found.num_devices, resolution=resolution, rate=found.rate,
-                num_classes=num_classes,
+                config, num_images=estimated.num_images, num_devices=estimated.num_devices, resolution=resolution,
+                rate=estimated.rate, num_classes=num_classes,
             )  # fmt: skip
         except UserError:  # fewer blocks than the depth of a term
             return

@@ -36,16 +36,16 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
     if not compared:
         return _verdict_without_pairs(groups)
     # The headline is on the configuration with the lowest last distance, because a factor may depend on one early evaluation.
-    found = min(compared, key=_final_ratio)
-    ours, theirs = _names_of_both(found, records)
-    single = len(found.pairs) == 1
-    sentence = _sentence_of_pair(found.pairs[0], ours, theirs) if single else _sentence_over_seeds(found)
+    lowest = min(compared, key=_final_ratio)
+    ours, theirs = _names_of_both(lowest, records)
+    single = len(lowest.pairs) == 1
+    sentence = _sentence_of_pair(lowest.pairs[0], ours, theirs) if single else _sentence_over_seeds(lowest)
     if len(compared) > 1:
-        sentence = f"Of {len(compared)} aligned configurations {found.aligned.name} ends lowest. {sentence}"
-    differences = _other_differences(found)
-    notes = [*_notes_of_pair(ours, theirs, found.pairs[0])] if single else _notes_over_seeds(found)
+        sentence = f"Of {len(compared)} aligned configurations {lowest.aligned.name} ends lowest. {sentence}"
+    differences = _other_differences(lowest)
+    notes = [*_notes_of_pair(ours, theirs, lowest.pairs[0])] if single else _notes_over_seeds(lowest)
     for other in compared:
-        if other is not found:
+        if other is not lowest:
             others = other.aligned.name, theirs
             notes.append(
                 _sentence_of_pair(other.pairs[0], *others) if len(other.pairs) == 1 else _sentence_over_seeds(other)
@@ -56,28 +56,28 @@ def verdict(records: Sequence[RunRecord]) -> Verdict:
             "be chance. Train more with `repa train --seed`; runs that differ only in the seed form one group."
         )
     notes += differences
-    return Verdict(sentence, notes, "" if differences else _explanation(ours, theirs, found.aligned.runs[0]))
+    return Verdict(sentence, notes, "" if differences else _explanation(ours, theirs, lowest.aligned.runs[0]))
 
 
-def _final_ratio(found: SeedSpeedup) -> float:
+def _final_ratio(speedup: SeedSpeedup) -> float:
     """Mean ratio of the aligned distance to the baseline's at the last common step; infinite without one."""
-    ends = [(pair.overlap.aligned[-1], pair.overlap.baseline[-1]) for pair in found.pairs if pair.overlap.steps]
+    ends = [(pair.overlap.aligned[-1], pair.overlap.baseline[-1]) for pair in speedup.pairs if pair.overlap.steps]
     theirs = sum(b for _, b in ends)
     return sum(a for a, _ in ends) / theirs if theirs else float("inf")
 
 
-def _names_of_both(found: SeedSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
+def _names_of_both(speedup: SeedSpeedup, records: Sequence[RunRecord]) -> tuple[str, str]:
     """Names of the two runs in sentences: their roles if each role has only one run, otherwise their names."""
     num_aligned = sum(run.is_aligned for run in records)
-    ours = "the aligned run" if num_aligned == 1 else found.aligned.label
-    return ours, "the baseline" if len(records) == num_aligned + 1 else found.baseline.label
+    ours = "the aligned run" if num_aligned == 1 else speedup.aligned.label
+    return ours, "the baseline" if len(records) == num_aligned + 1 else speedup.baseline.label
 
 
-def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
+def _sentence_of_pair(speedup: Speedup, ours: str, theirs: str) -> str:
     """Comparison of the complete curves, and the factor if they support one."""
-    what, overlap = distance_name(found.protocol), found.overlap
+    what, overlap = distance_name(speedup.protocol), speedup.overlap
     if not overlap.steps:
-        ours_last, theirs_last = (_distance_at(row) for row in (found.aligned_final, found.baseline_final))
+        ours_last, theirs_last = (_distance_at(row) for row in (speedup.aligned_final, speedup.baseline_final))
         return (
             f"{_first_upper(ours)} and {theirs} were not evaluated over the same steps, so they are not compared: "
             f"{what} {ours_last} and {theirs_last}."
@@ -100,17 +100,19 @@ def _sentence_of_pair(found: Speedup, ours: str, theirs: str) -> str:
         )
     else:
         sentence = f"{start} is lower than {theirs}’s at {overlap.num_lower} of {num} compared steps: {ends} at {end}."
-    return f"{sentence} {_speedup_sentence(found, theirs)}".strip()
+    return f"{sentence} {_speedup_sentence(speedup, theirs)}".strip()
 
 
-def _speedup_sentence(found: Speedup, theirs: str) -> str:
+def _speedup_sentence(speedup: Speedup, theirs: str) -> str:
     """'It reached the baseline's final distance in 2.4 times fewer steps (424 instead of 1,000).'; empty without support."""
-    there, ratio = found.aligned, found.times_steps
-    if there is None or ratio is None or not found.is_supported:
+    there, ratio = speedup.aligned, speedup.times_steps
+    if there is None or ratio is None or not speedup.is_supported:
         return ""
-    first = found.baseline.step < found.baseline_final["step"]
+    first = speedup.baseline.step < speedup.baseline_final["step"]
     instead = (
-        f"the {count(found.baseline.step)} after which {theirs} first had it" if first else count(found.baseline.step)
+        f"the {count(speedup.baseline.step)} after which {theirs} first had it"
+        if first
+        else count(speedup.baseline.step)
     )
     gain = times(ratio, "fewer", "more", there.is_bound)
     gain = f"in {gain} steps" if gain[0].isdigit() or there.is_bound else f"in {gain} number of steps"
@@ -118,9 +120,9 @@ def _speedup_sentence(found: Speedup, theirs: str) -> str:
     return f"It reached {theirs}’s final value {gain} ({least}{count(there.step)} instead of {instead})."
 
 
-def _advice_to_evaluate(found: Speedup) -> str:
+def _advice_to_evaluate(speedup: Speedup) -> str:
     """How to get a curve, for runs that were evaluated only once or too late."""
-    every = max(1, int(found.baseline_final["step"]) // EVALUATIONS)
+    every = max(1, int(speedup.baseline_final["step"]) // EVALUATIONS)
     options = f"--preview.num-scored 500 --preview.score-every {every}"
     return f"For more evaluations train both again into new folders with `{options}`."
 
@@ -134,33 +136,35 @@ def _first_upper(words: str) -> str:
     return words[0].upper() + words[1:] if words.startswith("the ") else words
 
 
-def _notes_of_pair(ours: str, theirs: str, found: Speedup) -> list[str]:
+def _notes_of_pair(ours: str, theirs: str, speedup: Speedup) -> list[str]:
     """Details beyond the headline: how the step was determined, the same in seconds, the lowest and the last evaluations."""
-    notes, reached = [], found.aligned
-    target = f"{theirs}’s final distance ({_distance_at(found.baseline_final)})"
+    notes, reached = [], speedup.aligned
+    target = f"{theirs}’s final distance ({_distance_at(speedup.baseline_final)})"
     if reached is None:
-        notes.append(f"{_first_upper(ours)} did not reach {target}: its lowest is {_distance_at(found.aligned_best)}.")
-    elif found.is_too_coarse or not found.overlap.steps:
-        if len(found.overlap.steps) > 1:  # with one or none, the headline says it
+        notes.append(
+            f"{_first_upper(ours)} did not reach {target}: its lowest is {_distance_at(speedup.aligned_best)}."
+        )
+    elif speedup.is_too_coarse or not speedup.overlap.steps:
+        if len(speedup.overlap.steps) > 1:  # with one or none, the headline says it
             notes.append(
                 f"{_first_upper(ours)} had {target} at its first evaluation already, and {theirs} no later, so no speed-up is "
-                f"stated. {_advice_to_evaluate(found)}"
+                f"stated. {_advice_to_evaluate(speedup)}"
             )
-    elif not found.is_supported:
+    elif not speedup.is_supported:
         why = "was above it again later" if not reached.stays else "does not end lower at equal steps"
         at = f"at {count(reached.step)} steps"
         notes.append(f"{_first_upper(ours)} first had {target} {at}, but {why}: no speed-up is stated.")
     else:
         notes.append(_interpolation_note(ours, reached))
-        ratio, ours_took, theirs_took = found.times_seconds, reached.seconds, found.baseline.seconds
+        ratio, ours_took, theirs_took = speedup.times_seconds, reached.seconds, speedup.baseline.seconds
         if ratio and ours_took and theirs_took and not (reached.is_bound and ratio <= 1):
             spent = f"{duration(ours_took)} for {ours}, {duration(theirs_took)} for {theirs}"
             notes.append(f"In training time: {spent}, {times(ratio, 'less', 'more', reached.is_bound)}.")
-    if found.aligned_final["step"] != found.baseline_final["step"]:
-        last = _distance_at(found.aligned_final), _distance_at(found.baseline_final)
+    if speedup.aligned_final["step"] != speedup.baseline_final["step"]:
+        last = _distance_at(speedup.aligned_final), _distance_at(speedup.baseline_final)
         notes.append(f"Last evaluations: {ours} {last[0]}, {theirs} {last[1]}.")
-    if len(found.overlap.steps) <= 1:
-        notes.append(_advice_to_evaluate(found))
+    if len(speedup.overlap.steps) <= 1:
+        notes.append(_advice_to_evaluate(speedup))
     return notes
 
 
@@ -173,10 +177,10 @@ def _interpolation_note(ours: str, reached: Reached) -> str:
     return f"The step is linearly interpolated between the evaluations of {ours} at {first} and {second} steps."
 
 
-def _other_differences(found: SeedSpeedup) -> list[str]:
+def _other_differences(speedup: SeedSpeedup) -> list[str]:
     """Notes on differences other than the alignment, and other than the seed if seeds are compared."""
-    baseline, run = found.baseline.runs[0], found.aligned.runs[0]
-    aside = ("alignments",) if len(found.pairs) == 1 else ("alignments", "seed")
+    baseline, run = speedup.baseline.runs[0], speedup.aligned.runs[0]
+    aside = ("alignments",) if len(speedup.pairs) == 1 else ("alignments", "seed")
     notes = []
     others = [name for name, _ in config_differences([baseline, run]) if name.split(".")[0] not in aside]
     if others:
@@ -199,64 +203,66 @@ def _explanation(ours: str, theirs: str, run: RunRecord) -> str:
     )
 
 
-def _sentence_over_seeds(found: SeedSpeedup) -> str:
+def _sentence_over_seeds(speedup: SeedSpeedup) -> str:
     """The last distances over seeds, the number of pairs in which the aligned run is lower, and the mean factor if all pairs have one."""
-    pairs = [pair for pair in found.pairs if pair.overlap.steps]
-    what, num = distance_name(found.pairs[0].protocol), len(found.pairs)
+    pairs = [pair for pair in speedup.pairs if pair.overlap.steps]
+    what, num = distance_name(speedup.pairs[0].protocol), len(speedup.pairs)
     # A mean over only some pairs would be biased.
     if len(pairs) < num:
-        return f"{found.aligned.label} and {found.baseline.label} were not evaluated over the same steps: nothing is compared."
+        return f"{speedup.aligned.label} and {speedup.baseline.label} were not evaluated over the same steps: nothing is compared."
     # A run may be in several pairs, but its last distance counts once.
     last = ([pair.overlap.aligned[-1] for pair in pairs], [pair.overlap.baseline[-1] for pair in pairs])
-    ours, theirs = (spread(values if found.by_seed else sorted(set(values))) for values in last)
+    ours, theirs = (spread(values if speedup.by_seed else sorted(set(values))) for values in last)
     ends = sorted({pair.overlap.steps[-1] for pair in pairs})
     where = f"at {count(ends[0])} steps" if len(ends) == 1 else "at the last step that both runs of a pair have"
     lower, crossing = sum(pair.overlap.difference < 0 for pair in pairs), sum(pair.overlap.crosses for pair in pairs)
-    of_pairs = f"{num} pairs of the same seed" if found.by_seed else f"{num} pairs"
+    of_pairs = f"{num} pairs of the same seed" if speedup.by_seed else f"{num} pairs"
     share = f"all {of_pairs}" if lower == num else f"{lower} of {of_pairs}" if lower else f"none of {of_pairs}"
-    over = f"{len(found.aligned.runs)} seeds" if len(found.aligned.runs) > 1 else f"{len(found.baseline.runs)} seeds"
+    over = (
+        f"{len(speedup.aligned.runs)} seeds" if len(speedup.aligned.runs) > 1 else f"{len(speedup.baseline.runs)} seeds"
+    )
     sentence = (
-        f"Over {over}, {found.aligned.name} ends at a {what} of {with_deviation(ours, short_number)} against "
-        f"{with_deviation(theirs, short_number)} for {found.baseline.name} ({where}), lower in {share}"
+        f"Over {over}, {speedup.aligned.name} ends at a {what} of {with_deviation(ours, short_number)} against "
+        f"{with_deviation(theirs, short_number)} for {speedup.baseline.name} ({where}), lower in {share}"
     )
     sentence += "." if lower in (0, num) else ": the seeds disagree."
     if crossing:
         sentence += (
             f" The curves cross in {crossing} of {num}." if crossing < num else " The curves cross in every pair."
         )
-    factors = found.factors("steps")
-    if factors is not None and not (found.is_bound and factors.mean <= 1):
-        gain = times(factors.mean, "fewer", "more", found.is_bound)
+    factors = speedup.factors("steps")
+    if factors is not None and not (speedup.is_bound and factors.mean <= 1):
+        gain = times(factors.mean, "fewer", "more", speedup.is_bound)
         extent = f" ({factor(factors.low)} to {factor(factors.high)})"
         sentence += f" Steps to the baseline’s final value: {gain}{extent}."
     return sentence
 
 
-def _notes_over_seeds(found: SeedSpeedup) -> list[str]:
+def _notes_over_seeds(speedup: SeedSpeedup) -> list[str]:
     notes = []
-    if found.by_seed:
+    if speedup.by_seed:
         notes.append("Each aligned run is compared with the baseline of its seed, which started from the same network.")
     else:
         notes.append("Seeds of baseline and aligned runs differ, so every run is compared with every baseline.")
-    if len(found.baseline.runs) == 1:
+    if len(speedup.baseline.runs) == 1:
         notes.append("There is one baseline, so the spread of its distance between seeds was not measured.")
-    counting = [pair for pair in found.pairs if pair.is_supported]
-    if coarse := [pair for pair in found.pairs if pair.is_too_coarse]:
+    counting = [pair for pair in speedup.pairs if pair.is_supported]
+    if coarse := [pair for pair in speedup.pairs if pair.is_too_coarse]:
         notes.append(
-            f"{len(coarse)} of {len(found.pairs)} aligned runs had the baseline’s final distance at the first evaluation, and the "
+            f"{len(coarse)} of {len(speedup.pairs)} aligned runs had the baseline’s final distance at the first evaluation, and the "
             f"baseline no later, so no mean speed-up is stated. {_advice_to_evaluate(coarse[0])}"
         )
-    elif len(counting) < len(found.pairs):
+    elif len(counting) < len(speedup.pairs):
         notes.append(
-            f"{len(counting)} of {len(found.pairs)} aligned runs reached the baseline’s final distance, stayed at or below it "
+            f"{len(counting)} of {len(speedup.pairs)} aligned runs reached the baseline’s final distance, stayed at or below it "
             "and end lower, so no mean speed-up is stated."
         )
-    elif seconds := found.factors("seconds"):
-        gain, ends = times(seconds.mean, "less", "more", found.is_bound), (factor(seconds.low), factor(seconds.high))
+    elif seconds := speedup.factors("seconds"):
+        gain, ends = times(seconds.mean, "less", "more", speedup.is_bound), (factor(seconds.low), factor(seconds.high))
         notes.append(f"In training time: {gain} ({ends[0]} to {ends[1]}).")
-    if found.is_bound:
+    if speedup.is_bound:
         notes.append("Some run had reached it by its first evaluation, perhaps earlier.")
-    least = min(len(found.baseline.runs), len(found.aligned.runs))
+    least = min(len(speedup.baseline.runs), len(speedup.aligned.runs))
     if least < FEW:
         notes.append(f"With {least} seed{'s' if least > 1 else ''} the spread itself is only roughly known.")
     return notes
@@ -274,10 +280,12 @@ def _verdict_without_pairs(groups: Sequence[SeedGroup]) -> Verdict:
     ends = []
     for group, protocol in measured:
         last = [rows[-1] for run in group.runs if (rows := run.distances(protocol))]
-        found = spread([row[DISTANCE] for row in last])
-        extent = f" ({short_number(found.low)} to {short_number(found.high)})" if found.num > 1 else ""
+        distances = spread([row[DISTANCE] for row in last])
+        extent = f" ({short_number(distances.low)} to {short_number(distances.high)})" if distances.num > 1 else ""
         steps = listed([count(step) for step in sorted({row["step"] for row in last})], "and")
-        ends.append(f"{group.label}: {distance_name(protocol)} {short_number(found.mean)}{extent} after {steps} steps")
+        ends.append(
+            f"{group.label}: {distance_name(protocol)} {short_number(distances.mean)}{extent} after {steps} steps"
+        )
     notes = []
     if sum(len(group.runs) for group in groups) > 1:
         if all(group.is_aligned for group in groups):

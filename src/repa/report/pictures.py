@@ -144,12 +144,12 @@ def samples(images: np.ndarray, captions: Sequence[str] = ()) -> list[Picture]:
     """uint8 (N, H, W, C) -> the first 16, one by one, each of at most 128 stored pixels a side."""
     from PIL import Image
 
-    found = []
+    shown = []
     for index, image in enumerate(checked_images(images)[:MOST_IMAGES]):
         picture = Image.fromarray(image if image.shape[-1] == 3 else image[..., 0])
         picture.thumbnail((SAMPLE_PIXELS, SAMPLE_PIXELS), Image.Resampling.LANCZOS)
-        found.append(Picture.of(picture, captions[index] if index < len(captions) else ""))
-    return found
+        shown.append(Picture.of(picture, captions[index] if index < len(captions) else ""))
+    return shown
 
 
 def tile_pixels(images: np.ndarray, columns: int = 4) -> np.ndarray:
@@ -211,7 +211,7 @@ def has_preview(run: RunRecord, step: int) -> bool:
 
 def analysis_pictures(run: RunRecord) -> list[Picture]:
     """Pictures in the folder of analyses, except those that the page plots itself."""
-    found = []
+    shown = []
     for file in sorted((run.path / layout.ANALYSIS).glob("*.png")):
         beside = file.with_suffix(".json")
         content = files.read_object(beside) if beside.is_file() else {}
@@ -222,13 +222,15 @@ def analysis_pictures(run: RunRecord) -> list[Picture]:
         picture = decode_image(data, str(file))
         picture.thumbnail((MOST_OF_ANALYSIS, MOST_OF_ANALYSIS))
         caption = f"{CAPTIONS.get(file.stem, file.stem)} {_verdict(content.get('verdict'))}".rstrip()
-        found.append(Picture.of(picture, caption))
-    return found
+        shown.append(Picture.of(picture, caption))
+    return shown
 
 
-def _verdict(found: Any) -> str:
+def _verdict(verdict: Any) -> str:
     """The results of `repa analyse neighbours`, from an untrusted file."""
-    share, threshold = (found.get("share_near"), found.get("threshold")) if isinstance(found, dict) else (None, None)
+    share, threshold = (
+        (verdict.get("share_near"), verdict.get("threshold")) if isinstance(verdict, dict) else (None, None)
+    )
     if not (is_number(share) and is_number(threshold)):
         return ""
     return (

@@ -198,12 +198,12 @@ def _trains_as(run: RunRecord, row: Row) -> bool:
     return same_network and same_objective and same_batch and _same_alignment(run.alignments, row.alignment)
 
 
-def _same_alignment(found: Sequence[Mapping[str, Any]], asked: Mapping[str, Any] | None) -> bool:
+def _same_alignment(alignments: Sequence[Mapping[str, Any]], asked: Mapping[str, Any] | None) -> bool:
     """Whether the run has only the term of the row (or none), with the paper's projector and a constant weight."""
     if asked is None:
-        return not found
+        return not alignments
     whole = AlignmentConfig(**asked).model_dump(mode="json")
-    return len(found) == 1 and {**whole, **found[0]} == whole
+    return len(alignments) == 1 and {**whole, **alignments[0]} == whole
 
 
 TWO_DECIMALS = ("precision", "recall")  # shown with two decimals, as papers do
@@ -249,33 +249,33 @@ def has_seeds(table: Table) -> bool:
 
 def cell_text(line: Line, key: str) -> str:
     """A value as table text: the paper's with its own decimals, values over seeds with the standard deviation; else empty."""
-    found = line.values.get(key)
-    if found is None:
+    value = line.values.get(key)
+    if value is None:
         return ""
     if line.is_of_paper:
-        return printed(found.mean)
-    text = with_deviation(found, "{:.2f}".format if key in TWO_DECIMALS else short_number)
-    return text if found.num == line.num_runs else f"{text} ({found.num} of {line.num_runs})"
+        return printed(value.mean)
+    text = with_deviation(value, "{:.2f}".format if key in TWO_DECIMALS else short_number)
+    return text if value.num == line.num_runs else f"{text} ({value.num} of {line.num_runs})"
 
 
-def speedup_cells(found: SeedSpeedup) -> dict[str, str]:
+def speedup_cells(speedup: SeedSpeedup) -> dict[str, str]:
     """Heading -> cell: factors are means over pairs with their range, and present only if every run reached the distance."""
-    pairs = found.pairs
+    pairs = speedup.pairs
     target = sum(pair.target for pair in pairs) / len(pairs)
     return {
-        "aligned": found.aligned.label,
-        "baseline": found.baseline.label,
+        "aligned": speedup.aligned.label,
+        "baseline": speedup.baseline.label,
         "its final distance": short_number(target),
-        "reached": f"{len(found.reached)} of {len(pairs)}",
-        **{f"times fewer {of}": _factor(found, of) for of in ("steps", "seconds", "images")},
+        "reached": f"{len(speedup.reached)} of {len(pairs)}",
+        **{f"times fewer {of}": _factor(speedup, of) for of in ("steps", "seconds", "images")},
     }
 
 
-def _factor(found: SeedSpeedup, of: str) -> str:
-    spread = found.factors(of)
+def _factor(speedup: SeedSpeedup, of: str) -> str:
+    spread = speedup.factors(of)
     if spread is None:
         return ""
-    least = "≥ " if found.is_bound else ""
+    least = "≥ " if speedup.is_bound else ""
     extent = f" ({spread.low:.2f} to {spread.high:.2f})" if spread.num > 1 else ""
     return f"{least}{spread.mean:.2f}{extent}"
 
@@ -284,10 +284,10 @@ def _csv_row(table: Table, line: Line) -> dict[str, Any]:
     source = "paper" if line.is_of_paper else "samples" if line.group is None else "run"
     row: dict[str, Any] = {"name": line.name, "source": source, "iterations": line.step, "images": line.images}
     row["num_runs"] = None if line.is_of_paper else line.num_runs
-    for key, found in line.values.items():
-        row[key] = found.mean
-        if found.deviation is not None:
-            row |= {f"{key}_deviation": found.deviation, f"{key}_low": found.low, f"{key}_high": found.high}
+    for key, value in line.values.items():
+        row[key] = value.mean
+        if value.deviation is not None:
+            row |= {f"{key}_deviation": value.deviation, f"{key}_low": value.low, f"{key}_high": value.high}
     return row | settings_of(table.protocol)
 
 

@@ -324,14 +324,14 @@ def _with_decoder(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
 
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
     """The settings of an evaluation."""
-    found = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
+    settings = {key: row[key] for key in PROTOCOL if row.get(key) is not None}
     # The NFE of an adaptive sampler is a result, not a setting: included, it would make any two networks incomparable.
-    if str(found.get("sampler")).partition(":")[0] in ADAPTIVE:
-        found.pop("nfe", None)
-    if found.get("guidance") == []:
-        found["guidance"] = "off"
+    if str(settings.get("sampler")).partition(":")[0] in ADAPTIVE:
+        settings.pop("nfe", None)
+    if settings.get("guidance") == []:
+        settings["guidance"] = "off"
     # As JSON, because a protocol is a dictionary key and guidance is a list.
-    return tuple((key, json.dumps(value, sort_keys=True)) for key, value in found.items())
+    return tuple((key, json.dumps(value, sort_keys=True)) for key, value in settings.items())
 
 
 def settings_of(protocol: Protocol) -> dict[str, Any]:
@@ -346,10 +346,10 @@ def distance_name(protocol: Protocol) -> str:
 
 def _preview_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of kind "eval" in metrics.jsonl, with its feature extractor as in a results file."""
-    found = renamed(row)
-    if isinstance(identity := found.pop("encoder", None), dict):
-        found |= _extractor_settings(found.get("features"), identity)
-    return found
+    renamed_row = renamed(row)
+    if isinstance(identity := renamed_row.pop("encoder", None), dict):
+        renamed_row |= _extractor_settings(renamed_row.get("features"), identity)
+    return renamed_row
 
 
 def renamed(row: dict[str, Any]) -> dict[str, Any]:

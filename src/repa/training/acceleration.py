@@ -61,15 +61,15 @@ def kernel_seconds(shape: tuple[int, int, int, int], dtype: torch.dtype, device:
     """
     num, heads, tokens, width = shape
     qkv = torch.randn(num, tokens, 3 * heads * width, device=device, dtype=dtype, requires_grad=True)
-    found = {}
+    medians = {}
     for name, backend in KERNELS.items():
         # A kernel that does not support this shape or type raises an error, and is left out.
         with contextlib.suppress(RuntimeError), sdpa_kernel(backend):
             once = functools.partial(_forward_and_backward, qkv, heads)
             # The first call loads and builds the kernel, so it is not timed.
             seconds = [timed(once, device) for _ in range(ROUNDS + 1)][1:]
-            found[name] = statistics.median(seconds)
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+            medians[name] = statistics.median(seconds)
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
 def _forward_and_backward(qkv: torch.Tensor, heads: int) -> None:
@@ -83,11 +83,11 @@ def fastest_kernels(config: TrainConfig, world: int, device: torch.device) -> It
     if device.type != "cuda":
         yield {}
         return
-    found = kernel_seconds(attention_shape(config, world), DTYPES[config.precision], device)
+    seconds = kernel_seconds(attention_shape(config, world), DTYPES[config.precision], device)
     # The other kernels follow, for calls with a mask or another width that the first does not support.
-    rest = [name for name in KERNELS if name not in found]
-    with sdpa_kernel([KERNELS[name] for name in (*found, *rest)], set_priority=True):
-        yield found
+    rest = [name for name in KERNELS if name not in seconds]
+    with sdpa_kernel([KERNELS[name] for name in (*seconds, *rest)], set_priority=True):
+        yield seconds
 
 
 class Float8Linear(nn.Linear):
@@ -147,7 +147,7 @@ def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
     if device.type not in ("cuda", "cpu"):
         raise UserError(f"fp8 runs on CUDA, and for trials on a CPU, but not on {device.type}: leave fp8 out.")
     hidden = {id(p) for p in model.matrices()}
-    found = []
+    names = []
     for number, block in list(enumerate(model.blocks))[1:-1]:
         for name, layer in block.named_modules():
             if type(layer) is not nn.Linear or id(layer.weight) not in hidden:
@@ -156,13 +156,13 @@ def use_fp8(model: Backbone, precision: str, device: torch.device) -> list[str]:
                 continue
             # The class changes in place: parameters, hooks and names in state dicts stay those of the plain layer.
             layer.__class__ = Float8Linear
-            found.append(f"blocks.{number}.{name}")
-    if not found:
+            names.append(f"blocks.{number}.{name}")
+    if not names:
         raise UserError(
             f"fp8 needs matrices with sides that are multiples of {MULTIPLE}, but this network has none between its first and last block: "
             "leave fp8 out."
         )
-    return found
+    return names
 
 
 class ParameterRow(NamedTuple):

@@ -101,7 +101,7 @@ class Objective(nn.Module):
 
     def clean(self, x: Tensor, features: Mapping[str, Features]) -> State:
         """The clean state: the latents x (N, C, H, W), and for each stream the encoder's image vector (N, F)."""
-        found = {"x": x}
+        state = {"x": x}
         for stream in self.streams:
             vector = features[stream.source].pooled
             if vector is None:
@@ -109,8 +109,8 @@ class Objective(nn.Module):
                     f"The stream {stream.name} needs an image vector, but the encoder {stream.source} has none: choose "
                     "another source."
                 )
-            found[stream.name] = at_least_float32(vector)
-        return found
+            state[stream.name] = at_least_float32(vector)
+        return state
 
     def draw(self, clean: State, step: int) -> Draws:
         """The draws of this process's N samples out of the global batch of `step`."""
@@ -140,13 +140,13 @@ class Objective(nn.Module):
 
     def _draw_visible(self, num: int, step: int, device: torch.device) -> State:
         """Tokens that masking projectors see, each term from its own stream."""
-        found = {}
+        visible = {}
         for term in self.terms():
             if term.masked is not None:
                 stream = generator(self.seed, "visible", term.key, step, device=device)
                 scores = torch.rand((num, self.model.grid[0] * self.model.grid[1]), generator=stream, device=device)
-                found[term.key] = scores >= term.masked
-        return found
+                visible[term.key] = scores >= term.masked
+        return visible
 
     def _previous_velocities(self, part: Tensor, noise: Tensor, t: Times, own: slice) -> Tensor:
         """Velocity of the previous image for each image (N, ...); the first one's is on the previous process, in a ring."""
@@ -184,8 +184,8 @@ class Objective(nn.Module):
     def weights(self, step: int, device: torch.device) -> Tensor:
         """(1 + A,): weight of the denoising losses, and lambda of Eq. 9 of each alignment; set on the device without synchronisation."""
         # A tensor, not floats: otherwise torch.compile would recompile the objective for every new weight of a schedule.
-        found = [self.denoising_schedule(step), *(a.weight(step) for a in self.terms())]
-        return torch.stack([torch.full((), weight, device=device) for weight in found])
+        weights = [self.denoising_schedule(step), *(a.weight(step) for a in self.terms())]
+        return torch.stack([torch.full((), weight, device=device) for weight in weights])
 
     @torch.no_grad()
     def averaged(self, network: Backbone, clean: State, condition: Condition, draws: Draws) -> Output:
@@ -306,10 +306,10 @@ class Objective(nn.Module):
 
     def _head_and_stream_losses(self, output: Output, clean: State, draws: Draws) -> list[tuple[str, float, Tensor]]:
         """(name, weight, loss (N,)) of the network's heads (internal guidance) and of the streams (REG)."""
-        found = []
+        terms = []
         for depth, prediction in output.heads.items():
             losses = self._denoising(prediction, clean, draws)
-            found.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
+            terms.append((f"head/{depth}", self.head_weight, torch.stack(list(losses.values())).sum(0)))
         for stream in self.streams:
             answer, vector, noise = (
                 _as_one_pixel(part[stream.name]) for part in (output.prediction, clean, draws.noise)
@@ -317,8 +317,8 @@ class Objective(nn.Module):
             other = None if draws.other is None else _as_one_pixel(draws.other[stream.name])
             losses = self.process.losses(answer, vector, noise, self._times_of(draws.t, vector), other)
             loss = losses["denoising"] + losses["contrastive"] if draws.other else losses["denoising"]
-            found.append((f"stream/{stream.name}", stream.weight, loss))
-        return found
+            terms.append((f"stream/{stream.name}", stream.weight, loss))
+        return terms
 
     def _times_of(self, t: Times, part: Tensor) -> Tensor:
         """Times for a process: (N,) unchanged; times of tokens repeated over their pixels, (N, 1, H, W)."""
