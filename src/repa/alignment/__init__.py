@@ -74,7 +74,13 @@ SCHEDULES = Registry(
 # f(t (N,), **settings) -> (N,) multiplier of an image's loss; t = 0 is data
 TIME_WEIGHTS = Registry(
     "weight over times",
-    {name: f"repa.alignment.time_weights:{name}" for name in ("constant", "cosine", "linear", "loglinear", "sigmoid")},
+    {
+        "constant": "repa.alignment.schedules:constant_in_time",
+        "cosine": "repa.alignment.schedules:cosine_in_time",
+        "linear": "repa.alignment.schedules:linear_in_time",
+        "loglinear": "repa.alignment.schedules:loglinear",
+        "sigmoid": "repa.alignment.schedules:sigmoid",
+    },
     listing="time-weights",
     takes=("t",),
 )

@@ -1,14 +1,19 @@
-"""Multiplier of an alignment's weight at a training step: f(step, **settings) -> float in [0, 1]. Plain Python, no torch.
+"""Multipliers of an alignment: of its weight by the training step, of an image's loss by its time.
 
-A schedule that depends on the loss is an object that also has `watches`, `observe`, `state` and `load`: see `Plateau`.
+Of the weight: f(step, **settings) -> float in [0, 1]; steps are optimiser steps, counted from 0. A schedule that depends on
+the loss is an object that also has `watches`, `observe`, `state` and `load`: see `Plateau`.
 
-Steps are optimiser steps, counted from 0.
+Of a loss: f(t (N,), **settings) -> (N,), t = 0 is data, 1 noise (REED, arXiv 2507.08980). Each image's loss is multiplied by
+the weight of its own time. REED's released code multiplies the mean of the losses by the mean of the weights, by a broadcast
+of (N, 1, 1, 1) with (N,).
 """
 
 import math
 from collections.abc import Mapping
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
 
 
 def constant(now: int, /) -> float:
@@ -76,3 +81,28 @@ class Plateau:
     def load(self, state: Mapping[str, float]) -> None:
         self.total, self.count, self.stopped = state["total"], int(state["count"]), bool(state["stopped"])
         self.before = state.get("before", math.inf)
+
+
+def constant_in_time(t: Tensor) -> Tensor:
+    """1 at every time."""
+    return torch.ones_like(t)
+
+
+def linear_in_time(t: Tensor) -> Tensor:
+    """1 - t: decreases with noise."""
+    return 1 - t
+
+
+def loglinear(t: Tensor) -> Tensor:
+    """1 - log(1 + t): falls more slowly than linear, to 0.31."""
+    return 1 - torch.log1p(t)
+
+
+def cosine_in_time(t: Tensor) -> Tensor:
+    """cos(pi t / 2)^2: from 1 to 0, flat at both ends."""
+    return (0.5 * math.pi * t).cos().square()
+
+
+def sigmoid(t: Tensor, *, slope: PositiveFloat = 10.0) -> Tensor:
+    """1 / (1 + exp(slope (t - 0.5))): a smooth step down at t = 0.5."""
+    return torch.sigmoid(slope * (0.5 - t))

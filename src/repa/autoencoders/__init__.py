@@ -72,8 +72,8 @@ AUTOENCODERS = Registry(
 
 if TYPE_CHECKING:
     from repa.autoencoders.contract import Autoencoder as Autoencoder
+    from repa.autoencoders.contract import check_decoder as check_decoder
     from repa.autoencoders.contract import load_autoencoder as load_autoencoder
-    from repa.autoencoders.decoders import check_decoder as check_decoder
-    from repa.autoencoders.decoders import load_decoder as load_decoder
+    from repa.autoencoders.contract import load_decoder as load_decoder
 else:
     __getattr__, __dir__, __all__ = exports(__name__, local=("AUTOENCODERS",))
