@@ -64,8 +64,8 @@ class Alignment(nn.Module):
         classes = (num_classes,) if self.sees_condition else ()
         self.loss = LOSSES.build(config.loss)
         # Relations between tokens have no width, so a tap without a projector keeps its own.
-        relations = declared(self.loss, "compares_relations")
-        width = hidden_dim if relations and config.projector == "none" else feature_dim or hidden_dim
+        self.compares_relations = bool(declared(self.loss, "compares_relations"))
+        width = hidden_dim if self.compares_relations and config.projector == "none" else feature_dim or hidden_dim
         made = projector(hidden_dim, width, grid, *classes)
         self.projector = PROJECTORS.instance(config.projector, made, nn.Module)
         # The term that owns a shared projector. A list hides it from nn.Module: as a submodule, its weights would be counted and
@@ -282,14 +282,13 @@ class Alignment(nn.Module):
         return projected, torch.cat([head, target], 1) if prefix else target
 
     def _check_width(self, projected: Tensor, target: Tensor) -> None:
-        relations = declared(self.loss, "compares_relations")
-        width = self.feature_dim or (0 if relations else projected.shape[-1])
+        width = self.feature_dim or (0 if self.compares_relations else projected.shape[-1])
         if width and target.shape[-1] != width:
             raise UserError(
                 f"The target {self.config.target!r} has {target.shape[-1]} channels, but the projector was built for {width}: pass "
                 "features of the encoder that the alignment names; a private Target must set dim."
             )
-        if not relations:
+        if not self.compares_relations:
             PROJECTORS.returned(self.config.projector, projected, (*projected.shape[:-1], width), "tokens")
 
     def _losses(self, student: Tensor, target: Tensor | None) -> Tensor:

@@ -99,7 +99,8 @@ class Loader:
         if data.stream:
             self.order = WindowShuffle([shard.num for shard in data.manifest.shards], seed)
             # the shards of this window and of the next; otherwise the second would evict the first while it is read
-            data.stream.require_room(2 * WINDOW * self._largest_shard())
+            largest = max(sum(file.size for file in self._needed(shard, 0)) for shard in data.manifest.shards)
+            data.stream.require_room(2 * WINDOW * largest)
         self._labels = data.small_labels
         self._length = min(BLOCK, self.data.num_images)
         # the steps read ahead may be in as many blocks, each with its neighbour
@@ -167,10 +168,6 @@ class Loader:
             shards = [self.data.manifest.shards[number] for number in self.order.shards_from(epoch, place)]
             fetcher.want(file for shard in shards for file in self._needed(shard, step))
             yield step
-
-    def _largest_shard(self) -> int:
-        """Bytes to read from the largest shard."""
-        return max(sum(file.size for file in self._needed(shard, 0)) for shard in self.data.manifest.shards)
 
     def _needed(self, shard: Shard, step: int) -> list[ArrayFile]:
         """The files of a shard that a step reads; none for an empty shard."""

@@ -83,7 +83,9 @@ class CaptionAgreement:
     def result(self) -> dict[str, float]:
         x = (gather_rows(self.rows, self.places).double() - self.mean) / self.std
         predicted = self.base + x @ self.weights  # (N, V)
-        words, own = self._distinct_word_sets(self.prompts[: len(x)])  # (P, V), (N,)
+        # the distinct word sets (P, V) of the prompts, and the index of each prompt's set (N,)
+        matrix = self._word_matrix([set(split_words(text)) for text in self.prompts[: len(x)]])
+        words, own = torch.unique(matrix, dim=0, return_inverse=True)
         # -|p - w|^2 / u without |p|^2 / u, which is equal for all prompts of a sample: a product instead of (N, P, V) differences.
         of_words, weighted = (words.square() / self.unexplained).sum(1), (words / self.unexplained).T  # (P,), (V, P)
         own_share, shuffled = agreement(lambda rows: 2 * predicted[rows] @ weighted - of_words, own)
@@ -92,10 +94,6 @@ class CaptionAgreement:
     def _word_matrix(self, word_sets: Sequence[set[str]]) -> Tensor:
         """(n, V): 1 if a caption has the word."""
         return torch.tensor([[word in words for word in self.vocabulary] for words in word_sets], dtype=torch.float64)
-
-    def _distinct_word_sets(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The distinct word sets of the prompts (P, V), and the index of each prompt's set (N,)."""
-        return torch.unique(self._word_matrix([set(split_words(text)) for text in prompts]), dim=0, return_inverse=True)
 
 
 class ClipScore:

@@ -249,7 +249,10 @@ def _with_own(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:
     for why, stale in kept.items():
         steps = ", ".join(f"{step:,}" for step in sorted({row["step"] for row in stale}))
         run = replace(run, lost=f"{run.lost} Evaluations of step {steps} are left out: {why}".lstrip())
-    return with_evaluations(run, [{k: v for k, v in _with_decoder(row, run).items() if k != CHECKSUM} for row in own])
+    # without a recorded decoder, samples were decoded by the run's autoencoder
+    decoder = run.config.get("autoencoder") or None
+    own = [{**row, "decoder": row["decoder"] or decoder} for row in own]
+    return with_evaluations(run, [{k: v for k, v in row.items() if k != CHECKSUM} for row in own])
 
 
 def _why_not(run: RunRecord, row: Mapping[str, Any]) -> str:
@@ -315,11 +318,6 @@ def _extractor_settings(features: Any, identity: Mapping[str, Any]) -> dict[str,
         "feature_weights": None if published else str(identity.get("weights_sha256") or "")[:8] or None,
         "features_precision": identity.get("precision"),
     }
-
-
-def _with_decoder(row: dict[str, Any], run: RunRecord) -> dict[str, Any]:
-    """Without a recorded decoder, samples were decoded by the run's autoencoder."""
-    return {**row, "decoder": row["decoder"] or run.config.get("autoencoder") or None}
 
 
 def protocol_of(row: Mapping[str, Any]) -> Protocol:
