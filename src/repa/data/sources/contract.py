@@ -112,9 +112,8 @@ class Source(ABC):
         """The moments of an image, for sources with `moments_shape`: mean and standard deviation, unscaled, float32."""
         raise NotImplementedError
 
-    def require_fit(self, config: PrepareConfig) -> None:
+    def require_fit(self, config: PrepareConfig) -> None:  # noqa: B027 (a source without moments fits any)
         """Raises UserError for settings that moments do not fit: another autoencoder or resolution than they are of."""
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         """All but cached properties: open files and memory maps work in one process, so each process opens its own."""
