@@ -40,13 +40,13 @@ def test_each_image_has_its_own_captions(source, tmp_path, form, tolerance, monk
     data = open_data(tmp_path / "out")
     indices = np.array([21, 2, 0, 13, 4, 1])  # indices from 11 on are flipped copies
     for key in range(3):
-        text = data.texts.gather(indices, [key] * 6).text()
+        text = data.texts.gather(indices, [key] * 6).unpacked()
         for row, index in enumerate(indices):
             texts = CAPTIONS.get(IMAGES[index % 11], ("",))
             tokens, mask = tokens_of(texts[key % len(texts)])
             torch.testing.assert_close(text.tokens[row], tokens, rtol=tolerance, atol=tolerance)
             assert torch.equal(text.mask[row], mask)
-    empty = data.texts.empty().text()
+    empty = data.texts.empty().unpacked()
     torch.testing.assert_close(empty.tokens[0], tokens_of("")[0], rtol=tolerance, atol=tolerance)
     assert check_bytes(tmp_path / "out") > 0
     (finding,) = [found for found in check_models(tmp_path / "out") if found.field == "text"]

@@ -168,7 +168,7 @@ def captions_as_prompts(config: TrainConfig, data: DataSet, num: int, device: to
     rows = evenly_spaced(len(data.originals), min(num, MOST_PROMPTS))
     texts = [next(iter(captions), "") for captions in data.captions(rows)]
     if data.text and data.manifest.config.text == config.text:
-        text = data.texts.gather(rows).text()
+        text = data.texts.gather(rows).unpacked()
     else:
         text = load_text_encoder(config.text, weights=config.text_weights or None, device=device)(texts)
     # On the CPU between previews, because training needs the memory of a thousand prompts' tokens.

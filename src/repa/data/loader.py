@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     captions: Sequence[str] = ()  # or the N captions themselves
 
 
-class _Rows(NamedTuple):
+class _StoredBatch(NamedTuple):
     """A batch in stored form, on its way to the device."""
 
     names: tuple[str, ...]  # of encoders
@@ -152,8 +152,8 @@ class Loader:
             stream = stack.enter_context(
                 contextlib.closing(by_threads(self._read, steps, DEPTH, READERS, on_start=on_start))
             )
-            for rows in stream:
-                yield self._finish(rows)
+            for stored in stream:
+                yield self._finish(stored)
 
     def _ordered(self, block: int) -> np.ndarray:
         """Images at the positions of a block of the endless sequence."""
@@ -174,7 +174,7 @@ class Loader:
         fields = [shard.files[field] for field in self.fields(step)] if shard.num else []
         return fields + list(shard.text.values() if self.text == "tokens" else ())
 
-    def _read(self, step: int) -> _Rows:
+    def _read(self, step: int) -> _StoredBatch:
         indices, fields = self.indices(step), {}
         for field in self.fields(step):
             dtype, shape = self.data.reader.fields[field]
@@ -189,12 +189,14 @@ class Loader:
         text, captions = self._chosen(step, indices)
         if self._side is None:
             text = text and text.to(lambda rows: rows.to(self.device))
-            return _Rows(names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions)
+            return _StoredBatch(
+                names, {field: rows.to(self.device) for field, rows in fields.items()}, None, text, captions
+            )
         # on a second stream the copy overlaps the computation of another step; the event marks its end
         with torch.cuda.stream(self._side):
             fields = {field: rows.to(self.device, non_blocking=True) for field, rows in fields.items()}
             text = text and text.to(lambda rows: rows.pin_memory().to(self.device, non_blocking=True))
-            return _Rows(names, fields, self._side.record_event(), text, captions)
+            return _StoredBatch(names, fields, self._side.record_event(), text, captions)
 
     def _chosen(self, step: int, indices: np.ndarray) -> tuple[StoredText | None, list[str]]:
         """One caption per image of a step; the choice is a function of (seed, position in the endless sequence)."""
@@ -207,20 +209,20 @@ class Loader:
         captions = zip(self.data.captions(indices), keys, strict=True)
         return None, [texts[key % len(texts)] if texts else "" for texts, key in captions]
 
-    def _finish(self, rows: _Rows) -> Batch:
+    def _finish(self, stored: _StoredBatch) -> Batch:
         """The batch on the device, with tokens unpacked from their stored form."""
-        if rows.copied is not None:
+        if stored.copied is not None:
             current = torch.cuda.current_stream(self.device)
-            current.wait_event(rows.copied)
-            for tensor in rows.tensors:
+            current.wait_event(stored.copied)
+            for tensor in stored.tensors:
                 # the allocator knows only the stream that made the tensor, and would reuse its memory too early
                 tensor.record_stream(current)
-        features, fields = {}, rows.fields
-        for name in rows.names:
+        features, fields = {}, stored.fields
+        for name in stored.names:
             patches = fields[f"features.{name}"]
             if self.data.features[name].form != "fp16":
                 patches = unpack(patches, fields.get(f"scale.{name}"), self._basis(name))
             pooled = fields.get(f"pooled.{name}")
             features[name] = Features(patches, pooled)
-        text = rows.text and rows.text.text()
-        return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features, text, rows.captions)
+        text = stored.text and stored.text.unpacked()
+        return Batch(fields["labels"], fields.get("images"), fields.get("moments"), features, text, stored.captions)

@@ -226,9 +226,9 @@ class StoredText(NamedTuple):
     mask: Tensor | None  # (n, S) uint8
 
     def to(self, move: Callable[[Tensor], Tensor]) -> "StoredText":
-        return StoredText._make(None if part is None else move(part) for part in self)
+        return StoredText._make(None if tensor is None else move(tensor) for tensor in self)
 
-    def text(self) -> Text:
+    def unpacked(self) -> Text:
         """float32 tokens and their mask, on the device of the stored ones."""
         return Text(unpack(self.tokens, self.scale), None if self.mask is None else self.mask.bool())
 
@@ -248,10 +248,10 @@ class TextReader:
         self.folder, self.facts, self.num_originals = folder, manifest.text, len(manifest.originals)
         # all files of a ShardReader have the same number of rows, so files by image and files by caption have separate
         # readers
-        stored = [dict(shard.text) for shard in manifest.shards if shard.text]
-        rows = [files.pop("text_rows") for files in stored]
-        self.rows = ShardReader(folder, [Shard(num=f.shape[0], files={"text_rows": f}) for f in rows], fetch)
-        self.tokens = ShardReader(folder, [Shard(num=f["text"].shape[0], files=f) for f in stored], fetch)
+        by_caption = [dict(shard.text) for shard in manifest.shards if shard.text]
+        by_image = [files.pop("text_rows") for files in by_caption]
+        self.places = ShardReader(folder, [Shard(num=f.shape[0], files={"text_rows": f}) for f in by_image], fetch)
+        self.tokens = ShardReader(folder, [Shard(num=f["text"].shape[0], files=f) for f in by_caption], fetch)
 
     def gather(self, indices: Sequence[int] | np.ndarray, keys: Sequence[int] | None = None) -> StoredText:
         """The tokens of one caption per image of `indices` (n,): number key % (number of captions); without `keys` the
@@ -260,8 +260,8 @@ class TextReader:
         Raises UserError when a file cannot be read, or names captions that are not there.
         """
         indices = np.asarray(indices, np.int64) % self.num_originals
-        first, count = self.rows.gather("text_rows", indices).T
-        shards = np.searchsorted(self.rows.ends, indices, side="right")
+        first, count = self.places.gather("text_rows", indices).T
+        shards = np.searchsorted(self.places.ends, indices, side="right")
         nums = self.tokens.ends[shards] - self.tokens.starts[shards]
         # a damaged file must not give an image another's caption; written so that no sum overflows
         if (bad := (first < 0) | (count < 1) | (first > nums) | (count > nums - first)).any():

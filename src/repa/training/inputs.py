@@ -235,7 +235,7 @@ class TextConditions:
             return
         if data.text and data.manifest.config.text == config.text:
             self.reads, self.identity = "tokens", data.text.identity
-            self.empty = data.texts.empty().text().map(lambda x: x.to(device))
+            self.empty = data.texts.empty().unpacked().map(lambda x: x.to(device))
         else:
             self.encoder = load_text_encoder(config.text, weights=config.text_weights or None, device=device)
             self.reads, self.identity = "captions", self.encoder.identity
@@ -262,7 +262,7 @@ class TextConditions:
                 f"A term has the target text, but the data in {data.folder} has no text tokens: run "
                 f"`repa prepare {data.folder} --only text --text NAME`, or prepare data with captions."
             )
-        self.reads, self.width = "tokens", data.texts.empty().text().tokens.shape[2]
+        self.reads, self.width = "tokens", data.texts.empty().unpacked().tokens.shape[2]
 
     def __call__(self, batch: Batch) -> Condition:
         """The condition of the images of a batch."""
