@@ -20,6 +20,7 @@ from repa.recipes import RECIPES
 from repa.recipes.small import GROUP
 
 if TYPE_CHECKING:
+    from repa.data import Source
     from repa.data.pipeline import Execution
 
 FEATURES, TEXT = "features:", "text"
@@ -123,7 +124,7 @@ def _recipes_for(given: PrepareArguments) -> list[str]:
     return [n for n, each in fitting.items() if given.autoencoder == "pixels" and each().model.backbone == backbone]
 
 
-def start(source: str, out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
+def start(source: "str | Source", out: Path, config: PrepareConfig, only: Sequence[str] = ()) -> bool:
     """Do this process's share of the preparation; returns whether the data are complete."""
     from repa.data.sources.opening import open_source
 

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,9 @@ from repa.recipes import load_recipe
 from repa.recipes.small import RESOLUTION, Choice, choose, extractor_for, patches_of
 from repa.runs import layout
 from repa.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from repa.data import Source
 
 RUNS = {"baseline": "quickstart", "aligned": "quickstart-repa"}  # name of the run -> recipe
 PAGE = "report.html"
@@ -57,20 +60,18 @@ class QuickstartArguments(options.Command):
 
 def main(argv: list[str]) -> int:
     given = options.parse(QuickstartArguments, argv)
-    is_own = given.source != PHOTOGRAPHS
-    if is_own:
-        from repa.data.sources.opening import require_source
-
-        require_source(given.source, given.labels)
-    for package in ("jinja2", "matplotlib"):  # time of the report, which comes last
+    is_own, begin = given.source != PHOTOGRAPHS, time.perf_counter()
+    for package in ("jinja2", "matplotlib"):  # of the report, which comes last
         imports.need(package, "The quickstart", extra="quickstart")
-    begin = time.perf_counter()
+    from repa.data import open_source
+
+    images = given.source if is_own else crops()
+    source = open_source(images, labels=given.labels)
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
-    source = given.source if is_own else crops()
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
     target = recipes["aligned"].alignments[0].target
-    choice = _choice(given, recipes["baseline"]) if is_own else _for_photographs(given)
+    choice = _choice(given, recipes["baseline"], source) if is_own else _for_photographs(given)
     every = recipes["baseline"].preview.every
     if 0 < given.num_steps <= every:
         say(
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
         commands = [
             shlex.join([*_program(), "quickstart", *_flags(given.model_dump(exclude_defaults=True))]),
             "# equivalent commands:",
-            shlex.join(["repa", "prepare", source, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
+            shlex.join(["repa", "prepare", images, str(data), *_flags(config.model_dump(exclude_defaults=True))]),
             *(shlex.join(["repa", *words]) for words in trainings),
             shlex.join(["repa", "report", *(str(folder / n) for n in RUNS), "--out", str(folder / PAGE)]),
         ]
@@ -139,11 +140,8 @@ def crops() -> str:
     return f"{PHOTOGRAPHS}:num={NUM_CROPS},smallest={SMALLEST}"
 
 
-def _choice(given: QuickstartArguments, recipe: TrainConfig) -> Choice:
+def _choice(given: QuickstartArguments, recipe: TrainConfig, source: "Source") -> Choice:
     """Choose settings for your own images, and print them with their reasons."""
-    from repa.data import open_source
-
-    source = open_source(given.source, labels=given.labels)
     choice = choose(source, recipe.num_steps, resolution=given.resolution, asked_steps=given.num_steps)
     names = source.class_names
     say(

@@ -74,9 +74,9 @@ def open_source(spec: Any, *, labels: str = "") -> Source:
     return source
 
 
-def require_source(spec: str, labels: str = "") -> None:
+def require_source(spec: str) -> None:
     """Raises UserError if there is no source of this name. Opens nothing and imports no torch."""
-    _kind(_split(spec)[0], labels)
+    _kind(_split(spec)[0], labels="")
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any]]:
