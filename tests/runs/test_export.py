@@ -134,6 +134,7 @@ def test_invalid_input_is_refused(random_run, tmp_path, capsys):
         (["export", str(random_run), str(tmp_path / "used")], "exists and is not empty"),
         (["export", str(random_run), str(tmp_path / "o"), "--checkpoint", "15"], "no checkpoint of step 15"),
         (["export", str(random_run), str(tmp_path / "o"), "--format", "onnx"], "'safetensors' or 'diffusers'"),
+        (["export", str(random_run), str(tmp_path / "o.safetensors")], "give a name without .safetensors"),
         (["export", str(bare), str(tmp_path / "o")], "no checkpoint yet"),
         (["export", str(tmp_path / "absent"), str(tmp_path / "o")], "is not a run folder"),
     ]:

@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(error, tiny_config, run_tra
         ),
         (
             {"model": {"name": "SiT-S/4", "hidden_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}},
-            "--model.num-classes is 7",
+            "--model.num-classes is 7, but the data in .* has 2: give the data of the run to continue it",
         ),
         ({"autoencoder": "sd-vae-ft-mse"}, "prepared with 'pixels'"),
         ({"alignments": ({"target": "dinov9", "depth": 1},)}, "dinov9"),

@@ -59,6 +59,8 @@ def export_run(run: Path, out: Path, form: str = "safetensors", step: int | None
     """
     if form not in FORMATS:
         raise UserError(f"Unknown format {form!r}{choices(form, FORMATS)}")
+    if out.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
+        raise UserError(f"{out} looks like a file, but an export is a folder: give a name without {out.suffix}.")
     config = layout.read_config(run, ("model", "diffusion", "autoencoder"))
     DiffusionConfig.parse(config["diffusion"], where=str(run / layout.CONFIG))
     model = ModelConfig.parse(config["model"], where=str(run / layout.CONFIG))

@@ -70,7 +70,8 @@ def resolve(config: TrainConfig, data: DataSet, device: torch.device) -> TrainCo
         asked = getattr(config.model, name)
         if asked and asked != value:
             raise UserError(
-                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} has {value}: leave it out, or prepare other data."
+                f"{option(f'model.{name}')} is {asked}, but the data in {data.folder} has {value}: give the data of the run to "
+                "continue it; for a new run leave the option out, or prepare other data."
             )
     if config.autoencoder and config.autoencoder != data.autoencoder:
         raise UserError(
