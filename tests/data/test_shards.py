@@ -7,7 +7,7 @@ import pytest
 
 from repa.base.errors import UserError
 from repa.base.files import read_json
-from repa.data import Manifest, PrepareConfig, ShardReader, open_data, prepare
+from repa.data import Manifest, PrepareConfig, ShardReader, open_data, open_source, prepare
 from repa.data.config import array_name
 from repa.data.manifest import MANIFEST
 from repa.data.writing import ShardWriter
@@ -212,7 +212,14 @@ def test_broken_json_and_missing_data_are_refused(out, tmp_path):
     with pytest.raises(UserError, match="must hold an object, but holds list"):
         open_data(out)
     with pytest.raises(UserError, match="holds no prepared data .* `repa prepare SOURCE"):
-        open_data(tmp_path)
+        open_data(tmp_path / "missing")
+
+
+def test_images_are_not_prepared_data_and_prepared_data_are_no_images(out, image_folder):
+    with pytest.raises(UserError, match=f"if it holds images, run `repa prepare {image_folder} DATA` and give DATA"):
+        open_data(image_folder)
+    with pytest.raises(UserError, match=f"but prepared data: `repa train RECIPE --data {out}` trains on it"):
+        open_source(out)
 
 
 def test_the_summary_describes_the_manifest(out):

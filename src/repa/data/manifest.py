@@ -61,7 +61,10 @@ def require_data(folder: Path) -> Path:
         if (folder / PARTS).is_dir():
             raise UserError(f"The preparation of {folder} is not finished: run the same `repa prepare` again.")
         meant = files.near(folder, MANIFEST)
-        raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): run `repa prepare SOURCE {folder}`.{meant}")
+        make = f"run `repa prepare SOURCE {folder}`"
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):  # images, or a run
+            make = f"if it holds images, run `repa prepare {folder} DATA` and give DATA"
+        raise UserError(f"{folder} holds no prepared data (no {MANIFEST}): {make}.{meant}")
     return path
 
 

@@ -81,8 +81,12 @@ class FileSource(Source):
         """
         paths = sorted(path for path in stamps if path.lower().endswith(EXTENSIONS))
         if not paths:
+            if "manifest.json" in stamps:
+                raise UserError(
+                    f"{where} holds no images, but prepared data: `repa train RECIPE --data {where}` trains on it."
+                )
             listed = ", ".join(f"{num:,} {kind}" for kind, num in count_others(stamps, (), junk).items())
-            remedy = f"give a folder or archive with files named {' '.join(EXTENSIONS)}, at any depth"
+            remedy = "give a folder or archive with images, such as .png, .jpg or .webp files, at any depth"
             # class.tar in train/: a pattern makes them the source, and a shard inside an archive cannot be read in place
             if packed := next((path for path in sorted(stamps) if path.lower().endswith((".tar", ".parquet"))), ""):
                 pattern = (Path(where) / packed).with_name(f"*{Path(packed).suffix}")
