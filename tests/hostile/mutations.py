@@ -12,7 +12,8 @@ import yaml
 from repa.base.files import SEAL
 
 HOSTILE = (
-    None, True, -1, 0, 1, 3, 2**31, 2**63, -(2**70), 1e308, float("nan"), float("inf"), 0.5, "", " ", "0", "²", "x", "../..", "/etc/passwd",
+    None, True, -1, 0, 1, 3, 2**31, 2**63, -(2**70), 10**400, 1e308,
+    float("nan"), float("inf"), 0.5, "", " ", "0", "²", "x", "../..", "/etc/passwd",
     "/dev/zero", "a\x1b[31mb", "\u202eevil", "é" * 300, "9" * 5000, "os.system", "subprocess.Popen:args=x", "~", ":", ":=", "a:b=", "\0",
     "pca-1", "pca999999-int8", "tiny", "pixels", "nt_xent:temperature=0", [], {}, [[]], [{}], {"a": {"b": []}}, [1, "a", None], "SiT-XL/2",
     "float64", "object", "<f8",

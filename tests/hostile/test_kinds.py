@@ -18,6 +18,7 @@ from repa.base.images import decode_image
 from repa.runs import layout, load_run
 from repa.sampling import SampleConfig, generate
 from tests.hostile.commands import outcome
+from tests.report.fakes import made_by, results_file
 
 PREPARE = ["--resolution", "16", "--num-workers", "0"]
 
@@ -363,3 +364,36 @@ def test_changed_bytes_of_data_spoil_no_result(field, argv, random_run, data_fol
     path = tmp_path / "data" / f"{field}-00000.npy"
     np.save(path, np.load(path) ^ 1)  # of the same size and type
     assert f"do not match their checksums ({field}-00000.npy)" in refused(argv)
+
+
+ENDLESS = "1" + "0" * 400  # more than a float can hold
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f'{{"kind": "train", "step": {ENDLESS}}}',
+        f'{{"kind": "train", "step": 5, "denoising": {ENDLESS}, "seconds": {ENDLESS}}}',
+        f'{{"kind": "event", "step": {ENDLESS}, "message": "x"}}',
+        '{"kind": "train", "step": 5, "alignment": {"\\ud800 \\u001b[31m": 1}}',
+        json.dumps({"kind": "train", "step": 5, "alignment": {f"a{n}": 1 for n in range(1000)}}),
+        '{"kind": "train", "step": true, "denoising": 1}',
+    ],
+)
+def test_a_report_of_a_foreign_log_is_made_soon(line, random_run, tmp_path, recwarn):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    (run / layout.METRICS).write_text(f'{{"kind": "train", "step": 4, "denoising": 1.0}}\n{line}\n')
+    code, said = outcome(["report", str(run), "--out", str(tmp_path / "r.html")])
+    assert code == 0, said
+    assert not any("\x1b" in str(warning.message) for warning in recwarn)
+    assert '"a100"' not in (tmp_path / "r.html").read_text()
+
+
+def test_a_report_of_foreign_evaluations_has_no_traceback(random_run, tmp_path):
+    run = shutil.copytree(random_run, tmp_path / "run")
+    made = made_by(run, 20, guidance=[[1], "cfg"])
+    path = results_file(run / layout.EVALUATIONS / "x.json", {"fid": 1.0}, made)
+    code, said = outcome(["report", str(run), "--out", str(tmp_path / "r.html")])
+    assert code == 0, said
+    path.write_text(path.read_text().replace("50000", ENDLESS))
+    assert "a number has 401 digits" in refused(["report", run, "--out", tmp_path / "r.html"])

@@ -27,6 +27,7 @@ SEAL = "sha256_of_the_rest"  # entry of a JSON file with the checksum of its oth
 FEW = 4  # largest number of folders to suggest
 CLOSE = 0.6  # least similarity of a path to suggest
 MOST_NAMES = 1_000  # names in a folder that a mistyped one is compared with
+MOST_DIGITS = 40  # of a whole number in JSON
 MOST_JSON = 2**28  # bytes: COCO's annotations have 92 MB, and parsing takes up to 24 times as much memory
 
 
@@ -217,7 +218,9 @@ def read_json(path: str | Path, sealed: bool = False) -> Any:
             raise UserError(
                 f"{path} is refused: it has {size(num_bytes)}, but a JSON file may have at most {size(MOST_JSON)}."
             )
-        values = json.loads(Path(path).read_bytes(), object_pairs_hook=unique_keys, parse_constant=_no_number)
+        values = json.loads(
+            Path(path).read_bytes(), object_pairs_hook=unique_keys, parse_int=_whole, parse_constant=_no_number
+        )
     seal = values.pop(SEAL, None) if isinstance(values, dict) else None
     if sealed and seal is None:
         raise UserError(f"{path} is damaged: it lacks {SEAL!r}.")
@@ -237,6 +240,13 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key!r} appears twice")
         values[key] = value
     return values
+
+
+def _whole(text: str) -> int:
+    # int has no bound, but other types of numbers have: a conversion would raise errors later
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
 
 
 def _no_number(name: str) -> float:

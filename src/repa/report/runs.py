@@ -4,7 +4,7 @@ The settings of an evaluation are its protocol; two distances are compared only 
 """
 
 import json
-import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +41,7 @@ FIELD_TYPES: dict[str, dict[str, type]] = {
     },
     "made": {"weak_sha256": str, "guide_image_sha256": str, "run": str, "weights": str, "weights_sha256": str},
 }
+MOST_NAMES = 100  # of the alignments of a run, because drawing a curve takes time
 OTHER_WEIGHTS = "inception with weights that are not the published ones"
 
 Protocol = tuple[tuple[str, str], ...]
@@ -95,8 +96,8 @@ class RunRecord:
 
     @cached_property
     def alignment_names(self) -> list[str]:
-        """The logged alignments, e.g. 'dinov2-b@8', whether trained or only measured."""
-        return list(dict.fromkeys(name for row in self.train for name in row.get("alignment") or {}))
+        """The logged alignments, e.g. 'dinov2-b@8', whether trained or only measured; at most MOST_NAMES."""
+        return list(dict.fromkeys(name for row in self.train for name in row.get("alignment") or {}))[:MOST_NAMES]
 
     def series(self, key: str, against: str = "step") -> tuple[list[float], list[float]]:
         """(positions, values) of one quantity over the log entries; 'alignment/NAME' is the negative of its loss.
@@ -146,7 +147,7 @@ def read_run(path: str | Path, name: str | None = None) -> RunRecord:
     lost = f"{damage} {lost_rows(path, rows, steps)}".strip()
     run = RunRecord(path, name or path.resolve().name, config, data, [], [], events, lost)
     # The number of images per step comes from the configuration, which the record reads.
-    train, evals = [[{**row, **run.images_at(row["step"])} for row in kinds[kind]] for kind in ("train", "eval")]
+    train, evals = [[_readable(row) | run.images_at(row["step"]) for row in kinds[kind]] for kind in ("train", "eval")]
     for row in (*train, *evals):
         _require_types(path / layout.METRICS, "", row, "Remove that line.")
     return replace(run, train=train, evals=merged_by_step(map(_preview_row, evals)))
@@ -176,7 +177,7 @@ def read_runs(runs: Sequence[str | Path | RunRecord], names: Sequence[str] | Non
             f"--names has {len(names)} names for {len(runs)} runs: give one name per run, in the same order."
         )
     named = names or _short_names([run.path if isinstance(run, RunRecord) else run for run in runs])
-    called = [printable(well_formed(name)) for name in named]  # fonts refuse what is not UTF-8
+    called = [_shown(name) for name in named]
     records = [
         run if isinstance(run, RunRecord) else read_run(run, name) for run, name in zip(runs, called, strict=True)
     ]
@@ -342,6 +343,18 @@ def distance_name(protocol: Protocol) -> str:
     return "FID" if settings_of(protocol).get("features") == INCEPTION else "Fréchet distance"
 
 
+def _readable(row: dict[str, Any]) -> dict[str, Any]:
+    """A log entry whose names of alignments can be drawn and printed."""
+    named = row.get("alignment")
+    return row | (
+        {"alignment": {_shown(key): value for key, value in named.items()}} if isinstance(named, dict) else {}
+    )
+
+
+def _shown(name: str) -> str:
+    return printable(well_formed(name))  # fonts refuse what is not UTF-8
+
+
 def _preview_row(row: dict[str, Any]) -> dict[str, Any]:
     """A row of kind "eval" in metrics.jsonl, with its feature extractor as in a results file."""
     renamed_row = renamed(row)
@@ -356,4 +369,4 @@ def renamed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

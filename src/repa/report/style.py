@@ -175,7 +175,7 @@ def _guidance(given: Any) -> str:
     """'no guidance', 'guidance internal:scale=1.4 then cfg:scale=1.35,high=0.7'."""
     if given == "off":
         return "no guidance"
-    return f"guidance {' then '.join(given)}" if isinstance(given, list) else f"guidance {given}"
+    return f"guidance {' then '.join(map(str, given))}" if isinstance(given, list) else f"guidance {given}"
 
 
 def times(ratio: float, fewer: str, more: str, at_least: bool = False) -> str:

@@ -25,19 +25,24 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=_plain_number)
         except (ValueError, RecursionError):
             # A kill can truncate only the last line.
             if number < len(lines):
                 raise UserError(f"{path} is damaged in line {number}: it is not JSON. Remove that line.") from None
         else:
             # Training writes nothing else, but the folder is untrusted.
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
+            if isinstance(row, dict) and type(row.get("step")) is int:
                 if row.pop(CRC, None) not in (None, _crc_of(row)):
                     raise UserError(
                         f"{path} is damaged in line {number}: it does not match its checksum. Remove that line."
                     )
                 yield row
+
+
+def _plain_number(text: str) -> float:
+    """A number of JSON; one that no training counts to becomes a float, perhaps infinite, because int has no bound."""
+    return int(text) if len(text) < 19 else float(text)
 
 
 def lost_rows(run: Path, rows: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> str:
