@@ -13,9 +13,9 @@ from repa.base.errors import UserError
 from repa.conditions import load_text_encoder
 from repa.data import Loader, PrepareConfig, prepare
 from repa.diffusion import SAMPLERS
-from repa.evaluation import reference_of
+from repa.evaluation import evaluate, load_extractor, reference_of
 from repa.metrics import Statistics, kernel_distance
-from repa.models import Condition
+from repa.models import Condition, build
 from repa.recipes import load_recipe
 from repa.sampling import SampleConfig, generate, write_samples
 from repa.training import train
@@ -57,6 +57,7 @@ CALLS = {
         lambda: linear_probes(ROWS, [0] * 20, ROWS, [0] * 20), r"needs a tensor of train labels \(N,\), but got \[0, 0"
     ),
     "tokens of one image": (lambda: principal_colours(ROWS), r"Colours need .*, but got \(20, 4\)"),
+    "a name for a network": (lambda: build("SiT-S/2"), "built from a ModelConfig .*, but got 'SiT-S/2'"),
     "a tensor for a state": (
         lambda: repa.DiT(latent_size=8, hidden_dim=32, depth=1, num_heads=4, num_classes=3)(
             torch.zeros(2, 4, 8, 8), torch.zeros(2), Condition(torch.zeros(2, dtype=torch.long))
@@ -97,6 +98,10 @@ def test_other_mistakes_in_batches_and_samples_give_one_sentence(data_folder, ra
             Loader(data, batch_size=size, seed=0)
     with pytest.raises(UserError, match="are a SampleConfig, but got {'steps': 1}"):
         generate(run, {"steps": 1}, [0])
+    with pytest.raises(UserError, match=r"numbers of images such as range\(64\), but got 4"):
+        generate(run, SampleConfig(), 4)
+    with pytest.raises(UserError, match="load it with load_extractor..tiny"):
+        evaluate([IMAGES], "tiny", reference_of(data, load_extractor("tiny-classifier"), "tiny-classifier"))
     with pytest.raises(UserError, match="The number of samples is a whole number, but got '2'"):
         write_samples(run, SampleConfig(), "2", Path("s.npz"))
 

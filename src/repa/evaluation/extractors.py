@@ -89,4 +89,6 @@ def load_extractor(
 
 def as_extractor(extractor: Extractor | VisionEncoder) -> Extractor:
     """An encoder extracts its pooled features."""
+    if isinstance(extractor, str):
+        raise UserError(f"The name {extractor!r} extracts no features: load it with load_extractor({extractor!r}).")
     return EncoderExtractor(extractor) if isinstance(extractor, VisionEncoder) else extractor

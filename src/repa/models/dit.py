@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repa.base import files, lock
-from repa.base.errors import UserError
+from repa.base.errors import UserError, require_type
 from repa.base.pretrained import CONFIG, Repository
 from repa.models import BACKBONES
 from repa.models.config import BLOCK_OPTIONS, FAMILIES, ModelConfig, Route, dimensions
@@ -292,4 +292,5 @@ def build(config: ModelConfig) -> Backbone:
     Raises:
         UserError: incompatible sizes, or a private backbone that does not return a Backbone.
     """
+    require_type(config, ModelConfig, "A network is built from a ModelConfig (repa.build_model takes a name)")
     return BACKBONES.instance(config.backbone, BACKBONES.build(config.backbone)(config), Backbone)

@@ -5,7 +5,7 @@ which changes pixels by single grey levels (on a CPU only for a batch of one).
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -82,6 +82,7 @@ def draw(
     """The sampler's part of `generate`; on CUDA it does not synchronise."""
     require_type(run, LoadedRun, "Sampling needs a run that repa.load_run loaded")
     require_type(config, SampleConfig, "The settings of samples are a SampleConfig")
+    require_type(indices, Sized, "The indices are numbers of images such as range(64)")
     run.diffusion.check_sampler(config.sampler)
     device = next(run.model.parameters()).device
     # The order of random numbers is part of the meaning of a seed: noise, then labels, then the sampler's.
