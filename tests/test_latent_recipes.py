@@ -9,7 +9,7 @@ from repa.models import build
 from repa.performance.estimate import estimate, passes_of
 from repa.recipes import load_recipe
 from repa.recipes.networks import NETWORKS
-from repa.recipes.published import PUBLISHED
+from repa.recipes.recipe import PUBLISHED
 from repa.runs import read_metrics
 from repa.training import train as start_training
 from repa.training.config import PreviewConfig

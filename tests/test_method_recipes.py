@@ -16,7 +16,7 @@ from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import METHODS, method_recipes
 from repa.recipes.networks import _JIT_SAMPLING, NETWORKS, network_recipes
 from repa.recipes.paper import ROWS
-from repa.recipes.published import PUBLISHED, headline, results_table
+from repa.recipes.recipe import PUBLISHED, headline, results_table
 from repa.runs import read_metrics
 from repa.training import TrainConfig
 from repa.training import train as start_training

@@ -16,7 +16,7 @@ from repa.recipes import RECIPES, load_recipe
 from repa.recipes.methods import method_recipes
 from repa.recipes.networks import network_recipes
 from repa.recipes.paper import ROWS
-from repa.recipes.published import printed
+from repa.recipes.recipe import printed
 from repa.recipes.small import own_image_recipes
 from repa.report import read_run, write_report
 from repa.report.results import paper_row_of, unmatched_paper_rows

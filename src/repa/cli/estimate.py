@@ -16,7 +16,7 @@ from repa.cli.train import about_passes, of_recipe
 from repa.diffusion.config import Guidances
 from repa.performance import DEVICES
 from repa.recipes import RECIPES
-from repa.recipes.published import IMAGES as IMAGENET
+from repa.recipes.recipe import IMAGES as IMAGENET
 from repa.runs import layout
 from repa.training.config import TrainConfig
 

@@ -11,8 +11,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
 from repa.recipes.paper import commands_of
-from repa.recipes.published import PUBLISHED, headline, results_table
-from repa.recipes.recipe import Recipe, paragraphs
+from repa.recipes.recipe import PUBLISHED, Recipe, headline, paragraphs, results_table
 from repa.recipes.small import cifar10
 from repa.training.config import StreamConfig, TrainConfig
 

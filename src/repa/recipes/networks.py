@@ -12,8 +12,7 @@ from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import SIZES, ModelConfig, dimensions
-from repa.recipes.published import PUBLISHED, headline, results_table
-from repa.recipes.recipe import EIGHT, Recipe, commands, paragraphs
+from repa.recipes.recipe import EIGHT, PUBLISHED, Recipe, commands, headline, paragraphs, results_table
 from repa.recipes.small import cifar10
 from repa.training.config import OptimizerConfig, TrainConfig
 

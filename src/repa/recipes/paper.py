@@ -7,16 +7,18 @@ from repa.alignment.config import AlignmentConfig
 from repa.autoencoders import AUTOENCODER
 from repa.diffusion.config import DiffusionConfig
 from repa.models.config import ModelConfig
-from repa.recipes.published import (
+from repa.recipes.recipe import (
     FACTOR,
     PUBLISHED,
     PublishedResult,
+    Recipe,
+    commands,
     first_and_last,
+    paragraphs,
     printed,
     results_table,
     steps_text,
 )
-from repa.recipes.recipe import Recipe, commands, paragraphs
 from repa.sampling.config import SampleConfig
 from repa.training.config import TrainConfig
 

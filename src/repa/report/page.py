@@ -18,7 +18,7 @@ from repa.base import imports
 from repa.base.errors import escaped
 from repa.base.files import write_text
 from repa.base.reporting import duration
-from repa.recipes.published import printed
+from repa.recipes.recipe import printed
 from repa.report.analyses import Analysis, accuracies, depth_figure, read_analyses
 from repa.report.curves import QUANTITIES, alignment_axis, curve_figure, logged, smoothing_window
 from repa.report.headline import verdict

@@ -15,7 +15,7 @@ from repa.diffusion.config import DiffusionConfig
 from repa.evaluation.config import INCEPTION, is_private
 from repa.models.config import ModelConfig
 from repa.recipes.paper import ROWS, Row
-from repa.recipes.published import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, PublishedResult, printed
+from repa.recipes.recipe import CLASSES, FACTOR, IMAGES, REFERENCE, SAMPLES, PublishedResult, printed
 from repa.report.headline import Verdict
 from repa.report.runs import (
     DISTANCE,
