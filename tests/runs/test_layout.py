@@ -1,5 +1,10 @@
 """Which files training removes from a run folder."""
 
+import errno
+import os
+
+import pytest
+
 from repa.runs import layout
 
 
@@ -24,3 +29,14 @@ def test_tidying_removes_only_files_that_training_writes(tmp_path):
         (tmp_path / name).touch()
     layout.tidy(tmp_path)
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(stays)
+
+
+def test_weights_that_may_not_be_listed_are_not_taken_for_missing(tmp_path, monkeypatch):
+    assert layout.part_files(tmp_path / "none", layout.EMA_FILE) == []
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(PermissionError):
+        layout.part_files(tmp_path, layout.EMA_FILE)

@@ -15,6 +15,7 @@ RUN/
   converted.json              only in folders of `repa convert`: the origin, and the code that made it
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,7 +107,10 @@ def whole_name(part: str) -> str:
 
 def part_files(folder: Path, file: str) -> list[Path]:
     """The parts of a checkpoint's file, in order; the file itself if it is not split; empty if it is missing."""
-    return sorted(path for path in folder.glob(f"*{WEIGHTS}") if whole_name(path.name) == file)
+    # Not glob, for which a folder that may not be listed is empty.
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(path for path in folder.iterdir() if whole_name(path.name) == file)
+    return []
 
 
 def snapshot_folder(run: Path, step: int) -> Path:
