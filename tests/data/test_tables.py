@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -278,6 +279,17 @@ def test_arrow_files_outside_a_saved_data_sets_folder_are_refused(tmp_path):
     (saved / "state.json").write_text(state.replace(inside.name, "../other.arrow"))
     with pytest.raises(UserError, match=r"saved names the file .*other\.arrow', outside of .*saved"):
         open_source(saved)
+
+
+def test_a_pipe_in_place_of_an_arrow_file_is_refused(tmp_path):
+    """Opening it would wait for a writer without end."""
+    saved = Path(as_saved(tmp_path, pictures()))
+    inside = next(saved.glob("*.arrow"))
+    inside.unlink()
+    os.mkfifo(inside)
+    for source in (saved, saved / "*.arrow"):
+        with pytest.raises(UserError, match="arrow is refused: it is a named pipe"):
+            open_source(str(source))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from repa.base import imports
+from repa.base import faults, files, imports
 from repa.base.errors import UserError, nearest
 from repa.data.sources.contract import (
     CAPTION_COLUMNS,
@@ -194,14 +194,19 @@ class DatasetSource(TableSource):
         return image_bytes(cell, self.name(index))
 
     def _require_inside(self, path: str, name: str) -> None:
-        if self._folders is not None and not any(Path(os.path.realpath(path)).is_relative_to(f) for f in self._folders):
-            raise UserError(
-                f"{name} names the file {str(path)!r:.200}, outside of {' and '.join(self._folders)}: save the data "
-                "set with embedded images."
-            )
+        if self._folders is not None:
+            _require_inside(path, name, self._folders)
 
     def _cell(self, column: str, index: int) -> Any:
         return self._tables[column][index][column]
+
+
+def _require_inside(path: str | Path, name: str, folders: Sequence[str]) -> None:
+    if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in folders):
+        raise UserError(
+            f"{name} names the file {str(path)!r:.200}, outside of {' and '.join(folders)}: save the data set with "
+            "embedded images."
+        )
 
 
 def open_table(table: Any, labels: str = "") -> DatasetSource:
@@ -250,6 +255,12 @@ def open_hub(
 
 def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: str) -> DatasetSource:
     """A folder of `save_to_disk`, with one split or several."""
+    # before the library opens files that a stranger may have named: a pipe would block it
+    for state in (folder / "state.json", *folder.glob("*/state.json")):
+        parts = files.read_object(state, _data_files=list)["_data_files"] if state.is_file() else []
+        for name in [part["filename"] for part in parts if isinstance(part, dict) and "filename" in part]:
+            _require_inside(state.parent / str(name), str(folder), [os.path.realpath(folder)])
+            faults.require_plain(state.parent / str(name))
     table = _loading(lambda: _library().load_from_disk(str(folder)), str(folder))
     if isinstance(table, dict):
         if split not in table:
@@ -265,6 +276,8 @@ def open_saved(folder: Path, labels: str = "", *, split: str = "", **columns: st
 def open_arrow(shards: Sequence[str], labels: str = "", **columns: str) -> DatasetSource:
     """The .arrow files of `datasets`, concatenated."""
     datasets = _library()
+    for shard in shards:
+        faults.require_plain(shard)
     tables = [_loading(functools.partial(datasets.Dataset.from_file, shard), shard) for shard in shards]
     where = named_by_first(shards)
     table = _loading(lambda: datasets.concatenate_datasets(tables), where)
