@@ -88,7 +88,8 @@ def test_wrong_facts_of_an_export_are_refused(form, lie, random_run, tmp_path):
 def test_weights_of_wrong_shapes_in_a_diffusers_folder_are_refused(random_run, tmp_path):
     assert outcome(["export", str(random_run), str(tmp_path / "e"), "--format", "diffusers"])[0] == 0
     path = tmp_path / "e" / "diffusion_pytorch_model.safetensors"
-    whole = load_file(path)
+    # copies, because older safetensors would write into the file that the tensors map
+    whole = {name: tensor.clone() for name, tensor in load_file(path).items()}
     for name in [*whole][:: max(1, len(whole) // 8)]:
         save_file({**whole, name: whole[name].flatten()[:3].clone()}, path)
         code, said = outcome(["convert", str(tmp_path / "e"), str(tmp_path / "run")])

@@ -52,6 +52,7 @@ DAMAGED = (OSError, ValueError, EOFError, KeyError, IndexError, TypeError, Attri
            SyntaxError, MemoryError, AssertionError)  # fmt: skip
 FORMATS = (
     "safetensors",
+    "safetensors_rust",  # up to 0.7
     "zipfile",
     "tarfile",
     "zlib",
