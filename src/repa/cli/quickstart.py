@@ -61,12 +61,12 @@ class QuickstartArguments(options.Command):
 def main(argv: list[str]) -> int:
     given = options.parse(QuickstartArguments, argv)
     is_own, begin = given.source != PHOTOGRAPHS, time.perf_counter()
-    for package in ("jinja2", "matplotlib"):  # of the report, which comes last
-        imports.need(package, "The quickstart", extra="quickstart")
     from repa.data import open_source
 
     images = given.source if is_own else crops()
     source = open_source(images, labels=given.labels)
+    for package in ("jinja2", "matplotlib"):  # of the report, which comes last
+        imports.need(package, "The quickstart", extra="quickstart")
     folder = Path(given.out or (f"quickstart-{Path(given.source).resolve().stem}" if is_own else "quickstart"))
     data = folder / "data"
     recipes = {name: load_recipe(recipe) for name, recipe in RUNS.items()}
