@@ -105,8 +105,7 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     Raises:
         UserError: the autoencoder does not support the resolution, or its shape needs its weights and they are not available.
     """
-    outlined = spec in SHAPES and weights is None
-    autoencoder = (_autoencoder_outline(spec) if outlined else load_autoencoder(spec, weights=weights)).to("meta")
+    autoencoder = autoencoder_outline(spec, weights)
     autoencoder.check_resolution(resolution, resolution)
     side = resolution // autoencoder.factor
     pixels = torch.empty(1, 3, resolution, resolution, device="meta")
@@ -117,8 +116,11 @@ def autoencoder_cost(spec: str, resolution: int, weights: str | Path | None = No
     return AutoencoderCost(autoencoder.channels, autoencoder.factor, stores, stored, cost, decoding)
 
 
-def _autoencoder_outline(spec: str) -> Autoencoder:
-    """A released autoencoder on the meta device."""
+@functools.cache
+def autoencoder_outline(spec: str, weights: str | Path | None = None) -> Autoencoder:
+    """An autoencoder on the meta device; a released one is built without its weights."""
+    if spec not in SHAPES or weights is not None:
+        return load_autoencoder(spec, weights=weights).to("meta")
     diffusers = imports.need("diffusers", "The cost of an autoencoder")
     kind = RELEASED[spec].kind
     with torch.device("meta"):

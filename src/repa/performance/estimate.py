@@ -21,7 +21,7 @@ from repa.diffusion.chain import Chain
 from repa.models import Condition, build
 from repa.models.cost import Cost, cost_of, model_cost
 from repa.models.routing import tokens_at
-from repa.performance.costs import AutoencoderCost, EncoderCost, autoencoder_cost, encoder_cost
+from repa.performance.costs import AutoencoderCost, EncoderCost, autoencoder_cost, autoencoder_outline, encoder_cost
 from repa.performance.counts import activation_bytes
 from repa.runs.predictions import pass_of
 from repa.training.config import TrainConfig
@@ -173,11 +173,14 @@ def estimate(
     encoders = {name: encoder_cost(name, grid, config.feature_weights.get(name)) for name in names}
     dims = {name: encoder.dim for name, encoder in encoders.items()}
     config = with_streams(config, dims)
-    each = config.diffusion.token_times > 0
+    each, has_route = config.diffusion.token_times > 0, bool(config.model.route)
+    network = model_cost(config.model, token_times=each)
+    # Without a route or token times all passes cost the same; each count takes seconds.
+    sampled = model_cost(config.model, kept="all").forward if each or has_route else network.forward
     return Estimate(
         config=config, num_images=num_images, num_devices=num_devices, rate=rate,
-        network=model_cost(config.model, token_times=each), sampled=model_cost(config.model, kept="all").forward,
-        short=model_cost(config.model, kept="none").forward, averaged=_averaged_flops(config),
+        network=network, sampled=sampled,
+        short=model_cost(config.model, kept="none").forward if has_route else sampled, averaged=_averaged_flops(config),
         storable=bool(needs) and not any(need.attention for need in needs),
         projectors=_projector_cost(config, dims), encoders=encoders, autoencoder=autoencoder,
         activations=activation_bytes(config, dims), tokens=grid**2,
@@ -195,8 +198,7 @@ def side_of(config: TrainConfig) -> int:
     """Side of the images for the configuration's latent size; 256 if the size comes from the data."""
     if not config.model.latent_size:
         return 256
-    factor = autoencoder_cost(config.autoencoder, 256, config.autoencoder_weights or None).factor
-    return config.model.latent_size * factor
+    return config.model.latent_size * autoencoder_outline(config.autoencoder, config.autoencoder_weights or None).factor
 
 
 def passes_of(steps: int, guidance: Sequence[str], shift: float = 1.0) -> Passes:
