@@ -179,8 +179,8 @@ def test_small_recipes_train_unchanged(name, data_folder, tmp_path):
     """In half precision, on stored float16 features of the packaged encoder, with a measured preview."""
     run = tmp_path / "run"
     given = [
-        "--num-steps", "2", "--batch-size", "4", "--log-every", "1", "--precision", "bf16", "--preview.every", "2",
-        "--preview.num-images", "4", "--preview.num-scored", "8", "--preview.num-steps", "2",
+        "--num-steps", "2", "--batch-size", "2", "--log-every", "1", "--precision", "bf16", "--preview.every", "2",
+        "--preview.num-images", "2", "--preview.num-scored", "4", "--preview.num-steps", "2",
     ]  # fmt: skip
     assert repa_run(["train", name, "--data", str(data_folder), "--out", str(run), *given]) == 0
     rows = {row["kind"]: row for row in read_metrics(run)}
