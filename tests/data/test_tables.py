@@ -327,13 +327,14 @@ def test_an_in_memory_data_set_is_a_source(tmp_path):
         open_source([1])
 
 
-def test_any_damage_to_the_description_of_a_parquet_file_is_an_error_or_harmless(tmp_path):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_any_damage_to_the_description_of_a_parquet_file_is_an_error_or_harmless(every, tmp_path):
     """pyarrow ends the process if it is asked for a column whose description has damaged statistics."""
     path = Path(write(tmp_path / "p.parquet", image=BYTES, label=[0, 1, 2, 3, 4]))
     data = path.read_bytes()
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     refused = 0
-    for place in range(start, len(data) - 8):
+    for place in range(start, len(data) - 8, every):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
@@ -342,7 +343,7 @@ def test_any_damage_to_the_description_of_a_parquet_file_is_an_error_or_harmless
             assert len([source.decode(index) for index in range(len(source))]) == 5
         except UserError:
             refused += 1
-    assert refused > 100
+    assert refused > 100 / every
 
 
 def test_fewer_rows_than_declared_are_refused(tmp_path, monkeypatch):
