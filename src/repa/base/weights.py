@@ -228,18 +228,32 @@ def _require_sound(path: Path) -> None:
                     check(name, stored.dtype, PRECISE.values())
 
 
-def unread_layer(unread: Iterable[str], network: nn.Module) -> str | None:
-    """A tensor of a file that `network` did not read although its other layers have one like it: its configuration
-    describes fewer layers, or layers with fewer parts. None if there is none.
+def require_all_read(where: Path, what: str, report: Mapping[str, Iterable[str]], network: nn.Module) -> None:
+    """UserError unless `network`, which transformers built from a folder or file, has all its weights and left out no layer.
 
-    Tensors of other towers and heads may stay unread.
+    transformers only warns: it fills missing weights with random values, and the features would be noise. A tensor that was
+    not read although another layer has one like it shows that config.json describes fewer layers, or layers with fewer
+    parts. Tensors of other towers and heads may stay unread.
+
+    Args:
+        where: the folder or file.
+        what: "the encoder dinov2-b".
+        report: the loading info of transformers.
+        network: the network that was built.
     """
 
     def layer_of(name: str) -> str:
         return re.sub(r"\d+", "#", name.rpartition(".")[0])
 
+    if report["missing_keys"]:
+        raise UserError(
+            f"{where} lacks weights of {what}, for example {min(report['missing_keys'])}: download or copy it again."
+        )
     layers = {layer_of(name) for name in network.state_dict()}
-    return min((name for name in unread if "#" in layer_of(name) and layer_of(name) in layers), default=None)
+    if spare := [n for n in report["unexpected_keys"] if "#" in layer_of(n) and layer_of(n) in layers]:
+        raise UserError(
+            f"{where} has {min(spare)}, but its config.json describes a smaller network: download or copy both again."
+        )
 
 
 def _require_mappable(archive: zipfile.ZipFile, path: Path) -> None:

@@ -20,7 +20,7 @@ from repa.base import faults, files, imports
 from repa.base.errors import UserError
 from repa.base.pretrained import CONFIG, Repository, found_of, weights_named
 from repa.base.rng import generator
-from repa.base.weights import no_larger_than, unread_layer
+from repa.base.weights import no_larger_than, require_all_read
 from repa.conditions.contract import Text, TextEncoder
 from repa.conditions.loading import TextFamily, text_family_of
 
@@ -139,15 +139,7 @@ def read_network(name: str, model: str, folder: Path) -> Any:
             output_loading_info=True,
             return_dict=True,
         )
-    # transformers only warns about missing tensors and leaves them random.
-    if report["missing_keys"]:
-        raise UserError(
-            f"{folder} lacks weights of the text encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
-        )
-    if spare := unread_layer(report["unexpected_keys"], net):
-        raise UserError(
-            f"{folder} has {spare}, but its {CONFIG} describes a smaller network: download or copy both again."
-        )
+    require_all_read(folder, f"the text encoder {name}", report, net)
     return net
 
 

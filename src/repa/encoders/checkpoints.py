@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from repa.base import faults, files, imports
 from repa.base.errors import UserError
 from repa.base.pretrained import CONFIG, Repository, found_of
-from repa.base.weights import no_larger_than, read_weights, unread_layer
+from repa.base.weights import no_larger_than, read_weights, require_all_read
 from repa.encoders.families import SIZES, TORCH_HUB, Family, Original
 
 # File names in the hub's format; repositories from before safetensors have pytorch_model.bin.
@@ -109,15 +109,7 @@ def read(name: str, family: Family, size: str, path: Path) -> tuple[nn.Module, P
     ) as error:
         fits = f"the encoder {name}" if original else f"its {CONFIG}"
         raise UserError(f"{file} does not fit {fits}: {str(error).partition(chr(10))[0]}") from error
-    # transformers only warns about missing weights and fills them with random values: the target would be noise.
-    if report["missing_keys"]:
-        raise UserError(
-            f"{file} lacks weights of the encoder {name}, for example {min(report['missing_keys'])}: download or copy it again."
-        )
-    if spare := unread_layer(report["unexpected_keys"], net):
-        raise UserError(
-            f"{file} has {spare}, but its {CONFIG} describes a smaller network: download or copy both again."
-        )
+    require_all_read(file, f"the encoder {name}", report, net)
     # A folder of the hub may also hold a text tower or a decoder. The tensors of a project's own file were renamed, so any
     # others belong to another network.
     if original and report["unexpected_keys"]:
