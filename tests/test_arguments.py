@@ -62,7 +62,7 @@ CALLS = {
         lambda: repa.DiT(latent_size=8, hidden_dim=32, depth=1, num_heads=4, num_classes=3)(
             torch.zeros(2, 4, 8, 8), torch.zeros(2), Condition(torch.zeros(2, dtype=torch.long))
         ),
-        "takes its state as a dictionary .*, but got an object of type Tensor",
+        "takes its state as a dictionary .*, but got a Tensor",
     ),
     "a dictionary for settings": (
         lambda: prepare("photographs", "nowhere", {"resolution": 32}), "are a PrepareConfig.*, but got {'resolution': 32}"

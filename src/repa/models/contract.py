@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from repa.base.errors import UserError, require_type
+from repa.base.errors import UserError
 from repa.models.config import Route, check_dimensions
 
 State = dict[str, Tensor]  # "x" (N, C, H, W), and streams by name, (N, F)
@@ -222,7 +222,9 @@ class Backbone(nn.Module, ABC):
     # Only shapes, which the host knows: checking values would wait for the device in every step.
     def check(self, state: State, taps: tuple[Tap, ...]) -> None:
         """Raises UserError unless the state has this network's shapes and every tap is at an existing block."""
-        require_type(state, Mapping, "A network takes its state as a dictionary such as {'x': latents}")
+        if not isinstance(state, Mapping):
+            given = type(state).__name__
+            raise UserError(f"A network takes its state as a dictionary such as {{'x': latents}}, but got a {given}.")
         for name, shape in self.state_shapes.items():
             if name not in state or tuple(state[name].shape[1:]) != shape:
                 wanted = ", ".join(map(str, shape))
