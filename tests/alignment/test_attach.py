@@ -442,6 +442,8 @@ def test_the_grid_is_computed_from_the_shape_of_the_input():
     [
         ({"loss": "cosine"}, "needs the width of the features"),
         ({"loss": "cosine", "features": 5}, "pass hidden_dim"),
+        ({"loss": "cosine", "features": -1}, "Widths are at least 1, but features is -1"),
+        ({"loss": "cosine", "features": 5, "hidden_dim": -8}, "Widths are at least 1"),
         ({"loss": "cosin"}, "Did you mean 'cosine'"),
         ({"text": "left"}, "'front' or 'behind'"),
         ({"grid": (3,)}, "A grid must be"),

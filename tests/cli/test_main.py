@@ -79,7 +79,7 @@ def test_an_unknown_verb_suggests_the_nearest(refused):
         (["show", "quickstrat"], "Did you mean 'quickstart'?"),
         (["convert", "nothing.pt", "o"], "There is no file or folder nothing.pt"),
         (["list", "recipe"], "Did you mean 'recipes'?"),
-        (["quickstart", "--num-steps", "-1"], "greater than or equal to 0"),
+        (["quickstart", "--num-steps", "-1"], "--num-steps is '-1', but must be at least 0"),
     ],
 )
 def test_mistakes_leave_no_trace(argv, sentence, refused, tmp_path, monkeypatch):
@@ -96,6 +96,26 @@ def test_a_mistyped_path_suggests_the_one_beside_it(refused, random_run, data_fo
     assert f"Did you mean {data_folder.name!r}?" in refused("evaluate", random_run, "--reference", data)
     started = refused("train", "quickstart", "--data", data_folder, "--out", "o", "--init", run)
     assert f"{run} does not exist: give a run or a checkpoint. Did you mean {random_run.name!r}?" in started
+
+
+def test_folders_that_are_no_runs_are_explained(refused, tmp_path):
+    runs, export, many = tmp_path / "runs", tmp_path / "export", tmp_path / "many"
+    configs = [runs / "a" / "config.yaml", *(many / f"{n}" / "config.yaml" for n in range(6)), export / "config.json"]
+    for file in configs:
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+    weights = export / "model.safetensors"
+    weights.touch()
+    assert f"Did you mean {runs / 'a'}?" in refused("train", runs, "--data", "d", "--out", "o")
+    assert f"{many / '3'} or another of 6?" in refused("train", many, "--data", "d", "--out", "o")
+    for path in (export, weights):
+        assert f"`repa convert {export} RUN` makes a run of it" in refused("sample", path, "--out", "s.npz")
+
+
+def test_a_run_is_no_source_of_images(refused, random_run, tmp_path):
+    line = refused("prepare", random_run, tmp_path / "o", "--resolution", "16")
+    assert f"{random_run} is a run of `repa train`, not a source of images" in line
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_mistyped_path_suggests_no_distant_name(refused):

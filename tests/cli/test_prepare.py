@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from repa.cli import main
 from repa.data import open_data
@@ -156,3 +157,17 @@ def test_the_next_command_names_a_recipe_for_the_image_size(repa):
     assert "Next: repa train RECIPE --data data --out RUN   (for 64 pixels own-images-64;" in text
     text = repa("prepare", "photographs:num=2", "other", "--resolution", "32", "--num-workers", "0")[1]
     assert "(for 32 pixels quickstart, quickstart-repa, cifar10, cifar10-repa;" in text
+
+
+def test_a_column_that_may_be_the_labels_is_announced(repa, tmp_path):
+    (tmp_path / "birds").mkdir()
+    for index in range(2):
+        Image.new("RGB", (16, 16)).save(tmp_path / "birds" / f"{index}.png")
+    (tmp_path / "birds" / "metadata.csv").write_text("file_name,species\n0.png,wren\n1.png,robin\n")
+    words = ("--resolution", 16, "--num-workers", 0)
+    assert (
+        "to use a column as labels, prepare a new folder with --labels metadata.csv:COLUMN"
+        in (repa("prepare", "birds", "one", *words)[1])
+    )
+    code, text = repa("prepare", "birds", "two", *words, "--labels", "metadata.csv:species")
+    assert (code, "2 images of 2 classes" in text, "as labels" in text) == (0, True, False)

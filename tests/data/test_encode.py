@@ -491,9 +491,9 @@ def test_invalid_configurations_are_refused():
         ({"resolution": 8, "feature_weights": {2: "w"}}, "Unknown encoder '2'"),
         (
             {"resolution": 8, "feature_weights": {"tiny": 3}},
-            "feature_weights.tiny' is 3: input should be a valid string",
+            "feature_weights.tiny' is 3, but must be a text",
         ),
-        ({"resolution": 8, "feature_weights": "tiny=w"}, "feature_weights' is 'tiny=w': input should be a valid dict"),
+        ({"resolution": 8, "feature_weights": "tiny=w"}, "feature_weights' is 'tiny=w', but must be a mapping"),
         ({"resolution": 8, "feature_weights": ["dinov2-b=v", "dinov2-vit-b=w"]}, "'v' and 'w' are both for dinov2-b"),
         ({"resolution": 8, "feature_weights": ["v", "w"]}, "neither is written ENCODER=VALUE: leave one out"),
         ({"resolution": 8, "shards": 4}, "unknown setting 'shards'"),

@@ -137,7 +137,7 @@ def test_captions_describe_the_crop():
     assert len(photographs.unseen()) == 10
     assert photographs.captions_of("owl", "bright", True) == ("a bright picture of an owl, close", "owl, bright, close")
     assert photographs.captions_of("books", "", False) == ("a picture of books", "books")
-    with pytest.raises(UserError, match="valid boolean"):
+    with pytest.raises(UserError, match="must be true or false"):
         open_source("photographs:captions=2")
 
 

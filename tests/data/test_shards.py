@@ -188,7 +188,7 @@ def test_file_names_that_leave_the_folder_are_refused(out, name):
         (lambda v: v.pop("shards"), "shards"),
         (lambda v: v["shards"][2]["files"].pop("labels"), "shard 2 has other fields"),
         (lambda v: v["shards"][2]["files"]["labels"].update(shape=[4]), "shard 2 has files without its 3"),
-        (lambda v: v["shards"][0]["files"]["labels"].update(dtype="object"), "is 'object': input should be 'uint8'"),
+        (lambda v: v["shards"][0]["files"]["labels"].update(dtype="object"), "is 'object', but must be 'uint8'"),
         (lambda v: [s["files"].pop("labels") for s in v["shards"]], "its shards hold images, which contradicts"),
         (lambda v: v["config"].update(resolution=16), "its images are 3x8x8, but its resolution is 16"),
         (

@@ -127,7 +127,7 @@ def test_the_sde_ends_in_the_data():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"objective": "ddmp"}, "'objective' is 'ddmp': input should be 'flow' or 'ddpm'"),
+        ({"objective": "ddmp"}, "'objective' is 'ddmp', but must be 'flow' or 'ddpm'"),
         ({"objective": "ddpm", "path": "vp"}, "path 'vp' applies only to the objective flow, .*: leave it out"),
         ({"objective": "ddpm", "prediction": "noise"}, "prediction 'noise' applies only to the objective flow"),
         ({"objective": "ddpm", "timesteps": "logit_normal"}, "timesteps 'logit_normal' applies only to the objective"),

@@ -235,6 +235,13 @@ def test_labels_of_boxes_and_masks_need_a_choice(tmp_path):
     assert open_source(str(tmp_path / "y"), labels="folders").class_names == ["images", "masks"]
 
 
+def test_annotations_named_like_images_need_a_choice(tmp_path):
+    where = labelled(tmp_path / "x", "0.xml", "<annotation/>")
+    with pytest.raises(UserError, match=r"annotations such as 0.xml are named like its images.*--labels none"):
+        open_source(where)
+    assert open_source(where, labels="none").class_names == ["all"]
+
+
 def test_captions_in_another_folder_or_without_text_do_not_stop(tmp_path):
     where = labelled(tmp_path / "x" / "images", "0.txt", "a cat".encode("utf-16"))
     (tmp_path / "x" / "texts").mkdir()
@@ -255,7 +262,10 @@ def test_names_of_a_zip_in_utf_8_without_its_flag_are_read(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"M__we", "Möwe".encode()))
     assert open_source(str(path)).class_names == ["Möwe", "hund"]
     path.write_bytes(path.read_bytes().replace("Möwe".encode(), b"M\x94\x94we"))  # of code page 437
-    assert open_source(str(path)).class_names == ["Mööwe", "hund"]
+    source = open_source(str(path))
+    assert source.class_names == ["Mööwe", "hund"]
+    assert "read as code page 437" in source.labels_from  # Shift-JIS, GBK or cp1252 would give wrong names
+    assert "code page" not in open_source(str(path), labels="none").labels_from
 
 
 @pytest.mark.parametrize("data", ["3".encode("utf-16"), (3).to_bytes(8, "little")])

@@ -132,7 +132,7 @@ def test_damaged_metrics_give_a_one_line_error(tmp_path):
     assert len(read_run(run).train) == 10  # invalid rows are ignored
     assert "r" in write_report([run], tmp_path / "r.html").read_text()
     (run / layout.METRICS).write_bytes(whole + b"\xff\xfe\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read as text"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 11: it is not JSON"):
         read_run(run)
     (run / layout.METRICS).write_bytes(b'{"kind":\n' + whole)
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 1"):

@@ -184,6 +184,15 @@ def test_evaluations_of_a_damaged_checkpoint_are_left_out(random_run, tmp_path):
     assert f"{state} cannot be read as JSON" in page
 
 
+def test_evaluations_that_cannot_be_listed_are_noted(tmp_path):
+    run = fake_run(tmp_path / "a")
+    (run / layout.EVALUATIONS).write_text("")  # a file where a folder should be
+    (record,), _ = add_evaluations(read_runs([run]))
+    assert f"The evaluations in its folder are left out: {run / layout.EVALUATIONS}: " in record.lost
+    write_report([run], tmp_path / "r.html")
+    assert "The evaluations in its folder are left out" in (tmp_path / "r.html").read_text()
+
+
 def test_damaged_results_are_named(tmp_path):
     run = fake_run(tmp_path / "a")
     file = results_file(run / layout.EVALUATIONS / "x.json", FIVE, None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 
@@ -50,6 +51,13 @@ def test_a_truncated_line_is_left_out(tmp_path):
         assert steps(tmp_path) == [1, 2], whole[begin:end]
     path.write_bytes(whole[:-1])  # all but the end of the line
     assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_log_that_is_too_large_is_refused(tmp_path):
+    write(tmp_path, [1])
+    os.truncate(tmp_path / layout.METRICS, 2**29 + 1)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is refused: it has .* but may have at most"):
+        steps(tmp_path)
 
 
 def test_missing_rows_are_reported_when_training_continues(tmp_path):

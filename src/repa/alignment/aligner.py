@@ -93,6 +93,10 @@ class Aligner(nn.Module):
         net = self._watcher.net
         require_type(features, int, "The width of the features is a number such as encoder.dim")
         require_type(hidden_dim, (int, type(None)), "hidden_dim is the width of the block's tokens, a number")
+        if min(features, hidden_dim or 0) < 0:
+            raise UserError(
+                f"Widths are at least 1, but features is {features} and hidden_dim {hidden_dim}: correct them."
+            )
         if text not in ("front", "behind"):
             raise UserError(
                 f"text must be 'front' or 'behind', the position of text tokens relative to the image's, but got {text!r}."

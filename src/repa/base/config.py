@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 else:
     ModelMetaclass = type(BaseModel)
 
-MOST_BYTES = 2**20  # a configuration has some thousands; parsing more takes seconds
+MOST_BYTES = 2**17  # a configuration has some thousands; parsing more takes seconds
+# type of a validation error -> what the value must be; other errors keep pydantic's words
+NEEDED = {
+    **dict.fromkeys(("int_parsing", "int_type", "int_from_float"), "a whole number, such as 8"),
+    **dict.fromkeys(("float_parsing", "float_type"), "a number, such as 0.5"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "true or false"),
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "greater than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+    "literal_error": "{expected}",
+    "string_type": "a text",
+    "dict_type": "a mapping",
+}
 
 
 @dataclass(frozen=True)
@@ -211,7 +225,15 @@ def explain(model: type[BaseModel], error: ValidationError, typed: bool = False)
     if first["type"] == "value_error":
         message += "" if message.endswith((".", "?", "!")) else "."
         return f"{name}: {message}" if field else message
-    return f"{shown} is {repr(first['input'])[:200]}: {message[0].lower()}{message[1:]}."
+    return f"{shown} is {repr(first['input'])[:200]}{must_be(error)}."
+
+
+def must_be(error: ValidationError) -> str:
+    """The end of the sentence about the first wrong value: ', but must be at least 1'."""
+    first = error.errors(include_url=False)[0]
+    if needed := NEEDED.get(first["type"]):
+        return f", but must be {needed.format(**first.get('ctx', {}))}"
+    return f": {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _typed(model: type[BaseModel], location: tuple) -> str:

@@ -99,10 +99,12 @@ def is_of_disk(error: BaseException) -> bool:
 def written(error: Exception, path: Path) -> UserError | None:
     """The error of a block that writes `path`, with its name added if missing; None for a bug in repa.
 
-    FileNotFoundError and FileExistsError are not changed, because callers handle them: another process may have removed
-    a folder.
+    FileNotFoundError and FileExistsError that name a file are not changed, because callers handle them: another process
+    may have removed a folder. Those of fsync name none.
     """
-    if isinstance(error, (UserError, FileNotFoundError, FileExistsError)):
+    if isinstance(error, UserError):
+        return None
+    if isinstance(error, (FileNotFoundError, FileExistsError)) and error.filename is not None:
         return None
     if isinstance(error, OSError) and error.filename is not None and not _is_temporary(error.filename, path):
         sentence = _of_system(error)

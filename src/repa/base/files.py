@@ -291,7 +291,8 @@ def near(path: Path, sign: str = "") -> str:
     path; otherwise ''."""
     if path.exists():
         inside = [found.parent for found in sorted(path.glob(f"*/{sign}"))] if sign else []
-        return f" Did you mean {listed(inside)}?" if 0 < len(inside) <= FEW else ""
+        more = [f"another of {len(inside)}"] if len(inside) > FEW else []
+        return f" Did you mean {listed([*inside[:FEW], *more])}?" if inside else ""
     with contextlib.suppress(OSError), os.scandir(path.parent) as beside:  # a folder may be entered, but not listed
         return nearest(path.name, [other.name for other in itertools.islice(beside, MOST_NAMES)], CLOSE)
     return ""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
+from repa.base.config import must_be
 from repa.base.errors import UserError, choices, listed, nearest, require_type
 from repa.base.trust import DOTTED, SETTING, current_folder, require_origin, require_trusted
 
@@ -236,10 +237,7 @@ def check_settings(kind: str, spec: str, given: dict[str, Any], known: dict[str,
             checked = str(value) if known[key].annotation is str else value
             TypeAdapter(known[key].annotation, config=VALUES).validate_python(checked)
         except ValidationError as error:
-            reason = error.errors(include_url=False)[0]["msg"]
-            raise UserError(
-                f"The setting {key!r} of the {kind} {spec!r} is {value!r}: {reason[0].lower()}{reason[1:]}."
-            ) from None
+            raise UserError(f"The setting {key!r} of the {kind} {spec!r} is {value!r}{must_be(error)}.") from None
     # last, because a misspelt setting is missing too
     if missing := sorted(key for key, setting in known.items() if setting.is_required and key not in given):
         name, _ = parse_spec(spec)

@@ -14,10 +14,12 @@ from repa.cli.console import ProgressBar, say, short
 from repa.data.config import FP16, PrepareConfig
 from repa.data.manifest import MANIFEST, PARTS, Manifest
 from repa.data.progress import started
+from repa.data.sources.folders import METADATA
 from repa.encoders import ENCODERS
 from repa.encoders.loading import by_encoder
 from repa.recipes import RECIPES
 from repa.recipes.small import GROUP
+from repa.runs import layout
 
 if TYPE_CHECKING:
     from repa.data import Source
@@ -100,6 +102,8 @@ class PrepareArguments(PrepareConfig, options.Command):
 
 def main(argv: list[str]) -> int:
     given = options.parse(PrepareArguments, argv)
+    if layout.is_trained(Path(given.source)):
+        raise UserError(f"{given.source} is a run of `repa train`, not a source of images: give the images themselves.")
     if given.remove:
         _remove(Path(given.out or given.source), given.remove)
     elif not given.out:
@@ -226,7 +230,7 @@ def inventory(manifest: Manifest) -> list[str]:
         for name, count in zip(manifest.class_names, manifest.class_counts, strict=True)
     ]
     filled = [(name, count) for name, count in counts if count]
-    lines = []
+    lines, num_classes = [], len(manifest.class_names)
     if manifest.inventory.labels_from:
         lines.append(f"labels      from {manifest.inventory.labels_from}")
     shown = ", ".join(f"{name} {count:,}" for name, count in filled[:CLASSES_SHOWN])
@@ -249,6 +253,9 @@ def inventory(manifest: Manifest) -> list[str]:
         left_out.append(f"{len(manifest.skipped):,} unreadable {images} ({_some(manifest.skipped)})")
     if left_out:
         lines.append(f"left out    {'; '.join(left_out)}")
+    unread = {what.rpartition(" of ")[2] for what in manifest.inventory.left_out if what.startswith("column")}
+    if num_classes == 1 and not manifest.config.labels and (tables := sorted(unread & {*METADATA})):
+        lines.append(f"            to use a column as labels, prepare a new folder with --labels {tables[0]}:COLUMN")
     return lines
 
 

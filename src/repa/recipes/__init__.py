@@ -36,18 +36,12 @@ def load_recipe(name: str) -> TrainConfig:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         # A recipe file is the user's; the configuration of a run folder may be another person's and is untrusted.
-        if not _of_run(path):
-            trust_names_in(read_yaml(path))
-        return TrainConfig.load(path)
-    if (path / layout.CONFIG).is_file():
-        return TrainConfig.load(path / layout.CONFIG)
+        values = read_yaml(path)
+        if not (path.name == layout.CONFIG and layout.is_trained(path.parent)):
+            trust_names_in(values)
+        return TrainConfig.parse(values, where=str(path))
+    if path.is_dir():
+        return TrainConfig.load(layout.require_run(path))
     raise UserError(
         f"Unknown recipe {name!r}{choices(name, RECIPES, 'repa list recipes')} Or give a .yaml file or a run folder."
-    )
-
-
-def _of_run(path: Path) -> bool:
-    """Whether this is the configuration of a run folder, which is untrusted."""
-    return path.name == layout.CONFIG and any(
-        (path.parent / name).exists() for name in (layout.CHECKPOINTS, layout.DATA)
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from repa.base.errors import UserError, printable
+from repa.base.faults import sentence_of
 from repa.base.files import read_json, well_formed
 from repa.evaluation.config import INCEPTION
 from repa.runs import layout
@@ -220,9 +221,11 @@ def add_evaluations(
     """
     known = {run.path.resolve(): run for run in records}
     found: dict[Path, list[dict[str, Any]]] = {path: [] for path in known}
-    others = []
+    others, noted = [], []
     for run in records:
-        for file in sorted((run.path / layout.EVALUATIONS).glob("*.json")):
+        listed, why_not = _files_of_evaluations(run.path)
+        noted.append(replace(run, lost=f"{run.lost} {why_not}".strip()))
+        for file in listed:
             row = evaluation_row(file)
             if row["step"] is None:
                 raise UserError(
@@ -238,7 +241,17 @@ def add_evaluations(
         else:
             name = folder.name if folder else Path(row["samples"]).name
             others.append(OtherSamples(name, {key: value for key, value in row.items() if key != CHECKSUM}))
-    return [_with_own(run, found[run.path.resolve()]) for run in records], others
+    return [_with_own(run, found[run.path.resolve()]) for run in noted], others
+
+
+def _files_of_evaluations(run: Path) -> tuple[list[Path], str]:
+    """The results files in a run's folder, and a sentence if they cannot be listed."""
+    try:  # not glob, for which a folder that may not be listed is empty
+        return sorted(path for path in (run / layout.EVALUATIONS).iterdir() if path.suffix == ".json"), ""
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        return [], f"The evaluations in its folder are left out: {sentence_of(error)}"
 
 
 def _with_own(run: RunRecord, rows: Sequence[dict[str, Any]]) -> RunRecord:

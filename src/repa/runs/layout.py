@@ -38,6 +38,7 @@ SAMPLES = "samples"
 EVALUATIONS = "evaluations"
 ANALYSIS = "analysis"
 ORIGIN = "converted.json"
+EXPORTED = "config.json"  # of exported networks, which are no runs
 WANDB_ID = "wandb/id.txt"  # id of the run at Weights & Biases
 
 # Settings of duration, output and speed, which do not change the result. accumulate, parallel, checkpoint_activations and
@@ -176,10 +177,20 @@ def require_run(run: Path) -> Path:
     """The configuration of a run; raises UserError if the folder is not a run."""
     path = run / CONFIG
     if not path.is_file():
+        export = run.parent if run.is_file() else run
+        if (export / EXPORTED).is_file():
+            raise UserError(
+                f"{run} is not a run folder, but an exported network: `repa convert {export} RUN` makes a run of it."
+            )
         raise UserError(
             f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{files.near(run, CONFIG)}"
         )
     return path
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds the files of `repa train`, not only a configuration that a user wrote."""
+    return (folder / CONFIG).is_file() and any((folder / name).exists() for name in (CHECKPOINTS, DATA))
 
 
 def require_run_or_empty(run: Path) -> None:

@@ -5,7 +5,7 @@ import json
 import math
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -14,6 +14,7 @@ from repa.base.errors import UserError
 from repa.runs import layout
 
 CRC = "crc"  # key of an entry's checksum, which covers its other values
+MOST_BYTES = 2**29  # of metrics.jsonl: about a million entries
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
@@ -21,14 +22,23 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     path = Path(run) / layout.METRICS
     if not path.is_file():
         return
-    with faults.reading(path, "text", "Remove the bytes that are not text."):
-        lines = path.read_text(encoding="utf-8").splitlines()
+    with faults.reading(path, "text"):
+        if (num_bytes := path.stat().st_size) > MOST_BYTES:
+            raise UserError(
+                f"{path} is refused: it has {files.size(num_bytes)}, but may have at most {files.size(MOST_BYTES)}. Move it away."
+            )
+        file = path.open("rb")
+    with file:
+        yield from _rows(path, file)
+
+
+def _rows(path: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line, parse_int=_plain_number)
+            row = json.loads(line.decode(), parse_int=_plain_number)
         except (ValueError, RecursionError):
             # A kill can truncate only the last line.
-            if number < len(lines):
+            if line.endswith(b"\n"):
                 raise UserError(f"{path} is damaged in line {number}: it is not JSON. Remove that line.") from None
         else:
             # Training writes nothing else, but the folder is untrusted.

@@ -77,9 +77,11 @@ class ZipSource(FileSource):
         with open_zip(path) as archive:
             members = archive.infolist()
         # checked before any member is left out: one harmful member is enough to refuse the archive
+        unclear = False  # whether a name is neither ASCII nor UTF-8
         for member in members:
             _require_safe(path, member)
             name = _name_of(member)
+            unclear |= not (member.flag_bits & UTF8_FLAG or name.isascii()) and name == member.filename
             member.filename = member_path(name) + "/" * name.endswith(("/", "\\"))
         visible = [member for member in members if not _is_junk(member.filename)]
         wanted = [member for member in visible if member.filename.lower().endswith(WANTED)]
@@ -91,6 +93,11 @@ class ZipSource(FileSource):
         checksums = {member.filename: member.CRC for member in visible if not member.is_dir()}
         folders = {member.filename.partition("/")[0] for member in visible if "/" in member.filename} - {""}
         super().__init__(str(path), checksums, labels, folders=folders, junk=len(members) - len(visible))
+        if unclear and not all(map(str.isascii, self.class_names)):
+            self.labels_from += (
+                "; the archive does not record the encoding of its names, which were read as code page 437: if they are wrong, "
+                "pack it again with names in UTF-8"
+            )
 
     def read(self, path: str, name: str) -> bytes:
         index = self._members.find(path)

@@ -208,13 +208,16 @@ class FileSource(Source):
                 )
 
     def _require_no_numbers_elsewhere(self, where: str, stems: set[str], unknown: Sequence[str]) -> None:
-        """Raises UserError for texts of numbers with the names of images in another folder, such as labels/1.txt."""
+        """Raises UserError for annotations (.xml) or texts of numbers in another folder that are named like images."""
         names = {stem.rpartition("/")[2] for stem in stems}
         texts = sorted(p for p in unknown if p.lower().endswith(CAPTION_ENDING) and Path(p).stem in names and "/" in p)
         lines = [line for path in texts[:MOST_TABLES] for line in caption_lines(self.read(path, path))]
-        if lines and all(map(NUMBERS.fullmatch, lines)):
+        kind = "texts of numbers" if lines and all(map(NUMBERS.fullmatch, lines)) else ""
+        if found := sorted(p for p in unknown if p.lower().endswith(".xml") and Path(p).stem in names):
+            kind, texts = "annotations", found
+        if kind:
             raise UserError(
-                f"{where} has no folders of classes, but texts of numbers such as {printable(texts[0])} are named "
+                f"{where} has no folders of classes, but {kind} such as {printable(texts[0])} are named "
                 "like its images: write the class of each image into a table and give --labels TABLE.csv:COLUMN, or give "
                 "--labels none for one class."
             )
