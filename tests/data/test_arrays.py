@@ -201,7 +201,7 @@ def test_bad_cifar_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"data_batch_3\.bin is missing"):
         open_source(folder)
     for spec, message in (
-        (f"{folder}:split=val", "'split' of the source .* is 'val': .*'train' or 'test'"),
+        (f"{folder}:split=val", "'split' of the source .* is 'val', but must be 'train' or 'test'"),
         (f"{folder}:label=coarse", "is CIFAR-10, which has only one kind of label"),
         (f"{folder}:label=10", "'label' of the source .* is 10"),
     ):
