@@ -217,20 +217,20 @@ WORDS = {
 }
 CACHE = {"open": python(lambda root, out: FeatureCache.open(root / "cache", "an encoder")["a"])}
 FILES = {  # file pattern -> its readers, and how many of them the short form uses
-    "run/config.yaml": (RUN, 2),
+    "run/config.yaml": (RUN, 1),
     "run/data.json": (RUN, 1),
     "run/checkpoints/*10/state.json": (RUN, 1),
     "run/evaluations/*.json": (RESULTS, 1),
     "run/analysis/cknna*.json": (RESULTS, 1),
     "run/analysis/cache/*/identity.json": ({name: RUN[name] for name in ("cknna", "probe")}, 0),
     "samples/s.json": (SAMPLES, 2),
-    "converted/converted.json": (CONVERTED, 4),
-    "data/manifest.json": (DATA, 2),
+    "converted/converted.json": (CONVERTED, 2),
+    "data/manifest.json": (DATA, 1),
     "half/parts/settings.json": (HALF, 1),
     "coco/captions_val.json": (ANNOTATIONS, 1),
     "words/manifest.json": (WORDS, 0),
     "cache/cache.json": (CACHE, 1),
-    "exported/config.json": (EXPORTED, 2),
+    "exported/config.json": (EXPORTED, 1),
 }
 ENDS_OTHERWISE = {("converted/converted.json", "train")}  # refused even when unchanged
 

@@ -42,6 +42,7 @@ def test_it_classifies_the_packaged_photographs(lite):
     assert classes(lite, images) == list(SHOWN.values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SOURCE.is_dir(), reason=f"no photographs in {SOURCE}")
 def test_it_reaches_its_published_accuracy_on_imagenet(lite):
     """On one photograph of every tenth class; the published top-1 accuracy is 75 %."""

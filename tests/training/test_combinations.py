@@ -202,10 +202,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch():
     "names",
     [
         ("two times", "tread"),
-        ("sprint", "reg"),
         *(
             pytest.param(names, marks=pytest.mark.slow)
-            for names in (("adapter", "jit"), ("shared", "pool", "warmup"), ("ddt", "latent"))
+            for names in (("sprint", "reg"), ("adapter", "jit"), ("shared", "pool", "warmup"), ("ddt", "latent"))
         ),
     ],
 )
