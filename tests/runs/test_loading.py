@@ -96,6 +96,8 @@ def test_unknown_weights_and_steps_are_refused(random_run):
 def test_folders_without_a_run_or_checkpoint_are_refused(copy, tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder: it has no config\.yaml"):
         load_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is a checkpoint, not a run folder: give .*`--checkpoint 20` selects it"):
+        load_run(copy / layout.CHECKPOINTS / "0000020")
     shutil.rmtree(copy / layout.CHECKPOINTS)
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_run(copy)

@@ -182,6 +182,10 @@ def require_run(run: Path) -> Path:
             raise UserError(
                 f"{run} is not a run folder, but an exported network: `repa convert {export} RUN` makes a run of it."
             )
+        if run.parent.name == CHECKPOINTS and run.name.isdigit():
+            raise UserError(
+                f"{run} is a checkpoint, not a run folder: give {run.parent.parent}. `--checkpoint {int(run.name)}` selects it."
+            )
         raise UserError(
             f"{run} is not a run folder: it has no {CONFIG}. Give the --out folder of `repa train`.{files.near(run, CONFIG)}"
         )
