@@ -65,7 +65,13 @@ def test_divisors_of_a_huge_batch_are_found_quickly():
     [
         ("own-images-64", "3 x 64 x 64 of pixels", 256, "23,438 steps, 300.0 epochs"),
         ("cifar10-repa", "3 x 32 x 32 of pixels", 256, "1,000 steps, 6.4 epochs"),
-        ("sit-xl2-512", "4 x 64 x 64 of sd-vae-ft-ema", 1024, "3,000,000 steps, 153600.0 epochs"),
+        pytest.param(
+            "sit-xl2-512",
+            "4 x 64 x 64 of sd-vae-ft-ema",
+            1024,
+            "3,000,000 steps, 153600.0 epochs",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_estimate_names_latents_tokens_and_training_length(recipe, latents, tokens, steps, capsys):

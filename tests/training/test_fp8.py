@@ -131,7 +131,7 @@ def test_unsupported_networks_and_precisions_are_refused():
 def test_an_8_bit_run_learns_like_a_16_bit_run(tiny_config, data_folder, tmp_path):
     """With the same draws, the losses of thirty steps stay close, and the run resumes bit for bit."""
     config = tiny_config.override(
-        model=tiny_config.model.override(depth=4, hidden_dim=32, num_heads=2), precision="bf16", num_steps=30, save_every=20,
+        model=tiny_config.model.override(depth=3, hidden_dim=32, num_heads=2), precision="bf16", num_steps=30, save_every=20,
         optimizer={"learning_rate": 2e-3},
     )  # fmt: skip
     losses = {}

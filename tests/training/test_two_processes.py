@@ -1,6 +1,6 @@
 """Two gloo processes give the same losses, weights, samples and shards as one, and an error ends both.
 
-Each torchrun takes seconds, so there are only five: train, sample, evaluate, prepare, and an error.
+Each torchrun takes seconds, so there are only five: train, sample, evaluate (slow), prepare, and an error.
 """
 
 import json
@@ -141,6 +141,8 @@ def test_samples_equal_those_of_one_process(random_run, tmp_path):
     assert done.stdout.count("11 images of step 20") == 1  # only one process prints
 
 
+# tests/evaluation/test_two_processes.py has the fast form, without torchrun
+@pytest.mark.slow
 def test_evaluation_equals_that_of_one_process(random_run, data_folder, tmp_path):
     """For a run sampled while it is measured, with a reference computed by both."""
     command = ("evaluate", random_run, "--num-images", 11, "--steps", 2, "--batch-size", 3, "--reference", data_folder,
@@ -167,14 +169,16 @@ def test_shards_equal_those_of_one_process(image_folder, tmp_path):
     assert one == two
 
 
-def test_an_error_in_only_the_main_process_ends_both(runs, recipe, data_folder):
+def test_an_error_in_only_the_main_process_ends_both(random_run, tiny_config, data_folder, tmp_path):
     """The other process is waiting at a barrier."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_config.to_yaml())
     begin = time.monotonic()
     done = repa_twice(
-        "train", recipe, "--data", data_folder, "--out", runs[0], "--seed", 7, "--num-steps", 99, check=False
+        "train", recipe, "--data", data_folder, "--out", random_run, "--seed", 7, "--num-steps", 99, check=False
     )
     assert done.returncode != 0
     assert time.monotonic() - begin < 60
     assert "repa: " in done.stderr
     assert "holds a run with another configuration (seed: 0 -> 7)" in done.stderr
-    assert layout.checkpoint_steps(runs[0]) == [6, 10]
+    assert layout.checkpoint_steps(random_run) == [10, 20]
