@@ -114,8 +114,10 @@ def test_a_reference_with_too_few_images_is_refused_before_sampling(data_folder,
 
 
 def test_a_reference_file_or_an_image_folder_replaces_its_data(data_folder, image_folder, tmp_path, capsys):
-    reference = tmp_path / "ref.npz"
+    reference, leftover = tmp_path / "ref.npz", tmp_path / ".ref.npz.abcd1234.tmp"
+    leftover.touch()  # of a killed command
     assert repa("evaluate", "reference", data_folder, "--out", reference, *FEATURES) == 0
+    assert not leftover.exists()
     assert "statistics of 40 images in the features of tiny-classifier" in capsys.readouterr().out
     np.savez(tmp_path / "s.npz", arr_0=np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8))
     for number, against in enumerate((data_folder, reference, image_folder)):

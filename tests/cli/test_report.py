@@ -16,9 +16,12 @@ def test_the_page_and_its_tables_are_written_together(tmp_path, capsys):
     out = tmp_path / "pages" / "r.html"
     out.parent.mkdir()
     picture = tmp_path / "picture.png"
+    leftover = tmp_path / ".picture.png.abcd1234.tmp"  # of a killed command
+    leftover.touch()
     command = ["report", *map(str, runs), "--results", str(published), "--out", str(out), "--picture", str(picture)]
     assert repa(command) == 0
     assert picture.stat().st_size > 10_000
+    assert not leftover.exists()
     assert "r.md" in capsys.readouterr().out
     text = out.with_suffix(".md").read_text()
     assert "Over 2 seeds, ours ends at a Fréchet distance of 7.00 ± 0.00 against 10.00 ± 0.00" in text

@@ -16,6 +16,7 @@ def test_tidying_removes_only_files_that_training_writes(tmp_path):
         "checkpoints/.0000010.abcdefgh.tmp/model.safetensors",
         "checkpoints/.0000008.gfedcba_.tmp/model.safetensors",
         "snapshots/.0000010.abcdefgh.tmp/ema.safetensors",
+        "averages/.0000010.abcdefgh.tmp/ema-width-0.1.safetensors",
     ]
     stays = [
         ".samples.npz.abcdefgh.tmp",

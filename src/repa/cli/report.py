@@ -1,5 +1,7 @@
 """`repa report RUN... --out report.html`."""
 
+from pathlib import Path
+
 from repa.cli import options
 from repa.cli.console import say
 
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> int:
             given.runs, out, title=given.title, names=list(given.names) or None, results=given.results, tables=True
         )
     if given.picture:
-        save_figure(given.runs, given.picture, list(given.names) or None)
+        with lock.exclusive(Path(given.picture), "repa report"):
+            save_figure(given.runs, given.picture, list(given.names) or None)
     say(f"{out}: open it in a browser. The tables are also in {out.with_suffix('.md')} and {out.with_suffix('.csv')}.")
     return 0

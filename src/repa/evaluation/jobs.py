@@ -189,11 +189,12 @@ def make_reference(
     files.require_writable(out)  # before an hour of computation
     if out.exists() and not load_npz(out, "a reference", ("mu",)):
         raise UserError(f"{out} exists and is not a reference: choose another --out.")
-    extractor = _load_extractor(config, images, device)
-    reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
-    if dist.is_main():
-        write_reference(out, reference, images, extractor, config.features)
-    dist.barrier()
+    with dist.locked(out, "repa evaluate reference"):
+        extractor = _load_extractor(config, images, device)
+        reference = kept_reference(images, extractor, config.features, batch_size=config.batch_size, progress=progress)
+        if dist.is_main():
+            write_reference(out, reference, images, extractor, config.features)
+        dist.barrier()
     return reference
 
 

@@ -130,7 +130,7 @@ def tidy(run: Path) -> None:
     """Remove temporary files of killed training runs. The caller holds the run's lock; other commands lock their own files."""
     files.remove_leftovers(run, (CONFIG, DATA, METRICS).__contains__)
     files.remove_leftovers(run / SAMPLES, lambda name: _is_step(name.partition(".")[0]))
-    for name in (CHECKPOINTS, SNAPSHOTS):
+    for name in (CHECKPOINTS, SNAPSHOTS, AVERAGES):  # `repa ema` writes in the folders of steps, not beside them
         files.remove_leftovers(run / name)
 
 
